@@ -1,0 +1,109 @@
+r"""The adaptive elastic net penalty as pure functions (arXiv:2605.05341; notation of SAELens).
+
+The objective, with the adaptive weights u held constant::
+
+    L = mean_b sum_i (x_hat - x)^2  +  l1 * mean_b sum_j u_j h_bj  +  l2 * mean_b sum_j h_bj^2
+
+This is the SAELens form. The paper takes the mean over ``d_in`` in the first term; :func:`coefficients_from_paper`
+converts. A gradient clip of c in paper form is a clip of ``c * d_in`` here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EMA_FLOOR = 1e-5
+"""Floor under the running means before a ratio is taken: the paper's eps, in activation units."""
+
+
+def coefficients_from_paper(*, d_in: int, lambda_1: float, lambda_2: float) -> tuple[float, float]:
+    """``(l1_coefficient, l2_coefficient)`` of the SAELens form for the paper's lambdas.
+
+    The paper averages the squared error over ``d_in``, SAELens sums it, so both coefficients grow by ``d_in``.
+
+    >>> coefficients_from_paper(d_in=512, lambda_1=0.001, lambda_2=0.0005)
+    (0.512, 0.256)
+    """
+    return d_in * lambda_1, d_in * lambda_2
+
+
+def coefficients_to_paper(
+    *, d_in: int, l1_coefficient: float, l2_coefficient: float
+) -> tuple[float, float]:
+    """``(lambda_1, lambda_2)`` of the paper: the inverse of :func:`coefficients_from_paper`."""
+    return l1_coefficient / d_in, l2_coefficient / d_in
+
+
+def adaptive_weights(
+    ema: Tensor,
+    *,
+    gamma: float,
+    reference_fraction: float,
+    weight_min: float,
+    weight_max: float,
+) -> Tensor:
+    r"""Adaptive L1 weights :math:`w_j = \mathrm{clamp}((r / \max(m_j, \epsilon))^\gamma, w_{min}, w_{max})`.
+
+    Features that are weaker than the reference level pay more, stronger ones less.
+
+    Args:
+        ema: Running mean m of ``feature_acts`` per feature, shape (d_sae,), activation units, ``>= 0``.
+        gamma: Exponent, dimensionless, ``>= 0``. 0 gives weight 1 everywhere (inside the bounds): the plain elastic net.
+        reference_fraction: Share of features, in (0, 1], whose mean running activation is the reference level r. At
+            least one feature counts.
+        weight_min: Lower bound, dimensionless.
+        weight_max: Upper bound, dimensionless; what a silent feature gets.
+
+    Returns:
+        Weights, shape (d_sae,), dimensionless. Multiplying ``ema`` by a constant leaves them unchanged (above the floor).
+
+    Raises:
+        ValueError: If ``reference_fraction`` is outside (0, 1].
+
+    Source: arXiv:2605.05341, section 3; the adaptive weights of Zou (2006), with running means as pilot estimate.
+    """
+    if not 0 < reference_fraction <= 1:
+        raise ValueError(f"reference_fraction must be in (0, 1], got {reference_fraction}")
+    floored = ema.clamp_min(EMA_FLOOR)
+    n_reference = max(1, int(reference_fraction * ema.numel()))
+    reference = floored.topk(n_reference).values.mean()
+    return (reference / floored).pow(gamma).clamp(weight_min, weight_max)
+
+
+def warmup_ramp(n_steps: int, *, delay_steps: int, ramp_steps: int) -> float:
+    """How far the adaptive weights have been let in: 0 during the delay, then linearly to 1.
+
+    Args:
+        n_steps: Training steps done, counting the present one; the first step is 1.
+        delay_steps: Steps with weight 1 everywhere. Zero or less switches the whole warm-up off: the ramp is 1.
+        ramp_steps: Length of the linear rise after the delay, in steps, ``>= 0``. 0 rises at once.
+
+    Returns:
+        A number in [0, 1].
+
+    Source: arXiv:2605.05341, section 4 (delay 4 000 or 10 000 steps, rise over 2 000).
+    """
+    if delay_steps <= 0:
+        return 1.0
+    if n_steps < delay_steps:
+        return 0.0
+    if ramp_steps <= 0:
+        return 1.0
+    return min(1.0, (n_steps - delay_steps) / ramp_steps)
+
+
+def elastic_net_terms(feature_acts: Tensor, l1_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The two penalty terms before their coefficients: ``mean_b sum_j u_j h_bj`` and ``mean_b sum_j h_bj^2``.
+
+    Args:
+        feature_acts: ``h``, shape (batch, d_sae), ``>= 0``. Half precision is summed in float32.
+        l1_weights: ``u``, shape (d_sae,); no gradient flows into it.
+
+    Returns:
+        Two scalars with gradient to ``feature_acts``.
+    """
+    h = feature_acts.to(torch.promote_types(feature_acts.dtype, torch.float32))
+    l1 = (h * l1_weights.detach()).sum(dim=-1).mean()
+    l2 = h.pow(2).sum(dim=-1).mean()
+    return l1, l2
