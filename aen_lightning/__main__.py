@@ -1,0 +1,7 @@
+"""``python -m aen_lightning`` is the ``aen`` command."""
+
+import sys
+
+from aen_lightning.cli import main
+
+sys.exit(main())

@@ -1,0 +1,6 @@
+"""LightningDataModules that feed an SAE: synthetic spikes, live language models, activation shards."""
+
+from aen_lightning.data.scaling import InputScaling
+from aen_lightning.data.synthetic import SpikedDataModule
+
+__all__ = ["InputScaling", "SpikedDataModule"]

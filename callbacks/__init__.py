@@ -1,0 +1,12 @@
+"""Lightning callbacks. Each says *when* something happens; the state and the mathematics live in the SAE.
+
+Import them as ``aen_lightning.callbacks``. ``SAEModule`` supplies the standard ones.
+"""
+
+from aen_lightning.callbacks.dead_features import DeadFeatureTracker
+from aen_lightning.callbacks.ema import EMAWeightRefresh
+from aen_lightning.callbacks.export import ExportSAE
+from aen_lightning.callbacks.throughput import Throughput
+from aen_lightning.callbacks.warmup import DelayedWarmup
+
+__all__ = ["DeadFeatureTracker", "DelayedWarmup", "EMAWeightRefresh", "ExportSAE", "Throughput"]

@@ -1,0 +1,70 @@
+"""Writes the dictionary as a SAELens folder with every checkpoint and at the end of the fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from aen_lightning.callbacks._modules import training_sae
+from aen_lightning.callbacks.dead_features import DeadFeatureTracker
+
+
+class _Exportable(Protocol):
+    def export(self, path: str | Path, log_sparsity: Tensor | None = None) -> Path: ...
+
+
+class ExportSAE(pl.Callback):
+    """Leaves a folder that ``SAE.load_from_disk`` reads: ``<dirpath>/step_<n>`` with every checkpoint, ``<dirpath>/final`` at the end.
+
+    Only rank 0 writes, and nothing here waits for another rank.
+
+    Args:
+        dirpath: Where the folders go. None: ``sae`` below the logger's folder, or below the Trainer's ``default_root_dir``.
+        with_checkpoints: Write a folder with every checkpoint, not only at the end.
+    """
+
+    def __init__(self, dirpath: str | None = None, with_checkpoints: bool = True) -> None:
+        self.dirpath = dirpath
+        self.with_checkpoints = with_checkpoints
+        self.resolved_dirpath: Path | None = None
+        self.last_path: Path | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Settle the folder on every rank (Lightning broadcasts its log folder) before anything can fail."""
+        if stage != "fit":
+            return
+        training_sae(pl_module, self)
+        if not hasattr(pl_module, "export"):
+            raise TypeError(f"ExportSAE needs a module with an `export` method, got {type(pl_module).__name__}")
+        default = Path(trainer.log_dir or trainer.default_root_dir) / "sae"
+        self.resolved_dirpath = default if self.dirpath is None else Path(self.dirpath)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write the dictionary beside a checkpoint that is being saved during the fit."""
+        if self.with_checkpoints and trainer.state.fn == TrainerFn.FITTING:
+            self._export(trainer, pl_module, f"step_{trainer.global_step}")
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the final dictionary and say where it is."""
+        path = self._export(trainer, pl_module, "final")
+        if path is not None:
+            rank_zero_info(f"SAELens dictionary written to {path} (read it with sae_lens.SAE.load_from_disk)")
+
+    def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> Path | None:
+        if not trainer.is_global_zero or trainer.global_step == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return None
+        if self.resolved_dirpath is None:
+            raise RuntimeError("ExportSAE was not set up: it works inside Trainer.fit only")
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        trackers = [c for c in callbacks if isinstance(c, DeadFeatureTracker)]
+        path = self.resolved_dirpath / name
+        cast(_Exportable, pl_module).export(path, log_sparsity=trackers[0].log_sparsity() if trackers else None)
+        self.last_path = path
+        return path

@@ -1,0 +1,45 @@
+"""Delayed warm-up of the adaptive weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from aen_lightning.callbacks._modules import adaptive_sae
+from aen_lightning.penalty import warmup_ramp
+
+
+class DelayedWarmup(pl.Callback):
+    """Holds the adaptive weights at 1 for a while, then lets them in linearly (arXiv:2605.05341, section 4).
+
+    A function of the optimizer step alone, so a resumed run needs nothing saved. This is a warm-up of the *weights*; the L1
+    term as a whole is warmed up by the SAE's ``l1_warmup_steps``.
+
+    Args:
+        delay_steps: Optimizer steps with all weights 1. None: the SAE's ``warmup_delay_steps``.
+        ramp_steps: Optimizer steps of the rise. None: the SAE's ``warmup_ramp_steps``.
+    """
+
+    def __init__(self, delay_steps: int | None = None, ramp_steps: int | None = None) -> None:
+        if ramp_steps is not None and ramp_steps < 0:
+            raise ValueError(f"DelayedWarmup.ramp_steps must be >= 0, got {ramp_steps}")
+        self.delay_steps = delay_steps
+        self.ramp_steps = ramp_steps
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a module without adaptive weights before any work."""
+        adaptive_sae(pl_module, self)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Set the ramp for the step that begins."""
+        sae = adaptive_sae(pl_module, self)
+        sae.set_ramp(
+            warmup_ramp(
+                trainer.global_step + 1,
+                delay_steps=sae.cfg.warmup_delay_steps if self.delay_steps is None else self.delay_steps,
+                ramp_steps=sae.cfg.warmup_ramp_steps if self.ramp_steps is None else self.ramp_steps,
+            )
+        )

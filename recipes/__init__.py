@@ -1,0 +1,1 @@
+"""Recipes: one YAML a recipe, no logic. ``aen recipes`` lists them."""

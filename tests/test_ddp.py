@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(n_ranks: int, output: Path) -> dict[str, Any]:
+    env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.ddp_training", str(n_ranks), str(output)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return torch.load(output, weights_only=True)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_on_the_concatenated_batch(tmp_path: Path):
+    one, two = run(1, tmp_path / "one.pt"), run(2, tmp_path / "two.pt")
+    for name, value in one["state"].items():
+        if "metrics" not in name:
+            assert_close(two["state"][name], value, rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert two["ema_of_each_rank"].shape[0] == 2
+    assert torch.equal(*two["ema_of_each_rank"])
+    assert two["n_training_samples"] == one["n_training_samples"] == 40 * 64
+    assert one["state"]["sae.l1_weights"].std() > 0.05, "the adaptive weights must be at work"
+
+    per_batch = ("metrics/l0", "metrics/explained_variance", "metrics/mse", "metrics/shrinkage_ratio")
+    losses = ("losses/overall_loss", "losses/mse_loss", "losses/l1_loss", "losses/l2_loss")
+    for name in (*per_batch, *losses, "sparsity/dead_features_window_pct", "sparsity/dead_features"):
+        assert_close(two["train_log"][name], one["train_log"][name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for name, value in one["val_log"].items():
+        assert_close(two["val_log"][name], value, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert torch.equal(two["tracker"]["n_firings"], one["tracker"]["n_firings"])
+    assert (tmp_path / "sae_2" / "final" / "sae_weights.safetensors").is_file()
