@@ -3,6 +3,7 @@
 Importing this package registers the SAELens architecture ``aen``; that is its only side effect.
 """
 
+from aen_lightning.module import SAEModule
 from aen_lightning.sae import AENSAE, AENSAEConfig, AENTrainingSAE, AENTrainingSAEConfig, register
 
 __version__ = "0.1.0"
@@ -12,6 +13,7 @@ __all__ = [
     "AENSAEConfig",
     "AENTrainingSAE",
     "AENTrainingSAEConfig",
+    "SAEModule",
     "__version__",
 ]
 

@@ -20,10 +20,16 @@ class _Command(NamedTuple):
 
 COMMANDS = {
     "fit": _Command("aen_lightning.training_cli:run", "train an SAE: --config FILE_OR_RECIPE"),
-    "validate": _Command("aen_lightning.training_cli:run", "metrics on the validation split: --config ... --ckpt_path ..."),
+    "validate": _Command(
+        "aen_lightning.training_cli:run", "metrics on the validation split: --config ... --ckpt_path ..."
+    ),
     "test": _Command("aen_lightning.training_cli:run", "metrics on the test split: --config ... --ckpt_path ..."),
-    "recipes": _Command("aen_lightning.cli:recipes_command", "list the recipes, or show one: aen recipes [list | show NAME]"),
-    "demo": _Command("aen_lightning.demo:main", "AEN beside L1 and TopK on synthetic data, in minutes and without downloads"),
+    "recipes": _Command(
+        "aen_lightning.cli:recipes_command", "list the recipes, or show one: aen recipes [list | show NAME]"
+    ),
+    "demo": _Command(
+        "aen_lightning.demo:main", "AEN beside L1 and TopK on synthetic data, in minutes and without downloads"
+    ),
     "saelens": _Command("aen_lightning.cli:saelens_command", "SAELens's own training command, with --architecture aen"),
 }
 
@@ -82,7 +88,9 @@ def recipes_command(args: Sequence[str]) -> int:
     from aen_lightning.recipes_index import find_config, recipes, summary
 
     if list(args) in (["-h"], ["--help"]):
-        print("usage: aen recipes [list]        the recipes, a line each\n       aen recipes show NAME    one recipe's text")
+        print(
+            "usage: aen recipes [list]        the recipes, a line each\n       aen recipes show NAME    one recipe's text"
+        )
         return 0
     if not args or list(args) == ["list"]:
         known = recipes()

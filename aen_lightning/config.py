@@ -54,9 +54,7 @@ def build_sae_config(sae: dict[str, Any]) -> TrainingSAEConfig:
     missing = [
         name
         for name, field in known.items()
-        if name not in fields
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in fields and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ValueError(f"sae lacks {', '.join(missing)} (architecture {architecture!r})")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from sae_lens import TrainingSAE, TrainingSAEConfig
 from sae_lens.constants import SPARSITY_FILENAME
+from safetensors.torch import save_file
 from torch import Tensor
 
 from aen_lightning.data.scaling import InputScaling
@@ -74,7 +74,7 @@ def export_sae(
     elif input_scaling.kind == "per_token":
         own = sae.cfg.normalize_activations
         # the literal of SAELens's field forgets this value; its __post_init__ and run time accept it
-        sae.cfg.normalize_activations = "constant_norm_rescale"  # type: ignore[assignment]
+        sae.cfg.normalize_activations = "constant_norm_rescale"
         try:
             sae.save_inference_model(path)
         finally:

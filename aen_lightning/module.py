@@ -14,13 +14,13 @@ from sae_lens import TrainingSAE, TrainingSAEConfig
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
 from sae_lens.training.optim import CoefficientScheduler, get_lr_scheduler
 from torch import Tensor
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from aen_lightning.callbacks import DeadFeatureTracker, DelayedWarmup, EMAWeightRefresh, ExportSAE, Throughput
 from aen_lightning.config import build_sae_config
 from aen_lightning.data.scaling import InputScaling
 from aen_lightning.export import check_scaling, export_sae
-from aen_lightning.metrics import L0, MSE, ACTIVE_THRESHOLD, DeadFeatures, ExplainedVariance, ShrinkageRatio
+from aen_lightning.metrics import ACTIVE_THRESHOLD, L0, MSE, DeadFeatures, ExplainedVariance, ShrinkageRatio
 from aen_lightning.sae import AENTrainingSAE
 
 _PROGRESS_BAR = {"metrics/l0": "l0", "metrics/explained_variance": "ev"}
@@ -93,7 +93,7 @@ class SAEModule(pl.LightningModule):
 
     def _make_metrics(self, with_dead: bool) -> MetricCollection:
         d_in, d_sae = self.sae.cfg.d_in, self.sae.cfg.d_sae
-        metrics = {
+        metrics: dict[str, Metric | MetricCollection] = {
             "l0": L0(),
             "explained_variance": ExplainedVariance(d_in),
             "mse": MSE(),
@@ -110,13 +110,18 @@ class SAEModule(pl.LightningModule):
         defaults: list[type[pl.Callback]] = [DeadFeatureTracker, ExportSAE, Throughput]
         if isinstance(self.sae, AENTrainingSAE):
             defaults = [DelayedWarmup, EMAWeightRefresh, *defaults]
-        given = self.trainer.callbacks  # type: ignore[attr-defined]  # a property of Trainer, missing in its stub
+        given = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         return [default() for default in defaults if not any(isinstance(c, default) for c in given)]
 
     def setup(self, stage: str) -> None:
         """Check the data against the SAE before any work, and take over what it says of itself."""
         datamodule = getattr(self.trainer, "datamodule", None)
         d_in = getattr(datamodule, "d_in", None)
+        if isinstance(d_in, dict):
+            raise ValueError(
+                f"SAEModule trains one SAE on one hook, but {type(datamodule).__name__} gives {', '.join(d_in)}: "
+                "set hook_name to one of them"
+            )
         if d_in is not None and d_in != self.sae.cfg.d_in:
             raise ValueError(
                 f"the SAE has d_in={self.sae.cfg.d_in}, but {type(datamodule).__name__} gives activations of width {d_in}: "
@@ -126,7 +131,7 @@ class SAEModule(pl.LightningModule):
         if isinstance(self.sae, AENTrainingSAE):
             self.sae.reduce_mean = self._reduce_mean
         if self.hparams["compile_sae"] and stage == "fit":
-            self.sae.training_forward_pass = torch.compile(  # type: ignore[method-assign]
+            self.sae.training_forward_pass = torch.compile(
                 self.sae.training_forward_pass,
                 mode=self.hparams["sae_compilation_mode"],
                 backend=self.hparams["sae_compilation_backend"],
@@ -167,7 +172,8 @@ class SAEModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer and SAELens's learning-rate schedule, stepped once per optimizer step."""
         h = self.hparams
-        optimizer = self.optimizer_class(self.sae.parameters(), lr=h["lr"], **(h["optimizer_kwargs"] or {}))
+        arguments: dict[str, Any] = {"lr": h["lr"], **(h["optimizer_kwargs"] or {})}
+        optimizer = self.optimizer_class(self.sae.parameters(), **arguments)
         training_steps = self.trainer.estimated_stepping_batches
         if (h["lr_decay_steps"] or h["lr_scheduler_name"] != "constant") and training_steps == float("inf"):
             raise ValueError("lr_decay_steps and cosine schedules need to know the end: set trainer.max_steps")
@@ -251,7 +257,7 @@ class SAEModule(pl.LightningModule):
 
     def _is_logging_step(self) -> bool:
         step = self.trainer.global_step
-        return step == 0 or (step + 1) % self.trainer.log_every_n_steps == 0
+        return step == 0 or (step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set by a connector
 
     def _log_training(self, output: TrainStepOutput) -> None:
         acts = output.feature_acts.to_dense() if output.feature_acts.is_sparse else output.feature_acts

@@ -28,9 +28,7 @@ def coefficients_from_paper(*, d_in: int, lambda_1: float, lambda_2: float) -> t
     return d_in * lambda_1, d_in * lambda_2
 
 
-def coefficients_to_paper(
-    *, d_in: int, l1_coefficient: float, l2_coefficient: float
-) -> tuple[float, float]:
+def coefficients_to_paper(*, d_in: int, l1_coefficient: float, l2_coefficient: float) -> tuple[float, float]:
     """``(lambda_1, lambda_2)`` of the paper: the inverse of :func:`coefficients_from_paper`."""
     return l1_coefficient / d_in, l2_coefficient / d_in
 

@@ -325,9 +325,7 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
 
     def scheduled_ramp(self, n_steps: int) -> float:
         """The ramp that the config asks for at training step ``n_steps``, the first being 1."""
-        return warmup_ramp(
-            n_steps, delay_steps=self.cfg.warmup_delay_steps, ramp_steps=self.cfg.warmup_ramp_steps
-        )
+        return warmup_ramp(n_steps, delay_steps=self.cfg.warmup_delay_steps, ramp_steps=self.cfg.warmup_ramp_steps)
 
     # --- saving, loading, folding ---------------------------------------------------------------------------------
 
@@ -357,9 +355,7 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
         self.decoder_norm.div_(scaling_factor)
 
     @override
-    def fold_activation_whitening(
-        self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
-    ) -> None:
+    def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
         self.normalize_decoder()
         super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
         self.decoder_norm.copy_(self.get_W_dec_norm())

@@ -27,7 +27,8 @@ class Data(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[torch.Tensor]:
         assert self.trainer is not None
         return DataLoader(
-            Batches(GLOBAL_BATCH, 16, rank=self.trainer.global_rank, world_size=self.trainer.world_size), batch_size=None
+            Batches(GLOBAL_BATCH, 16, rank=self.trainer.global_rank, world_size=self.trainer.world_size),
+            batch_size=None,
         )
 
     def val_dataloader(self) -> DataLoader[torch.Tensor]:

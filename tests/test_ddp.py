@@ -14,7 +14,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(n_ranks: int, output: Path) -> dict[str, Any]:
-    env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
     result = subprocess.run(
         [sys.executable, "-m", "tests.ddp_training", str(n_ranks), str(output)],
         cwd=ROOT,
@@ -42,7 +46,9 @@ def test_two_processes_equal_one_on_the_concatenated_batch(tmp_path: Path):
     per_batch = ("metrics/l0", "metrics/explained_variance", "metrics/mse", "metrics/shrinkage_ratio")
     losses = ("losses/overall_loss", "losses/mse_loss", "losses/l1_loss", "losses/l2_loss")
     for name in (*per_batch, *losses, "sparsity/dead_features_window_pct", "sparsity/dead_features"):
-        assert_close(two["train_log"][name], one["train_log"][name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert_close(
+            two["train_log"][name], one["train_log"][name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
     for name, value in one["val_log"].items():
         assert_close(two["val_log"][name], value, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     assert torch.equal(two["tracker"]["n_firings"], one["tracker"]["n_firings"])

@@ -95,7 +95,9 @@ def test_two_hundred_steps_end_where_saelens_own_trainer_ends(tmp_path: Path, sc
     theirs = saelens_fit(module, 200, **{"lr_end": 1e-4, **schedule})
     make_trainer(tmp_path, 200).fit(module, loader())
     theirs.normalize_decoder()  # SAELens's trainer projects before a forward, Lightning after a step
-    assert module.sae.l1_weights.std() > 0.05, "the adaptive weights must be at work for the comparison to mean anything"
+    assert module.sae.l1_weights.std() > 0.05, (
+        "the adaptive weights must be at work for the comparison to mean anything"
+    )
     for name, value in module.sae.state_dict().items():
         assert_close(value, theirs.state_dict()[name], rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -192,7 +194,9 @@ def test_exported_dictionary_takes_and_returns_raw_activations(tmp_path: Path, k
     read = SAE.load_from_disk(module.export(tmp_path / "sae"))
     assert_close(read(raw), module.sae(raw * factor) / factor)
     assert read.cfg.normalize_activations == ("none" if kind == "average" else "constant_norm_rescale")
-    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items()), "exporting must not change the module"
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items()), (
+        "exporting must not change the module"
+    )
     assert module.sae.cfg.normalize_activations == "none"
 
 
@@ -215,7 +219,9 @@ def test_log_keys_follow_saelens_and_csv_has_them(tmp_path: Path):
     logged = [row for row in rows if row["details/n_training_samples"]]
     assert [float(row["details/n_training_samples"]) for row in logged] == [640, 1280, 1920]
     # the L1 term's warm-up over 30 steps: 9/30, 19/30, 29/30 of 0.05 at the tenth, twentieth, thirtieth step
-    assert [float(row["details/l1_coefficient"]) for row in logged] == pytest.approx([0.015, 0.05 * 19 / 30, 0.05 * 29 / 30])
+    assert [float(row["details/l1_coefficient"]) for row in logged] == pytest.approx(
+        [0.015, 0.05 * 19 / 30, 0.05 * 29 / 30]
+    )
 
 
 def test_validation_metrics_equal_one_pass_over_the_split_and_change_nothing(tmp_path: Path):
@@ -300,7 +306,10 @@ def test_optimizer_by_class_path():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"optimizer": "torch.optim.Adm"}, "optimizer must be the class path of a torch optimizer .* got 'torch.optim.Adm'"),
+        (
+            {"optimizer": "torch.optim.Adm"},
+            "optimizer must be the class path of a torch optimizer .* got 'torch.optim.Adm'",
+        ),
         ({"optimizer": "torch.nn.Linear"}, "'torch.nn.Linear' is not a torch.optim.Optimizer"),
         ({"optimizer_kwargs": {"beta": 1}}, "torch.optim.Adam takes no argument 'beta'"),
         ({"lr": 0.0}, "lr must be positive, got 0.0"),
@@ -334,5 +343,7 @@ def test_three_dimensional_batches_are_refused(tmp_path: Path):
 
 def test_adaptive_callbacks_refuse_an_architecture_without_adaptive_weights(tmp_path: Path):
     module = SAEModule({"architecture": "topk", "d_in": 16, "d_sae": 32, "k": 4})
-    with pytest.raises(TypeError, match="DelayedWarmup schedules adaptive weights, which architecture 'topk' does not have"):
+    with pytest.raises(
+        TypeError, match="DelayedWarmup schedules adaptive weights, which architecture 'topk' does not have"
+    ):
         make_trainer(tmp_path, 1, callbacks=[DelayedWarmup()]).fit(module, loader())

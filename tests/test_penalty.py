@@ -31,7 +31,9 @@ def test_adaptive_weights_by_hand_with_two_reference_features_and_a_square_root(
 
 
 def test_adaptive_weights_reference_counts_at_least_one_feature():
-    weights = adaptive_weights(torch.tensor([1.0, 4.0]), gamma=1.0, reference_fraction=0.01, weight_min=0.01, weight_max=10)
+    weights = adaptive_weights(
+        torch.tensor([1.0, 4.0]), gamma=1.0, reference_fraction=0.01, weight_min=0.01, weight_max=10
+    )
     assert_close(weights, torch.tensor([4.0, 1.0]))
 
 

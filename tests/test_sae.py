@@ -63,7 +63,9 @@ def test_sixty_float64_steps_equal_a_hand_written_oracle(apply_b_dec_to_input: b
         output.loss.backward()
         optimizer.step()
     assert sae.ramp.item() == 1.0
-    assert sae.l1_weights.std() > 0.1, "the adaptive weights must have come into play for the comparison to mean anything"
+    assert sae.l1_weights.std() > 0.1, (
+        "the adaptive weights must have come into play for the comparison to mean anything"
+    )
     assert_close(sae.feature_acts_ema, oracle.m, rtol=1e-12, atol=1e-14)
 
 

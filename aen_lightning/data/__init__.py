@@ -2,5 +2,6 @@
 
 from aen_lightning.data.scaling import InputScaling
 from aen_lightning.data.synthetic import SpikedDataModule
+from aen_lightning.data.text import TextActivationsDataModule
 
-__all__ = ["InputScaling", "SpikedDataModule"]
+__all__ = ["InputScaling", "SpikedDataModule", "TextActivationsDataModule"]

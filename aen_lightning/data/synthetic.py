@@ -158,7 +158,7 @@ class SpikedDataModule(pl.LightningDataModule):
         rank = self.trainer.global_rank if self.trainer is not None else 0
         x, _ = self.sample(self.hparams["n_eval_samples"], stream=stream, index=rank)
         # batches as views: no collation
-        return DataLoader(x.split(self.hparams["train_batch_size_tokens"]), batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(x.split(self.hparams["train_batch_size_tokens"]), batch_size=None)
 
 
 class _Stream(IterableDataset[Tensor]):
@@ -168,9 +168,7 @@ class _Stream(IterableDataset[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         index = self.start
         while True:
-            yield self.data.sample(
-                self.data.hparams["train_batch_size_tokens"], stream=self.stream, index=index
-            )[0]
+            yield self.data.sample(self.data.hparams["train_batch_size_tokens"], stream=self.stream, index=index)[0]
             index += 1
 
 
