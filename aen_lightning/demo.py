@@ -46,7 +46,9 @@ def main(args: Sequence[str]) -> int:
     )
     parser.add_argument("--steps", type=int, default=6000, help="training steps of each SAE (default 6000)")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for logs and dictionaries")
-    parser.add_argument("--l1-warmup", type=float, default=0.25, help="share of the run over which L1 rises (default 0.25)")
+    parser.add_argument(
+        "--l1-warmup", type=float, default=0.25, help="share of the run over which L1 rises (default 0.25)"
+    )
     parser.add_argument("--progress", action="store_true", help="show a progress bar per SAE")
     options = parser.parse_args(args)
     if options.steps < 100:

@@ -17,6 +17,19 @@ ACTIVE_THRESHOLD = 1e-12
 """A feature counts as active above this (paper, section 6)."""
 
 
+def firing_counts(feature_acts: Tensor) -> Tensor:
+    """How often each feature fires, shape (d_sae,), int64.
+
+    Args:
+        feature_acts: Shape (..., d_sae), dense, or sparse COO of shape (batch, d_sae), which stays sparse.
+    """
+    if feature_acts.is_sparse:
+        coalesced = feature_acts.coalesce()
+        features = coalesced.indices()[-1][coalesced.values() > ACTIVE_THRESHOLD]
+        return torch.bincount(features, minlength=feature_acts.shape[-1])
+    return (feature_acts > ACTIVE_THRESHOLD).flatten(end_dim=-2).sum(dim=0)
+
+
 class L0(Metric):
     """Mean number of active features per token (a count), as SAELens's ``metrics/l0``."""
 
@@ -33,8 +46,8 @@ class L0(Metric):
         self.add_state("n_tokens", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, feature_acts: Tensor) -> None:
-        """Add activations of shape (..., d_sae)."""
-        self.n_active += (feature_acts > ACTIVE_THRESHOLD).sum()
+        """Add activations of shape (..., d_sae), dense or sparse COO."""
+        self.n_active += firing_counts(feature_acts).sum()
         self.n_tokens += feature_acts.shape[:-1].numel()
 
     def compute(self) -> Tensor:
@@ -156,8 +169,8 @@ class DeadFeatures(Metric):
         self.add_state("n_tokens", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, feature_acts: Tensor) -> None:
-        """Add activations of shape (..., d_sae)."""
-        self.n_firings += (feature_acts > ACTIVE_THRESHOLD).flatten(end_dim=-2).sum(dim=0)
+        """Add activations of shape (..., d_sae), dense or sparse COO."""
+        self.n_firings += firing_counts(feature_acts)
         self.n_tokens += feature_acts.shape[:-1].numel()
 
     def compute(self) -> Tensor:

@@ -6,10 +6,8 @@ without this package.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +15,7 @@ from numpy.typing import NDArray
 from sae_lens import (
     SAE,
     StandardSAE,
-    StandardSAEConfig,
     TrainingSAE,
-    TrainingSAEConfig,
     register_sae_class,
     register_sae_training_class,
 )
@@ -28,14 +24,9 @@ from sae_lens.saes.sae import SAEConfig, TrainCoefficientConfig, TrainStepInput,
 from torch import Tensor, nn
 from typing_extensions import override
 
-from aen_lightning.penalty import (
-    adaptive_weights,
-    coefficients_from_paper,
-    elastic_net_terms,
-    warmup_ramp,
-)
-
-ARCHITECTURE = "aen"
+from aen_lightning import sparse
+from aen_lightning.penalty import adaptive_weights, elastic_net_terms, warmup_ramp
+from aen_lightning.sae_config import ARCHITECTURE, AENSAEConfig, AENTrainingSAEConfig
 
 # Training state that no inference architecture knows: dropped when a dictionary is exported.
 _STATE_BUFFERS = ("feature_acts_ema", "l1_weights", "ramp", "decoder_norm", "n_observed_steps")
@@ -43,126 +34,8 @@ _STATE_BUFFERS = ("feature_acts_ema", "l1_weights", "ramp", "decoder_norm", "n_o
 _FLOAT_STATE_BUFFERS = _STATE_BUFFERS[:-1]
 
 
-@dataclass
-class AENSAEConfig(StandardSAEConfig):
-    """Config of an AEN-SAE at inference: a ReLU SAE under its own name."""
-
-    @override
-    @classmethod
-    def architecture(cls) -> str:
-        return ARCHITECTURE
-
-
 class AENSAE(StandardSAE):
     """AEN-SAE at inference: ``relu((x - b_dec) @ W_enc + b_enc)``, then ``h @ W_dec + b_dec``."""
-
-
-@dataclass(kw_only=True)
-class AENTrainingSAEConfig(TrainingSAEConfig):
-    """Config for training an AEN-SAE; the defaults are those published for Pythia-70M (``d_in`` 512).
-
-    Coefficients are in SAELens's form, where the squared error is summed over ``d_in``;
-    :meth:`from_paper` converts the paper's lambdas. ``gamma=0`` is the plain elastic net, ``l2_coefficient=0`` the
-    adaptive lasso, both the standard L1 SAE with a unit-norm decoder.
-
-    Args:
-        l1_coefficient: Weight of ``mean_b sum_j u_j h_bj``, ``>= 0``. ``d_in`` times the paper's lambda_1.
-        l2_coefficient: Weight of ``mean_b sum_j h_bj^2``, ``>= 0``. ``d_in`` times the paper's lambda_2.
-        gamma: Exponent of the adaptive weights, ``>= 0``, dimensionless.
-        ema_decay: Decay of the running mean per training step, in [0, 1); half-life about ``ln 2 / (1 - ema_decay)`` steps.
-        weight_min: Lower bound of the adaptive weights, in (0, 1].
-        weight_max: Upper bound of the adaptive weights, ``>= 1``; what a silent feature gets.
-        reference_fraction: Share of the strongest features, in (0, 1], whose mean is the reference level.
-        warmup_delay_steps: Training steps with all weights 1; zero or less: adaptive weights from the first step.
-        warmup_ramp_steps: Training steps over which the adaptive weights are let in after the delay, ``>= 0``.
-        l1_warmup_steps: Training steps over which the whole L1 term rises from 0, ``>= 0``; the paper has none.
-        decoder_init_norm: None: the published start (torch's default ``nn.Linear`` initialisation for encoder and decoder).
-            A positive number: SAELens's tied start, ``W_enc = decoder_init_norm * unit(W_dec)^T``. Decoder rows have
-            unit norm either way.
-        inference_architecture: What an exported dictionary calls itself: ``standard`` loads anywhere, ``aen`` needs this package.
-
-    Raises:
-        ValueError: On construction, for any value outside its range; the message names it.
-    """
-
-    l1_coefficient: float = 0.512
-    l2_coefficient: float = 0.256
-    gamma: float = 0.5
-    ema_decay: float = 0.9999
-    weight_min: float = 0.01
-    weight_max: float = 10.0
-    reference_fraction: float = 0.05
-    warmup_delay_steps: int = 4000
-    warmup_ramp_steps: int = 2000
-    l1_warmup_steps: int = 0
-    decoder_init_norm: float | None = None
-    inference_architecture: Literal["standard", "aen"] = "standard"
-
-    @override
-    @classmethod
-    def architecture(cls) -> str:
-        return ARCHITECTURE
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, ok, expected in self._constraints():
-            if not ok:
-                raise ValueError(f"{type(self).__name__}.{name} must be {expected}, got {getattr(self, name)!r}")
-
-    def _constraints(self) -> list[tuple[str, bool, str]]:
-        def at_least(value: Any, bound: float) -> bool:
-            return _is_number(value) and math.isfinite(value) and value >= bound
-
-        def steps(value: Any) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool)
-
-        norm = self.decoder_init_norm
-        return [
-            ("d_in", steps(self.d_in) and self.d_in > 0, "a positive integer"),
-            ("d_sae", steps(self.d_sae) and self.d_sae > 0, "a positive integer"),
-            ("l1_coefficient", at_least(self.l1_coefficient, 0), "a finite number >= 0"),
-            ("l2_coefficient", at_least(self.l2_coefficient, 0), "a finite number >= 0"),
-            ("gamma", at_least(self.gamma, 0), "a finite number >= 0"),
-            ("ema_decay", at_least(self.ema_decay, 0) and self.ema_decay < 1, "in [0, 1)"),
-            ("weight_min", at_least(self.weight_min, 0) and 0 < self.weight_min <= 1, "in (0, 1]"),
-            ("weight_max", at_least(self.weight_max, 1), "a finite number >= 1"),
-            (
-                "reference_fraction",
-                at_least(self.reference_fraction, 0) and 0 < self.reference_fraction <= 1,
-                "in (0, 1]",
-            ),
-            ("warmup_delay_steps", steps(self.warmup_delay_steps), "an integer number of steps"),
-            ("warmup_ramp_steps", steps(self.warmup_ramp_steps) and self.warmup_ramp_steps >= 0, "an integer >= 0"),
-            ("l1_warmup_steps", steps(self.l1_warmup_steps) and self.l1_warmup_steps >= 0, "an integer >= 0"),
-            ("decoder_init_norm", norm is None or (at_least(norm, 0) and norm > 0), "None or a number > 0"),
-            ("inference_architecture", self.inference_architecture in ("standard", "aen"), "'standard' or 'aen'"),
-        ]
-
-    @classmethod
-    def from_paper(
-        cls, *, d_in: int, d_sae: int, lambda_1: float, lambda_2: float, **rest: Any
-    ) -> AENTrainingSAEConfig:
-        """A config from the paper's lambdas, whose squared error is a mean over ``d_in``.
-
-        Args:
-            d_in: Width of the activations.
-            d_sae: Number of features.
-            lambda_1: The paper's L1 coefficient.
-            lambda_2: The paper's L2 coefficient.
-            **rest: Any other field.
-
-        Raises:
-            TypeError: If ``rest`` holds a coefficient in SAELens's form too.
-        """
-        for name in ("l1_coefficient", "l2_coefficient"):
-            if name in rest:
-                raise TypeError(f"from_paper sets {name} from the lambdas; got {name}={rest[name]!r} as well: drop one")
-        l1, l2 = coefficients_from_paper(d_in=d_in, lambda_1=lambda_1, lambda_2=lambda_2)
-        return cls(d_in=d_in, d_sae=d_sae, l1_coefficient=l1, l2_coefficient=l2, **rest)
-
-    @override
-    def get_inference_config_class(self) -> type[SAEConfig]:
-        return AENSAEConfig if self.inference_architecture == "aen" else StandardSAEConfig
 
 
 class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
@@ -203,6 +76,7 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
         self.refresh_due = True
         self.micro_batches_per_step = 1
         self.reduce_mean: Callable[[Tensor], Tensor] = _identity
+        self.density_switch = sparse.DensitySwitch()
 
     @override
     def initialize_weights(self) -> None:
@@ -293,6 +167,9 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """One training step's forward: encode, observe, refresh the weights, then the loss (paper, sections 2 and 3).
 
+        Once few enough features fire, all of it is computed on the non-zeros of the code, with the same result to rounding;
+        ``feature_acts`` of the output is then a coalesced COO tensor.
+
         Args:
             step_input: ``sae_in`` of shape (batch, d_in); ``n_training_steps`` counts the steps finished before this one.
         """
@@ -300,21 +177,76 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
             self.normalize_decoder()
             self.refresh_due = True
             self.set_ramp(self.scheduled_ramp(step_input.n_training_steps + 1))
+        if self.sparse_step_applies() and self.density_switch.sparse:
+            return self._sparse_forward_pass(step_input)
         feature_acts, hidden_pre = self.encode_with_hidden_pre(step_input.sae_in)
         sae_out = self.decode(feature_acts)
+        if self.sparse_step_applies():
+            self.density_switch.observe(sparse.DenseCode(feature_acts.detach()))
         # h >= 0, so |h| is h; the mean is taken in at least float32 since a bf16 mean over a batch loses rare features.
-        self.observe(feature_acts.detach().mean(dim=0, dtype=self.feature_acts_ema.dtype))
+        self._observe_and_refresh(feature_acts.detach().mean(dim=0, dtype=self.feature_acts_ema.dtype))
+        mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
+        losses = {
+            "mse_loss": mse_loss,
+            **self.calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out),
+        }
+        return self._step_output(step_input, sae_out, feature_acts, hidden_pre, losses)
+
+    def sparse_step_applies(self) -> bool:
+        """Whether the present configuration can take the step on the non-zeros; it then does once the code is sparse."""
+        if self.cfg.sparse_step == "off" or (self.cfg.sparse_step == "auto" and self.W_enc.device.type != "cpu"):
+            return False
+        return (
+            self.dtype in (torch.float32, torch.float64)
+            # these two act inside the SAE; every other normalisation is outside it
+            and self.cfg.normalize_activations not in ("constant_norm_rescale", "layer_norm")
+            and not torch.compiler.is_compiling()
+            # a hook wants to see, or change, the dense activations
+            and not any(point.fwd_hooks or point.bwd_hooks for point in self.hook_dict.values())
+        )
+
+    def _sparse_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        x, cfg, coefficients = step_input.sae_in, self.cfg, step_input.coefficients
+        b_dec = self.b_dec if cfg.apply_b_dec_to_input else None
+        code = sparse.encode(x, self.W_enc, self.b_enc, b_dec, screen=self.density_switch.screen)
+        self.density_switch.observe(code)
+        self._observe_and_refresh(code.feature_sums / x.shape[0])
+        out = sparse.loss(
+            x,
+            code,
+            self.W_enc,
+            self.b_enc,
+            self.W_dec,
+            self.b_dec,
+            l1_weights=coefficients["l1"] * self.l1_weights,
+            l2_coefficient=coefficients["l2"],
+            apply_b_dec_to_input=cfg.apply_b_dec_to_input,
+        )
+        losses = {"mse_loss": out.mse_loss, "l1_loss": out.l1_loss, "l2_loss": out.l2_loss}
+        feature_acts = code.feature_acts()
+        # of the pre-activations only the positive ones are known here, and they are the activations
+        return self._step_output(step_input, out.sae_out, feature_acts, feature_acts, losses)
+
+    def _observe_and_refresh(self, mean_feature_acts: Tensor) -> None:
+        self.observe(mean_feature_acts)
         if self.refresh_due:
             self.refresh_weights()
-        mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
-        aux_losses = self.calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+
+    def _step_output(
+        self,
+        step_input: TrainStepInput,
+        sae_out: Tensor,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        losses: dict[str, Tensor],
+    ) -> TrainStepOutput:
         return TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=sae_out,
             feature_acts=feature_acts,
             hidden_pre=hidden_pre,
-            loss=mse_loss + aux_losses["l1_loss"] + aux_losses["l2_loss"],
-            losses={"mse_loss": mse_loss, **aux_losses},
+            loss=losses["mse_loss"] + losses["l1_loss"] + losses["l2_loss"],
+            losses=losses,
             metrics={
                 "l1_weight_mean": lambda: self.l1_weights.mean(),
                 "l1_weight_pinned_max": lambda: (self.l1_weights >= self.cfg.weight_max).float().mean(),
@@ -418,7 +350,3 @@ def _state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _identity(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

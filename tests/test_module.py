@@ -335,6 +335,30 @@ def test_from_config_object():
     assert module.hparams["lr"] == 1e-2
 
 
+def test_resume_is_exact_on_the_sparse_step_too(tmp_path: Path):
+    sae = {"d_sae": 600, "l1_coefficient": 0.3, "l1_warmup_steps": 0, "warmup_delay_steps": 5, "sparse_step": "on"}
+
+    def start(seed: int = 0, **overrides: Any) -> SAEModule:
+        module = make_module(seed, sae={**sae, **overrides})
+        with torch.no_grad():
+            module.sae.b_enc.fill_(-3.0)
+        return module
+
+    whole, first, second = start(), start(), start(seed=3)
+    make_trainer(tmp_path, 60).fit(whole, loader())
+    trainer = make_trainer(tmp_path, 47)
+    trainer.fit(first, loader())
+    assert first.sae.density_switch.sparse, "the run must have gone sparse for this to mean anything"
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    make_trainer(tmp_path, 60).fit(second, loader(start=47), ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+    dense = start(sparse_step="off")
+    make_trainer(tmp_path, 60).fit(dense, loader())
+    for name, value in whole.sae.state_dict().items():
+        assert_close(value, dense.sae.state_dict()[name], rtol=0, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_three_dimensional_batches_are_refused(tmp_path: Path):
     data = torch.utils.data.DataLoader([torch.randn(2, 4, 16)], batch_size=None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"shape \(batch, d_in=16\), got \(2, 4, 16\)"):

@@ -283,3 +283,60 @@ def test_every_value_is_validated_by_name(name: str, value: Any, expected: str):
     fields = {"d_in": 8, "d_sae": 16, name: value}
     with pytest.raises(ValueError, match=rf"AENTrainingSAEConfig\.{name} must be {expected}, got "):
         AENTrainingSAEConfig(**fields)
+
+
+# --- the step on the non-zeros -----------------------------------------------------------------------------------------
+
+
+def sparse_and_dense(**overrides: Any) -> tuple[AENTrainingSAE, AENTrainingSAE]:
+    fields: dict[str, Any] = {"d_in": 16, "d_sae": 400, "dtype": "float64", **overrides}
+    dense, quick = make_sae(**fields, sparse_step="off"), make_sae(**fields, sparse_step="on")
+    for sae in (dense, quick):
+        with torch.no_grad():
+            sae.b_enc.fill_(-1.5)  # a few per cent of the features fire
+    return dense, quick
+
+
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+def test_sparse_steps_are_the_dense_steps(apply_b_dec_to_input: bool):
+    dense, quick = sparse_and_dense(apply_b_dec_to_input=apply_b_dec_to_input)
+    optimizers = [torch.optim.Adam(sae.parameters(), lr=1e-3) for sae in (dense, quick)]
+    n_sparse = 0
+    for n in range(30):
+        x = torch.randn(64, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+        a, b = (sae.training_forward_pass(step_input(x, n, l2=0.2)) for sae in (dense, quick))
+        n_sparse += b.feature_acts.is_sparse
+        assert_close(b.loss, a.loss, rtol=1e-12, atol=0)
+        for name, loss in a.losses.items():
+            assert_close(b.losses[name], loss, rtol=1e-11, atol=1e-14)
+        assert_close(b.feature_acts.to_dense(), a.feature_acts)
+        assert_close(b.sae_out, a.sae_out)
+        for output, optimizer in zip((a, b), optimizers, strict=True):
+            optimizer.zero_grad()
+            output.loss.backward()
+            optimizer.step()
+    assert n_sparse >= 25, "the sparse path must have been taken"
+    for name, value in dense.state_dict().items():
+        assert_close(quick.state_dict()[name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_sparse_step_gives_way_to_whatever_needs_the_dense_activations():
+    _, quick = sparse_and_dense(dtype="float32")
+    x = torch.randn(32, 16)
+    for n in range(2):
+        output = quick.training_forward_pass(step_input(x, n))
+    assert output.feature_acts.is_sparse
+    seen = []
+    quick.hook_sae_acts_post.add_hook(lambda acts, hook: seen.append(acts.shape))
+    assert not quick.training_forward_pass(step_input(x)).feature_acts.is_sparse
+    assert seen == [(32, 400)]
+    quick.reset_hooks()
+    assert quick.training_forward_pass(step_input(x)).feature_acts.is_sparse
+    quick.to(dtype=torch.bfloat16)
+    assert not quick.training_forward_pass(step_input(x.bfloat16())).feature_acts.is_sparse
+
+
+def test_sparse_step_is_dense_while_the_code_is():
+    sae = make_sae(d_sae=400, sparse_step="on")
+    outputs = [sae.training_forward_pass(step_input(torch.randn(32, 8), n)) for n in range(3)]
+    assert not any(output.feature_acts.is_sparse for output in outputs)

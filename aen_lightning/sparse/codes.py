@@ -1,0 +1,163 @@
+"""The two forms of a batch's code: on its non-zeros, and dense."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+from torch import Tensor
+
+
+@cache
+def _beta_notice_given() -> None:
+    # PyTorch says once per process that CSR support is in beta; the operators used here are tested.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        torch.eye(1).to_sparse_csr()
+
+
+def csr(crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A PyTorch CSR tensor over the given buffers: no copy, no invariant checks (each is a synchronisation)."""
+    _beta_notice_given()
+    return torch.sparse_csr_tensor(crow, col, values, shape, check_invariants=False)
+
+
+@dataclass(frozen=True)
+class SparseCode:
+    """Feature activations of a batch, non-zeros only, ordered by feature and then by token (CSC of (batch, d_sae)).
+
+    Args:
+        feature_offsets: (d_sae + 1,) int64; the entries of feature j are ``feature_offsets[j]:feature_offsets[j + 1]``.
+        tokens: (nnz,) int64, row of each entry in the batch.
+        features: (nnz,) int64, feature of each entry, ascending.
+        values: (nnz,) activations, positive (NaN is kept, so that a diverged run shows). No autograd graph.
+        shape: (batch, d_sae).
+        scale: (d_sae,) or None. The activations that users see are ``values * scale[features]``; only TopK with
+            ``rescale_acts_by_decoder_norm`` has one, and its loss needs the unscaled values.
+    """
+
+    feature_offsets: Tensor
+    tokens: Tensor
+    features: Tensor
+    values: Tensor
+    shape: tuple[int, int]
+    scale: Tensor | None = None
+
+    @property
+    def nnz(self) -> int:
+        """Number of non-zeros. Known on the host: reading it costs no synchronisation."""
+        return self.values.numel()
+
+    @property
+    def density(self) -> float:
+        """Share of non-zeros, in [0, 1]."""
+        return self.nnz / max(1, self.shape[0] * self.shape[1])
+
+    @cached_property
+    def feature_counts(self) -> Tensor:
+        """(d_sae,) int64: on how many tokens of the batch each feature fired."""
+        return self.feature_offsets.diff()
+
+    @cached_property
+    def value_sums(self) -> Tensor:
+        """(d_sae,): sum over the batch of the unscaled values of each feature."""
+        return segment_sums(self.values, self.feature_offsets)
+
+    @cached_property
+    def feature_sums(self) -> Tensor:
+        """(d_sae,): sum over the batch of each feature's activation; divide by the batch for the mean |h|."""
+        return self.value_sums if self.scale is None else self.value_sums * self.scale
+
+    @property
+    def l0(self) -> Tensor:
+        """Mean number of active features per token (a count), float32 scalar."""
+        return self.feature_counts.sum() / self.shape[0]
+
+    @cached_property
+    def by_token(self) -> tuple[Tensor, Tensor]:
+        """``(order, token_offsets)``: the permutation of the entries into token order, features ascending in each
+        token, and the (batch + 1,) int64 offsets of the tokens. Together the CSR form."""
+        batch = self.shape[0]
+        key = self.tokens.to(torch.int16 if batch < 2**15 else torch.int32)  # radix passes over fewer bytes
+        order = key.sort(stable=True).indices
+        return order, offsets_of(self.tokens, batch)
+
+    def csr(self) -> Tensor:
+        """(batch, d_sae) ``torch.sparse_csr`` tensor of the activations."""
+        order, token_offsets = self.by_token
+        return csr(token_offsets, self.features[order], self._activations()[order], self.shape)
+
+    def feature_acts(self) -> Tensor:
+        """(batch, d_sae) coalesced ``torch.sparse_coo`` tensor: the form in which SAELens takes sparse activations."""
+        order, _ = self.by_token
+        indices = torch.stack((self.tokens[order], self.features[order]))
+        # Sorted by construction; saying so spares the sort that coalesce() would repeat.
+        return torch.sparse_coo_tensor(
+            indices, self._activations()[order], self.shape, is_coalesced=True, check_invariants=False
+        )
+
+    def to_dense(self) -> Tensor:
+        """(batch, d_sae) dense activations."""
+        dense = self.values.new_zeros(self.shape)
+        dense[self.tokens, self.features] = self._activations()
+        return dense
+
+    def _activations(self) -> Tensor:
+        return self.values if self.scale is None else self.values * self.scale[self.features]
+
+
+@dataclass(frozen=True)
+class DenseCode:
+    """Feature activations of a batch as one (batch, d_sae) tensor, for codes too dense to gain from sparsity.
+
+    It answers to the same statistics as :class:`SparseCode`, so that a caller need not ask which one it holds.
+    """
+
+    values: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(batch, d_sae)."""
+        return self.values.shape[0], self.values.shape[1]
+
+    @cached_property
+    def feature_counts(self) -> Tensor:
+        """(d_sae,) int64: on how many tokens of the batch each feature fired."""
+        return self.values.count_nonzero(dim=0)
+
+    @cached_property
+    def value_sums(self) -> Tensor:
+        """(d_sae,): sum over the batch of each feature's activation."""
+        return self.values.sum(dim=0)
+
+    @property
+    def feature_sums(self) -> Tensor:
+        """(d_sae,): as :attr:`value_sums`; a dense code has no scale."""
+        return self.value_sums
+
+    @property
+    def l0(self) -> Tensor:
+        """Mean number of active features per token (a count), float32 scalar."""
+        return self.feature_counts.sum() / self.shape[0]
+
+    def feature_acts(self) -> Tensor:
+        """(batch, d_sae) dense activations, as SAELens takes them."""
+        return self.values
+
+    def to_dense(self) -> Tensor:
+        """(batch, d_sae) dense activations."""
+        return self.values
+
+
+def offsets_of(index: Tensor, size: int) -> Tensor:
+    """(size + 1,) int64 start of each value's run, were ``index`` (int64, values in [0, size)) sorted."""
+    offsets = index.new_zeros(size + 1)
+    torch.cumsum(torch.bincount(index, minlength=size), dim=0, out=offsets[1:])
+    return offsets
+
+
+def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
+    """Sum of ``values`` (nnz,) in each run that ``offsets`` (n + 1,) marks, 0 where it is empty; shape (n,)."""
+    return torch.segment_reduce(values, "sum", offsets=offsets, initial=0.0)
