@@ -24,6 +24,14 @@ COMMANDS = {
         "aen_lightning.training_cli:run", "metrics on the validation split: --config ... --ckpt_path ..."
     ),
     "test": _Command("aen_lightning.training_cli:run", "metrics on the test split: --config ... --ckpt_path ..."),
+    "harvest": _Command(
+        "aen_lightning.data_cli:harvest_command",
+        "write a language model's activations to disk: --config FILE_OR_RECIPE",
+    ),
+    "shards": _Command("aen_lightning.data_cli:shards_command", "verify, describe or convert activations on disk"),
+    "plan": _Command(
+        "aen_lightning.data_cli:plan_command", "what a recipe takes: memory, disk, FLOPs, time; runs nothing"
+    ),
     "recipes": _Command(
         "aen_lightning.cli:recipes_command", "list the recipes, or show one: aen recipes [list | show NAME]"
     ),

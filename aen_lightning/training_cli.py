@@ -59,19 +59,25 @@ class AENCLI(LightningCLI):
 
 def run(args: Sequence[str]) -> int:
     """Run ``fit``, ``validate`` or ``test`` with LightningCLI's arguments; ``--config`` takes recipe names too."""
+    prepare_arguments(args)
+    AENCLI(SAEModule, pl.LightningDataModule, **TRAINING_OPTIONS)
+    return 0
+
+
+TRAINING_OPTIONS: dict[str, Any] = {
+    "subclass_mode_data": True,
+    "seed_everything_default": 0,
+    "save_config_kwargs": {"overwrite": True},
+}
+
+
+def prepare_arguments(args: Sequence[str]) -> None:
+    """Put the arguments, recipes resolved, where LightningCLI reads them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Lightning's own pytree helper trips a deprecation in torch 2.13; nothing a user could do about it
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     # through sys.argv, since Lightning starts the other ranks of a DDP run from it
     sys.argv[1:] = _resolve_configs(args)
-    AENCLI(
-        SAEModule,
-        pl.LightningDataModule,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-    )
-    return 0
 
 
 def _resolve_configs(args: Sequence[str]) -> list[str]:

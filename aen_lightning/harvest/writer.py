@@ -1,0 +1,146 @@
+"""A Lightning callback that writes a harvest to disk while the model computes on."""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import threading
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from aen_lightning.shards.manifest import Manifest, ShardRecord
+from aen_lightning.shards.read import write_stamps
+from aen_lightning.shards.write import ShardFolder, ShardStream
+
+
+class ShardWriter(BasePredictionWriter):
+    """Writes what ``HarvestModule`` predicts as shards, in a thread of its own.
+
+    Batches go straight into the open shard's file, so at most ``queue_size`` batches are held in memory; if the disk is slower
+    than the model, the model waits.
+
+    Args:
+        path: Folder of the set.
+        shard_size_mib: About the size of a shard, MiB. A run that is cut off loses at most one unfinished shard per rank.
+        force_disk: Begin even if the disk seems too small.
+        queue_size: Batches waiting to be written.
+    """
+
+    def __init__(self, path: str, shard_size_mib: float = 256, force_disk: bool = False, queue_size: int = 4) -> None:
+        super().__init__("batch")
+        if shard_size_mib <= 0:
+            raise ValueError(f"shard_size_mib must be above 0, got {shard_size_mib}")
+        if queue_size < 1:
+            raise ValueError(f"queue_size must be at least 1, got {queue_size}")
+        self.path, self.shard_size_mib, self.force_disk = Path(path), shard_size_mib, force_disk
+        self._queue: queue.Queue[tuple[dict[str, Any], dict[str, Any]] | None] = queue.Queue(queue_size)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._d_in: dict[str, int] = {}
+        self._dtype = ""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """See base class. Lightning looks for indices of a sampler, which shards do not need."""
+        super().setup(trainer, pl_module, stage)
+        warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Start the thread."""
+        self._d_in, self._dtype, self._error = pl_module.d_in, pl_module.stored_dtype, None
+        self._thread = threading.Thread(target=self._run, name="shard-writer", daemon=True)
+        self._thread.start()
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Hand a batch to the thread; raises what went wrong there."""
+        if batch["wanted"]:
+            place = {k: batch[k] for k in ("shard", "capacity", "last", "n_read", "n_special")}
+            self._put((place, prediction))
+
+    def _put(self, item: tuple[dict[str, Any], dict[str, Any]] | None) -> None:
+        while True:
+            if self._error is not None:
+                raise self._error
+            try:
+                return self._queue.put(item, timeout=1.0)  # wake up to see an error of the thread
+            except queue.Full:
+                continue
+
+    def _run(self) -> None:
+        stream: ShardStream | None = None
+        try:
+            while (item := self._queue.get()) is not None:
+                place, prediction = item
+                if stream is None:
+                    stream = ShardStream(self.path, place["shard"], self._d_in, self._dtype, place["capacity"])
+                stream.append(prediction["activations"], prediction["token_ids"])
+                stream.count(read=place["n_read"], special=place["n_special"], outlier=prediction["n_outliers"])
+                if place["last"]:
+                    stream.close()
+                    stream = None
+        except Exception as e:  # noqa: BLE001  # raised again in the main thread
+            self._error = e
+        finally:
+            if stream is not None:
+                stream.abort()
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Wait until all is on disk, on all ranks; then rank 0 finishes the set."""
+        self._put(None)
+        self._join()
+        trainer.strategy.barrier("shards written")
+        if trainer.is_global_zero:
+            self.finish()
+        trainer.strategy.barrier("manifest written")
+
+    def _join(self) -> None:
+        assert self._thread is not None
+        self._thread.join()
+        self._thread = None
+        if self._error is not None:
+            raise self._error
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Stop the thread; an unfinished shard leaves nothing behind."""
+        if self._thread is not None:
+            self._error = self._error or exception
+            while self._thread.is_alive():
+                try:
+                    self._queue.put(None, timeout=0.1)
+                except queue.Full:
+                    continue
+                self._thread.join(1.0)
+            self._thread = None
+
+    def finish(self) -> Manifest:
+        """Mark the set as complete, and drop the work orders (rank 0, once all shards are there)."""
+        manifest = ShardFolder(self.path).collect(complete=True)
+        records: list[ShardRecord] = manifest.shards
+        write_stamps(self.path, records)
+        shutil.rmtree(self.path / "tokens", ignore_errors=True)
+        return manifest
+
+
+def writer_of(trainer: pl.Trainer) -> ShardWriter:
+    """The ``ShardWriter`` among a trainer's callbacks.
+
+    Raises:
+        ValueError: If there is not exactly one.
+    """
+    writers = [c for c in trainer.callbacks if isinstance(c, ShardWriter)]  # type: ignore[attr-defined]
+    if len(writers) != 1:
+        raise ValueError(f"a harvest needs one ShardWriter among the trainer's callbacks, got {len(writers)}")
+    return writers[0]

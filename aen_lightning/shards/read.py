@@ -1,0 +1,203 @@
+"""Reading activations from disk, memory-mapped: our shards and SAELens's cached-activation datasets."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from aen_lightning.shards.cached import SAELensCache
+from aen_lightning.shards.manifest import (
+    MANIFEST_NAME,
+    STORED_DTYPES,
+    Manifest,
+    ShardError,
+    ShardRecord,
+    loose_records,
+    read_json,
+    write_json,
+)
+from aen_lightning.shards.source import ActivationSource
+
+Verify = Literal["once", "always", "never"]
+_STAMPS_NAME = ".verified.json"
+
+
+class ShardSet(ActivationSource):
+    """A folder of our shards.
+
+    Args:
+        path: Folder with a ``manifest.json``.
+        allow_incomplete: Take the shards that are there of a harvest that runs or was cut off.
+        verify: ``once``: compare each shard's SHA-256 with the manifest unless size and modification time say it was compared
+            before (the notes are in ``.verified.json``); ``always``; ``never``: sizes only.
+
+    Raises:
+        FileNotFoundError: If there is no set.
+        ShardError: If it is incomplete, or a shard is missing or damaged; names the file.
+    """
+
+    def __init__(self, path: str | Path, *, allow_incomplete: bool = False, verify: Verify = "once") -> None:
+        if verify not in ("once", "always", "never"):
+            raise ValueError(f"verify must be 'once', 'always' or 'never', got {verify!r}")
+        self.path = Path(path)
+        self.manifest = Manifest.read(self.path, with_loose_records=allow_incomplete)
+        if not self.manifest.complete and not allow_incomplete:
+            done = len({s.index for s in [*self.manifest.shards, *loose_records(self.path)]})
+            raise ShardError(
+                f"{self.path} is incomplete: {done} of {self.manifest.n_shards or 'an unknown number of'} shards are there. Finish "
+                "the harvest (run it again), or allow_incomplete=True to use what there is"
+            )
+        if not self.manifest.n_tokens:
+            raise ShardError(f"{self.path} holds no activations: its {len(self.manifest.shards)} shards are empty")
+        self.d_in, self.dtype = self.manifest.d_in, STORED_DTYPES[self.manifest.dtype]
+        self.context_size, self.metadata = self.manifest.context_size, self.manifest.metadata
+        self.records = [s for s in self.manifest.shards if s.n_tokens]
+        self.part_sizes = [s.n_tokens for s in self.records]
+        self._parts: dict[int, dict[str, Tensor]] = {}
+        for record in self.records:
+            _check_size(self.path, record)
+        if verify != "never":
+            _check_hashes(self.path, self.records, again=verify == "always")
+
+    def part(self, index: int) -> dict[str, Tensor]:
+        """See base class. A mapped shard stays mapped; pages in memory are the system's cache."""
+        if index not in self._parts:
+            self._parts[index] = _open_shard(self.path, self.records[index], self.manifest)
+        return self._parts[index]
+
+
+def _open_shard(folder: Path, record: ShardRecord, manifest: Manifest) -> dict[str, Tensor]:
+    path, names = folder / record.file, ["token_ids", *manifest.d_in]
+    try:
+        with safe_open(path, framework="pt") as f:
+            if sorted(f.keys()) != sorted(names):
+                raise ShardError(f"{path} holds {sorted(f.keys())}, expected {sorted(names)}")
+            tensors = {name: f.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as e:
+        raise ShardError(f"{path} cannot be read: {e}") from e
+    for name, tensor in tensors.items():
+        shape = (record.n_tokens,) if name == "token_ids" else (record.n_tokens, manifest.d_in[name])
+        dtype = torch.int32 if name == "token_ids" else STORED_DTYPES[manifest.dtype]
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise ShardError(
+                f"{path}: {name!r} is {tuple(tensor.shape)} {tensor.dtype}, by the manifest it should be {shape} {dtype}"
+            )
+    return tensors
+
+
+def _check_size(folder: Path, record: ShardRecord) -> None:
+    path = folder / record.file
+    if not path.is_file():
+        raise ShardError(
+            f"{path} is missing, and the manifest lists it: fetch it again, or harvest into this folder again"
+        )
+    if (size := path.stat().st_size) != record.n_bytes:
+        raise ShardError(
+            f"{path} has {size} bytes, by the manifest it should have {record.n_bytes}: it is cut off or damaged"
+        )
+
+
+def _check_hash(folder: Path, record: ShardRecord) -> None:
+    with (folder / record.file).open("rb") as f:
+        found = hashlib.file_digest(f, "sha256").hexdigest()
+    if found != record.sha256:
+        raise ShardError(
+            f"{folder / record.file} is damaged: its SHA-256 is {found[:12]}..., by the manifest {record.sha256[:12]}.... Fetch it "
+            "again, or delete it and harvest into this folder again"
+        )
+
+
+def _check_hashes(folder: Path, records: Sequence[ShardRecord], *, again: bool) -> None:
+    """Compare hashes, several files at a time, and note what was compared."""
+    stamps_path = folder / _STAMPS_NAME
+    stamps = read_json(stamps_path) if stamps_path.is_file() else {}
+    due = [r for r in records if again or stamps.get(r.file) != _stamp(folder, r)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(lambda r: _check_hash(folder, r), due):
+            pass
+    if any(stamps.get(r.file) != _stamp(folder, r) for r in due):
+        try:
+            write_stamps(folder, records)
+        except OSError as e:
+            warnings.warn(
+                f"cannot note in {folder} that its shards were verified ({e}): they are hashed at each opening",
+                stacklevel=3,
+            )
+
+
+def _stamp(folder: Path, record: ShardRecord) -> list[Any]:
+    stat = (folder / record.file).stat()
+    return [record.sha256, stat.st_size, stat.st_mtime_ns]
+
+
+def write_stamps(folder: Path, records: Sequence[ShardRecord]) -> None:
+    """Note that these shards agree with the manifest."""
+    write_json(folder / _STAMPS_NAME, {r.file: _stamp(folder, r) for r in records})
+
+
+def verify(path: str | Path) -> Manifest:
+    """Check a set in full: every shard there, of the right size, SHA-256, shapes and dtypes.
+
+    Raises:
+        ShardError: At the first file that is not; names it.
+    """
+    folder = Path(path)
+    manifest = Manifest.read(folder, with_loose_records=True)
+    for record in manifest.shards:
+        _check_size(folder, record)
+    _check_hashes(folder, manifest.shards, again=True)
+    for record in manifest.shards:
+        _open_shard(folder, record, manifest)
+    if not manifest.complete:
+        raise ShardError(
+            f"{folder} is incomplete: {len(manifest.shards)} of {manifest.n_shards or '?'} shards are there (and sound); run the "
+            "harvest again to finish it"
+        )
+    return manifest
+
+
+def info(path: str | Path) -> str:
+    """A description of a set, for people: what it is, from where, how much, what was left out."""
+    source = open_activations(path, allow_incomplete=True, verify="never")
+    manifest = source.manifest if isinstance(source, ShardSet) else None
+    rows = {
+        "format": "aen-lightning shards" if manifest else "SAELens cached activations",
+        **{f"hook {h}": f"d_in {d}" for h, d in source.d_in.items()},
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "context_size": source.context_size,
+        "tokens": f"{source.n_tokens:,}",
+        **{k: v for k, v in source.metadata.items() if v is not None and k not in ("hook_name", "context_size")},
+    }
+    if manifest:
+        rows |= {f"tokens {name}": f"{n:,}" for name, n in manifest.counts.items()}
+        rows |= {f"filter {name}": value for name, value in manifest.filters.items()}
+        rows["shards"] = f"{len(manifest.shards)} of {manifest.n_shards or '?'}"
+        rows["size"] = f"{sum(s.n_bytes for s in manifest.shards) / 2**30:.3f} GiB"
+        rows["complete"] = "yes" if manifest.complete else "no: run the harvest again to finish it"
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def open_activations(path: str | Path, *, allow_incomplete: bool = False, verify: Verify = "once") -> ActivationSource:
+    """Open a folder of activations, ours or SAELens's, told apart by what is in it.
+
+    Raises:
+        FileNotFoundError: If it is neither.
+    """
+    folder = Path(path)
+    if (folder / MANIFEST_NAME).is_file():
+        return ShardSet(folder, allow_incomplete=allow_incomplete, verify=verify)
+    if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
+        return SAELensCache(folder)
+    raise FileNotFoundError(
+        f"{folder} holds no activations: neither our {MANIFEST_NAME} (aen harvest) nor a dataset that SAELens cached"
+    )
