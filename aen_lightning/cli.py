@@ -24,6 +24,9 @@ COMMANDS = {
         "aen_lightning.training_cli:run", "metrics on the validation split: --config ... --ckpt_path ..."
     ),
     "test": _Command("aen_lightning.training_cli:run", "metrics on the test split: --config ... --ckpt_path ..."),
+    "sweep": _Command(
+        "aen_lightning.sweep:sweep_command", "train a grid of SAEs on one stream and compare them: --config ..."
+    ),
     "harvest": _Command(
         "aen_lightning.data_cli:harvest_command",
         "write a language model's activations to disk: --config FILE_OR_RECIPE",

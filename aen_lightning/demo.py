@@ -64,6 +64,7 @@ def main(args: Sequence[str]) -> int:
     print(header + "\n" + "-" * len(header))
     # the table is what to read here, not Lightning's notes on devices and products
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    torch.set_num_threads(1)  # matrices this small only lose by a second thread
     folders = {}
     for name, sae in _variants(options.steps, options.l1_warmup).items():
         start = time.perf_counter()

@@ -1,9 +1,10 @@
-"""SAEModule: a LightningModule that trains any SAELens training SAE."""
+"""SAEModule trains one SAE under Lightning, SweepModule many on one stream: any architecture SAELens can train."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -11,22 +12,274 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sae_lens import TrainingSAE, TrainingSAEConfig
-from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
-from sae_lens.training.optim import CoefficientScheduler, get_lr_scheduler
-from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from sae_lens.training.optim import get_lr_scheduler
+from torch import Tensor, nn
 
 from aen_lightning.callbacks import DeadFeatureTracker, DelayedWarmup, EMAWeightRefresh, ExportSAE, Throughput
+from aen_lightning.callbacks._modules import prefixed
 from aen_lightning.config import build_sae_config
 from aen_lightning.data.scaling import InputScaling
 from aen_lightning.export import check_scaling, export_sae
-from aen_lightning.metrics import L0, MSE, DeadFeatures, ExplainedVariance, ShrinkageRatio, firing_counts
+from aen_lightning.grid import Member, expand_grid
 from aen_lightning.sae import AENTrainingSAE
+from aen_lightning.unit import SAEUnit
 
-_PROGRESS_BAR = {"metrics/l0": "l0", "metrics/explained_variance": "ev"}
+SchedulerName = Literal["constant", "cosineannealing", "cosineannealingwarmrestarts"]
 
 
-class SAEModule(pl.LightningModule):
+class _TrainingModule(pl.LightningModule):
+    """What one SAE and many have in common. Every SAE has its own loss, and its gradients are clipped on their own."""
+
+    def __init__(self, members: Sequence[tuple[str, TrainingSAEConfig, int | None]]) -> None:
+        super().__init__()
+        h = self.hparams
+        if not h["lr"] > 0:
+            raise ValueError(f"lr must be positive, got {h['lr']}")
+        self.optimizer_class = _optimizer_class(h["optimizer"], h["optimizer_kwargs"] or {})
+        self.units = cast(
+            "Sequence[SAEUnit]",
+            nn.ModuleList(
+                SAEUnit(cfg, name=name, seed=seed, dead_feature_window=h["dead_feature_window"])
+                for name, cfg, seed in members
+            ),
+        )
+        self.n_training_samples = 0
+        self.input_scaling = InputScaling()
+
+    @property
+    def saes(self) -> dict[str, TrainingSAE[Any]]:
+        """The SAEs by name; the only one of a run has the empty name."""
+        return {unit.name: unit.sae for unit in self.units}
+
+    # --- wiring ---------------------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The callbacks training needs; one of the same class (or a subclass) given to the Trainer takes its place."""
+        defaults: list[type[pl.Callback]] = [DeadFeatureTracker, ExportSAE, Throughput]
+        if self._adaptive_saes():
+            defaults = [DelayedWarmup, EMAWeightRefresh, *defaults]
+        given = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        return [default() for default in defaults if not any(isinstance(c, default) for c in given)]
+
+    def setup(self, stage: str) -> None:
+        """Check the data against each SAE before any work, and take over what they say of themselves."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        d_in = getattr(datamodule, "d_in", None)
+        if isinstance(d_in, dict):
+            raise ValueError(
+                f"{type(self).__name__} trains on one hook, but {type(datamodule).__name__} gives {', '.join(d_in)}: "
+                "set hook_name to one of them"
+            )
+        for unit in self.units:
+            if d_in is not None and d_in != unit.sae.cfg.d_in:
+                raise ValueError(
+                    f"the SAE has d_in={unit.sae.cfg.d_in}, but {type(datamodule).__name__} gives activations of width {d_in}: "
+                    f"set model.sae.d_in to {d_in}"
+                )
+        self._adopt_data_description()
+        for sae in self._adaptive_saes():
+            sae.reduce_mean = self._reduce_mean
+        if self.hparams["compile_sae"] and stage == "fit":
+            for unit in self.units:
+                unit.sae.training_forward_pass = torch.compile(
+                    unit.sae.training_forward_pass,
+                    mode=self.hparams["sae_compilation_mode"],
+                    backend=self.hparams["sae_compilation_backend"],
+                )
+
+    def _adaptive_saes(self) -> list[AENTrainingSAE]:
+        return [unit.sae for unit in self.units if isinstance(unit.sae, AENTrainingSAE)]
+
+    def _adopt_data_description(self) -> None:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        scaling = getattr(datamodule, "input_scaling", None)
+        if isinstance(scaling, InputScaling):
+            self.input_scaling = scaling
+        for unit in self.units:
+            for key, value in getattr(datamodule, "sae_metadata", {}).items():
+                unit.sae.cfg.metadata[key] = value
+            check_scaling(unit.sae.cfg, self.input_scaling)
+
+    def _reduce_mean(self, tensor: Tensor) -> Tensor:
+        return cast(Tensor, self.trainer.strategy.reduce(tensor, reduce_op="mean"))
+
+    def on_fit_start(self) -> None:
+        """Tell the SAEs where Lightning put them, and that callbacks now schedule their adaptive state."""
+        for unit in self.units:
+            # Module.to reaches parameters only; SAELens keeps device and dtype as plain attributes as well.
+            unit.sae.to(device=self.device)
+            if unit.sae.W_enc.dtype != unit.sae.dtype:
+                unit.sae.to(dtype=unit.sae.W_enc.dtype)
+        for sae in self._adaptive_saes():
+            sae.scheduled_externally = True
+            sae.micro_batches_per_step = self.trainer.accumulate_grad_batches
+
+    def on_train_start(self) -> None:
+        """Read the data's description again: an average scale is only known once data have been seen."""
+        self._adopt_data_description()
+
+    def on_fit_end(self) -> None:
+        """Hand the schedule back, so that the SAEs train as well under SAELens's own trainer."""
+        for sae in self._adaptive_saes():
+            sae.scheduled_externally = False
+            sae.micro_batches_per_step = 1
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One optimizer with a parameter group per SAE, and SAELens's learning-rate schedule, stepped once per optimizer step."""
+        h = self.hparams
+        arguments: dict[str, Any] = {"lr": h["lr"], **(h["optimizer_kwargs"] or {})}
+        # Adam's fused kernel takes the same steps several times faster; Lightning does not clip with it in mixed precision
+        if self.optimizer_class in (torch.optim.Adam, torch.optim.AdamW) and "mixed" not in str(self.trainer.precision):
+            arguments.setdefault("fused", self.device.type in ("cpu", "cuda"))
+        groups = [{"params": list(unit.sae.parameters())} for unit in self.units]
+        optimizer = self.optimizer_class(groups, **arguments)
+        training_steps = self.trainer.estimated_stepping_batches
+        if (h["lr_decay_steps"] or h["lr_scheduler_name"] != "constant") and training_steps == float("inf"):
+            raise ValueError("lr_decay_steps and cosine schedules need to know the end: set trainer.max_steps")
+        scheduler = get_lr_scheduler(
+            h["lr_scheduler_name"],
+            optimizer=optimizer,
+            training_steps=int(training_steps) if training_steps != float("inf") else 0,
+            lr=h["lr"],
+            warm_up_steps=h["lr_warm_up_steps"],
+            decay_steps=h["lr_decay_steps"],
+            lr_end=h["lr"] / 10 if h["lr_end"] is None else h["lr_end"],
+            num_cycles=h["n_restart_cycles"],
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the Trainer asks, each SAE's gradients by their own norm: as in separate runs."""
+        if len(self.units) == 1 or not gradient_clip_val:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        for unit in self.units:
+            if gradient_clip_algorithm == "value":
+                nn.utils.clip_grad_value_(unit.sae.parameters(), gradient_clip_val)
+            else:
+                nn.utils.clip_grad_norm_(unit.sae.parameters(), gradient_clip_val)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The optimizer's step, then the decoder rows back to unit norm."""
+        super().optimizer_step(*args, **kwargs)
+        for sae in self._adaptive_saes():
+            sae.normalize_decoder()
+
+    # --- steps ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
+        """A SAELens training forward pass of every SAE on the same batch (batch, d_in).
+
+        Returns:
+            ``loss`` (scalar, the sum), ``n_firings``: by SAE name, how often each feature fired, shape (d_sae,), int64, and
+            ``n_tokens``, an int; counts are over all ranks.
+        """
+        n_steps, is_logging_step = self.trainer.global_step, self._is_logging_step()
+        # equal batches on every rank, as everywhere in a data-parallel step
+        n_tokens = len(batch) * self.trainer.world_size
+        self.n_training_samples += n_tokens
+        losses, n_firings, logs = [], {}, {}
+        for unit in self.units:
+            self._check_batch(batch, unit)
+            output = unit.training_forward_pass(batch, n_training_steps=n_steps, is_logging_step=is_logging_step)
+            losses.append(output.loss)
+            with torch.no_grad():
+                counts = self.trainer.strategy.reduce(unit.firing_counts(output), reduce_op="sum")
+                n_firings[unit.name] = cast(Tensor, counts)
+                unit.note_firings(n_firings[unit.name])
+                if is_logging_step:
+                    logs[unit.name] = unit.log_values(output, n_steps)
+        if is_logging_step:
+            self._log_training(logs)
+        return {"loss": torch.stack(losses).sum(), "n_firings": n_firings, "n_tokens": n_tokens}
+
+    def _check_batch(self, batch: Tensor, unit: SAEUnit) -> None:
+        d_in = unit.sae.cfg.d_in
+        if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.shape[-1] != d_in:
+            got = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+            raise ValueError(
+                f"{type(self).__name__} trains on batches of shape (batch, d_in={d_in}), got {got}; "
+                "flatten (batch, context, d_in) first"
+            )
+
+    def _is_logging_step(self) -> bool:
+        step = self.trainer.global_step
+        return step == 0 or (step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set by a connector
+
+    def _log_training(self, logs: dict[str, dict[str, Any]]) -> None:
+        log = {prefixed(name, key): value for name, values in logs.items() for key, value in values.items()}
+        log["details/n_training_samples"] = float(self.n_training_samples)
+        log["details/current_learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log_dict(log, sync_dist=True)
+
+        def mean(key: str) -> Tensor:
+            return torch.stack([values[key].float() for values in logs.values()]).mean()
+
+        dead = [logs[unit.name]["sparsity/dead_features"] / unit.sae.cfg.d_sae for unit in self.units]
+        bar = {
+            "loss": mean("losses/overall_loss"),
+            "l0": mean("metrics/l0"),
+            "ev": mean("metrics/explained_variance"),
+            "dead%": 100 * torch.stack(dead).mean(),
+        }
+        self.log_dict(bar, prog_bar=True, logger=False)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Update the held-out metrics; no SAE's state changes."""
+        for unit in self.units:
+            self._check_batch(batch, unit)
+            unit.evaluate(batch, unit.val_metrics)
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        """As :meth:`validation_step`, for the test split."""
+        for unit in self.units:
+            self._check_batch(batch, unit)
+            unit.evaluate(batch, unit.test_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/metrics/...`` over the whole held-out split."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/metrics/...`` over the whole test split."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: Literal["val", "test"]) -> None:
+        for unit in self.units:
+            metrics = unit.val_metrics if stage == "val" else unit.test_metrics
+            values = metrics.compute()
+            self.log_dict({prefixed(unit.name, f"{stage}/metrics/{name}"): value for name, value in values.items()})
+            metrics.reset()
+
+    # --- saving ---------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the weights alone do not say, as plain values."""
+        checkpoint["aen_lightning"] = {
+            "n_training_samples": self.n_training_samples,
+            "input_scaling": {"kind": self.input_scaling.kind, "factor": self.input_scaling.factor},
+            "units": [unit.extra_state() for unit in self.units],
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore what :meth:`on_save_checkpoint` added."""
+        state = checkpoint["aen_lightning"]
+        self.n_training_samples = state["n_training_samples"]
+        self.input_scaling = InputScaling(**state["input_scaling"])
+        for unit, extra in zip(self.units, state["units"], strict=True):
+            unit.load_extra_state(extra)
+
+    def export(self, path: str | Path, log_sparsity: Tensor | None = None, *, name: str = "") -> Path:
+        """Write one dictionary as a SAELens folder for raw activations; see :func:`aen_lightning.export.export_sae`."""
+        return export_sae(self.saes[name], path, input_scaling=self.input_scaling, log_sparsity=log_sparsity)
+
+
+class SAEModule(_TrainingModule):
     """Trains an SAE on batches of activations, shape (batch, d_in), with Lightning's Trainer.
 
     Any architecture SAELens can train runs here, in the same loop and on the same data: ``aen``, ``standard``, ``topk``,
@@ -48,9 +301,10 @@ class SAEModule(pl.LightningModule):
         n_restart_cycles: Cycles of ``cosineannealingwarmrestarts``.
         dead_feature_window: Training steps without firing after which a feature counts as dead in ``sparsity/dead_features``
             and, in architectures that revive features, gets the auxiliary loss.
-        compile_sae: Compile the training forward pass with ``torch.compile``.
+        compile_sae: Compile the training forward pass with ``torch.compile``; the step is then dense.
         sae_compilation_mode: ``torch.compile``'s mode.
         sae_compilation_backend: ``torch.compile``'s backend; ``inductor`` needs a C++ compiler on a CPU.
+        seed: Seed of the initial weights. None: the global generator, which ``seed_everything`` seeds.
 
     Raises:
         ValueError: For a config that does not hold together; at ``setup``, if the data do not fit the SAE.
@@ -62,7 +316,56 @@ class SAEModule(pl.LightningModule):
         lr: float = 1e-3,
         optimizer: str = "torch.optim.Adam",
         optimizer_kwargs: dict[str, Any] | None = None,
-        lr_scheduler_name: Literal["constant", "cosineannealing", "cosineannealingwarmrestarts"] = "constant",
+        lr_scheduler_name: SchedulerName = "constant",
+        lr_warm_up_steps: int = 0,
+        lr_decay_steps: int = 0,
+        lr_end: float | None = None,
+        n_restart_cycles: int = 1,
+        dead_feature_window: int = 1000,
+        compile_sae: bool = False,
+        sae_compilation_mode: str | None = None,
+        sae_compilation_backend: str = "inductor",
+        seed: int | None = None,
+    ) -> None:
+        pl.LightningModule.__init__(self)
+        self.save_hyperparameters()  # plain values only, so that checkpoints load with weights_only
+        super().__init__([("", build_sae_config(sae), seed)])
+
+    @classmethod
+    def from_config(cls, cfg: TrainingSAEConfig, **kwargs: Any) -> SAEModule:
+        """The module for a SAELens training config object; ``kwargs`` are the other constructor arguments."""
+        return cls(sae={**cfg.to_dict(), "metadata": {}}, **kwargs)
+
+    @property
+    def sae(self) -> TrainingSAE[Any]:
+        """The SAE in training."""
+        return self.units[0].sae
+
+
+class SweepModule(_TrainingModule):
+    """Trains every member of a grid of SAEs on the same batches; each ends where it would have ended alone.
+
+    The language model runs once for all of them. Each SAE has its own loss, clipping, optimizer state, schedule, metrics (keys
+    begin with its name) and export folder; the optimizer's settings are common.
+
+    Args:
+        sae: As for :class:`SAEModule`, with a list of values wherever the grid should vary; or a list of such dicts, whose
+            grids are joined.
+        seed: Seed of the initial weights, or a list of seeds, which multiplies the grid.
+        lr: As for :class:`SAEModule`, like all that follow.
+
+    Raises:
+        ValueError: For a grid without members, or one whose members do not hold together.
+    """
+
+    def __init__(
+        self,
+        sae: dict[str, Any] | list[dict[str, Any]],
+        seed: int | list[int] = 0,
+        lr: float = 1e-3,
+        optimizer: str = "torch.optim.Adam",
+        optimizer_kwargs: dict[str, Any] | None = None,
+        lr_scheduler_name: SchedulerName = "constant",
         lr_warm_up_steps: int = 0,
         lr_decay_steps: int = 0,
         lr_end: float | None = None,
@@ -72,266 +375,10 @@ class SAEModule(pl.LightningModule):
         sae_compilation_mode: str | None = None,
         sae_compilation_backend: str = "inductor",
     ) -> None:
-        super().__init__()
-        cfg = build_sae_config(sae)
-        if not lr > 0:
-            raise ValueError(f"lr must be positive, got {lr}")
-        self.optimizer_class = _optimizer_class(optimizer, optimizer_kwargs or {})
-        self.save_hyperparameters()  # plain values only, so that checkpoints load with weights_only
-        self.sae = cast("TrainingSAE[Any]", TrainingSAE.from_dict(cfg.to_dict()))
-        self.n_forward_passes_since_fired: Tensor
-        self.register_buffer("n_forward_passes_since_fired", torch.zeros(cfg.d_sae, dtype=torch.int64))
-        self.n_training_samples = 0
-        self.input_scaling = InputScaling()
-        self.train_metrics = self._make_metrics(with_dead=False)
-        self.val_metrics = self._make_metrics(with_dead=True)
-        self.test_metrics = self._make_metrics(with_dead=True)
-
-    @classmethod
-    def from_config(cls, cfg: TrainingSAEConfig, **kwargs: Any) -> SAEModule:
-        """The module for a SAELens training config object; ``kwargs`` are the other constructor arguments."""
-        return cls(sae={**cfg.to_dict(), "metadata": {}}, **kwargs)
-
-    def _make_metrics(self, with_dead: bool) -> MetricCollection:
-        d_in, d_sae = self.sae.cfg.d_in, self.sae.cfg.d_sae
-        metrics: dict[str, Metric | MetricCollection] = {
-            "l0": L0(),
-            "explained_variance": ExplainedVariance(d_in),
-            "mse": MSE(),
-            "shrinkage_ratio": ShrinkageRatio(),
-        }
-        if with_dead:
-            metrics["dead_features_pct"] = DeadFeatures(d_sae)
-        return MetricCollection(metrics, compute_groups=False)
-
-    # --- wiring ---------------------------------------------------------------------------------------------------
-
-    def configure_callbacks(self) -> list[pl.Callback]:
-        """The callbacks training needs; one of the same class (or a subclass) given to the Trainer takes its place."""
-        defaults: list[type[pl.Callback]] = [DeadFeatureTracker, ExportSAE, Throughput]
-        if isinstance(self.sae, AENTrainingSAE):
-            defaults = [DelayedWarmup, EMAWeightRefresh, *defaults]
-        given = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        return [default() for default in defaults if not any(isinstance(c, default) for c in given)]
-
-    def setup(self, stage: str) -> None:
-        """Check the data against the SAE before any work, and take over what it says of itself."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        d_in = getattr(datamodule, "d_in", None)
-        if isinstance(d_in, dict):
-            raise ValueError(
-                f"SAEModule trains one SAE on one hook, but {type(datamodule).__name__} gives {', '.join(d_in)}: "
-                "set hook_name to one of them"
-            )
-        if d_in is not None and d_in != self.sae.cfg.d_in:
-            raise ValueError(
-                f"the SAE has d_in={self.sae.cfg.d_in}, but {type(datamodule).__name__} gives activations of width {d_in}: "
-                f"set model.sae.d_in to {d_in}"
-            )
-        self._adopt_data_description()
-        if isinstance(self.sae, AENTrainingSAE):
-            self.sae.reduce_mean = self._reduce_mean
-        if self.hparams["compile_sae"] and stage == "fit":
-            self.sae.training_forward_pass = torch.compile(
-                self.sae.training_forward_pass,
-                mode=self.hparams["sae_compilation_mode"],
-                backend=self.hparams["sae_compilation_backend"],
-            )
-
-    def _adopt_data_description(self) -> None:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        scaling = getattr(datamodule, "input_scaling", None)
-        if isinstance(scaling, InputScaling):
-            self.input_scaling = scaling
-        for key, value in getattr(datamodule, "sae_metadata", {}).items():
-            self.sae.cfg.metadata[key] = value
-        check_scaling(self.sae.cfg, self.input_scaling)
-
-    def _reduce_mean(self, tensor: Tensor) -> Tensor:
-        return cast(Tensor, self.trainer.strategy.reduce(tensor, reduce_op="mean"))
-
-    def on_fit_start(self) -> None:
-        """Tell the SAE where Lightning put it, and that callbacks now schedule its adaptive state."""
-        # Module.to reaches parameters only; SAELens keeps device and dtype as plain attributes as well.
-        self.sae.to(device=self.device)
-        if self.sae.W_enc.dtype != self.sae.dtype:
-            self.sae.to(dtype=self.sae.W_enc.dtype)
-        if isinstance(self.sae, AENTrainingSAE):
-            self.sae.scheduled_externally = True
-            self.sae.micro_batches_per_step = self.trainer.accumulate_grad_batches
-
-    def on_train_start(self) -> None:
-        """Read the data's description again: an average scale is only known once data have been seen."""
-        self._adopt_data_description()
-
-    def on_fit_end(self) -> None:
-        """Hand the schedule back, so that the SAE trains as well under SAELens's own trainer."""
-        if isinstance(self.sae, AENTrainingSAE):
-            self.sae.scheduled_externally = False
-            self.sae.micro_batches_per_step = 1
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer and SAELens's learning-rate schedule, stepped once per optimizer step."""
-        h = self.hparams
-        arguments: dict[str, Any] = {"lr": h["lr"], **(h["optimizer_kwargs"] or {})}
-        # Adam's fused kernel takes the same steps several times faster; Lightning does not clip with it in mixed precision
-        if self.optimizer_class in (torch.optim.Adam, torch.optim.AdamW) and "mixed" not in str(self.trainer.precision):
-            arguments.setdefault("fused", self.device.type in ("cpu", "cuda"))
-        optimizer = self.optimizer_class(self.sae.parameters(), **arguments)
-        training_steps = self.trainer.estimated_stepping_batches
-        if (h["lr_decay_steps"] or h["lr_scheduler_name"] != "constant") and training_steps == float("inf"):
-            raise ValueError("lr_decay_steps and cosine schedules need to know the end: set trainer.max_steps")
-        scheduler = get_lr_scheduler(
-            h["lr_scheduler_name"],
-            optimizer=optimizer,
-            training_steps=int(training_steps) if training_steps != float("inf") else 0,
-            lr=h["lr"],
-            warm_up_steps=h["lr_warm_up_steps"],
-            decay_steps=h["lr_decay_steps"],
-            lr_end=h["lr"] / 10 if h["lr_end"] is None else h["lr_end"],
-            num_cycles=h["n_restart_cycles"],
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The optimizer's step, then the decoder rows back to unit norm."""
-        super().optimizer_step(*args, **kwargs)
-        if isinstance(self.sae, AENTrainingSAE):
-            self.sae.normalize_decoder()
-
-    # --- steps ----------------------------------------------------------------------------------------------------
-
-    @property
-    def dead_neuron_mask(self) -> Tensor:
-        """Features that have not fired for ``dead_feature_window`` training steps, shape (d_sae,), bool."""
-        return self.n_forward_passes_since_fired > self.hparams["dead_feature_window"]
-
-    def coefficients(self, n_training_steps: int) -> dict[str, float]:
-        """SAELens's loss coefficients after ``n_training_steps`` finished steps, warm-up included."""
-        values = {}
-        for name, cfg in self.sae.get_coefficients().items():
-            value, warm_up = cfg if isinstance(cfg, TrainCoefficientConfig) else (cfg, 0)
-            scheduler = CoefficientScheduler(warm_up_steps=warm_up, final_value=value)
-            scheduler.load_state_dict({"current_step": n_training_steps})
-            values[name] = scheduler.value
-        return values
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
-        """One SAELens training forward pass.
-
-        Returns:
-            ``loss`` (scalar), and over all ranks ``n_firings``, shape (d_sae,), int64, how often each feature fired, and
-            ``n_tokens``, an int64 scalar.
-        """
-        self._check_batch(batch)
-        n_steps = self.trainer.global_step
-        output = self.sae.training_forward_pass(
-            TrainStepInput(
-                sae_in=batch,
-                coefficients=self.coefficients(n_steps),
-                dead_neuron_mask=self.dead_neuron_mask,
-                n_training_steps=n_steps,
-                is_logging_step=self._is_logging_step(),
-            )
-        )
-        with torch.no_grad():
-            n_firings, n_tokens = self._count_firings(output.feature_acts)
-            if self._is_logging_step():
-                self._log_training(output)
-        return {"loss": output.loss, "n_firings": n_firings, "n_tokens": n_tokens}
-
-    def _check_batch(self, batch: Tensor) -> None:
-        d_in = self.sae.cfg.d_in
-        if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.shape[-1] != d_in:
-            got = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
-            raise ValueError(
-                f"SAEModule trains on batches of shape (batch, d_in={d_in}), got {got}; "
-                "flatten (batch, context, d_in) first"
-            )
-
-    def _count_firings(self, feature_acts: Tensor) -> tuple[Tensor, Tensor]:
-        n_firings = cast(Tensor, self.trainer.strategy.reduce(firing_counts(feature_acts), reduce_op="sum"))
-        # equal batches on every rank, as everywhere in a data-parallel step
-        n_tokens = feature_acts.shape[0] * self.trainer.world_size
-        self.n_training_samples += n_tokens
-        self.n_forward_passes_since_fired.add_(1).masked_fill_(n_firings > 0, 0)
-        return n_firings, torch.tensor(n_tokens)
-
-    def _is_logging_step(self) -> bool:
-        step = self.trainer.global_step
-        return step == 0 or (step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set by a connector
-
-    def _log_training(self, output: TrainStepOutput) -> None:
-        # collective under DDP, and every rank logs at the same steps
-        self.train_metrics.update(x=output.sae_in, x_hat=output.sae_out, feature_acts=output.feature_acts)
-        values = self.train_metrics.compute()
-        self.train_metrics.reset()
-        log = {f"metrics/{name}": value for name, value in values.items()}
-        log |= {f"losses/{name}": value.detach() for name, value in output.losses.items()}
-        log["losses/overall_loss"] = output.loss.detach()
-        log |= {f"metrics/{name}": v() if callable(v) else v for name, v in output.metrics.items()}
-        n_dead = self.dead_neuron_mask.sum()
-        log["sparsity/dead_features"] = n_dead.float()
-        log["sparsity/mean_passes_since_fired"] = self.n_forward_passes_since_fired.float().mean()
-        log["details/n_training_samples"] = float(self.n_training_samples)
-        log["details/current_learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
-        log |= {f"details/{name}_coefficient": v for name, v in self.coefficients(self.trainer.global_step).items()}
-        self.log_dict(log, sync_dist=True)
-        bar = {short: log[key] for key, short in _PROGRESS_BAR.items()}
-        bar |= {"loss": log["losses/overall_loss"], "dead%": 100 * n_dead / self.sae.cfg.d_sae}
-        self.log_dict(bar, prog_bar=True, logger=False)
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Update the held-out metrics; the SAE's state stays as it is."""
-        self._evaluation_step(batch, self.val_metrics)
-
-    def test_step(self, batch: Tensor, batch_idx: int) -> None:
-        """As :meth:`validation_step`, for the test split."""
-        self._evaluation_step(batch, self.test_metrics)
-
-    def _evaluation_step(self, batch: Tensor, metrics: MetricCollection) -> None:
-        self._check_batch(batch)
-        feature_acts = self.sae.encode(batch)
-        x_hat = self.sae.decode(feature_acts)
-        metrics.update(x=batch, x_hat=x_hat, feature_acts=feature_acts)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log ``val/metrics/...`` over the whole held-out split."""
-        self._log_evaluation("val", self.val_metrics)
-
-    def on_test_epoch_end(self) -> None:
-        """Log ``test/metrics/...`` over the whole test split."""
-        self._log_evaluation("test", self.test_metrics)
-
-    def _log_evaluation(self, stage: str, metrics: MetricCollection) -> None:
-        self.log_dict({f"{stage}/metrics/{name}": value for name, value in metrics.compute().items()})
-        metrics.reset()
-
-    # --- saving ---------------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the weights alone do not say, as plain values."""
-        checkpoint["aen_lightning"] = {
-            "n_training_samples": self.n_training_samples,
-            "input_scaling": {"kind": self.input_scaling.kind, "factor": self.input_scaling.factor},
-            "metadata": self.sae.cfg.metadata.to_dict(),
-        }
-        if isinstance(self.sae, AENTrainingSAE):
-            checkpoint["aen_lightning"]["density_switch"] = self.sae.density_switch.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what :meth:`on_save_checkpoint` added."""
-        state = checkpoint["aen_lightning"]
-        self.n_training_samples = state["n_training_samples"]
-        self.input_scaling = InputScaling(**state["input_scaling"])
-        for key, value in state["metadata"].items():
-            self.sae.cfg.metadata[key] = value
-        if isinstance(self.sae, AENTrainingSAE):
-            self.sae.density_switch.load_state_dict(state["density_switch"])
-
-    def export(self, path: str | Path, log_sparsity: Tensor | None = None) -> Path:
-        """Write the dictionary as a SAELens folder for raw activations; see :func:`aen_lightning.export.export_sae`."""
-        return export_sae(self.sae, path, input_scaling=self.input_scaling, log_sparsity=log_sparsity)
+        pl.LightningModule.__init__(self)
+        self.save_hyperparameters()
+        self.members: list[Member] = expand_grid(sae, seed)
+        super().__init__([(m.name, build_sae_config(m.sae), m.seed) for m in self.members])
 
 
 def _optimizer_class(class_path: str, kwargs: dict[str, Any]) -> type[torch.optim.Optimizer]:

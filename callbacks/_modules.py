@@ -1,4 +1,4 @@
-"""What callbacks may know of the module they are attached to: its ``sae``."""
+"""What callbacks may know of the module they are attached to: its ``saes``, by name."""
 
 from __future__ import annotations
 
@@ -10,30 +10,37 @@ from sae_lens import TrainingSAE
 from aen_lightning.sae import AENTrainingSAE
 
 
-def training_sae(pl_module: pl.LightningModule, callback: pl.Callback) -> TrainingSAE[Any]:
-    """The SAE that ``pl_module`` trains.
+def training_saes(pl_module: pl.LightningModule, callback: pl.Callback) -> dict[str, TrainingSAE[Any]]:
+    """The SAEs that ``pl_module`` trains, by name; the only one of a run has the empty name.
 
     Raises:
         TypeError: If it has none.
     """
-    sae = getattr(pl_module, "sae", None)
-    if not isinstance(sae, TrainingSAE):
+    saes = getattr(pl_module, "saes", None)
+    if not isinstance(saes, dict) or not all(isinstance(sae, TrainingSAE) for sae in saes.values()):
         raise TypeError(
-            f"{type(callback).__name__} needs a module with a SAELens training SAE as `sae`, got {type(pl_module).__name__}"
+            f"{type(callback).__name__} needs a module with SAELens training SAEs as `saes`, got {type(pl_module).__name__}"
         )
-    return sae
+    return saes
 
 
-def adaptive_sae(pl_module: pl.LightningModule, callback: pl.Callback) -> AENTrainingSAE:
-    """The AEN-SAE that ``pl_module`` trains.
+def adaptive_saes(pl_module: pl.LightningModule, callback: pl.Callback) -> list[AENTrainingSAE]:
+    """The AEN-SAEs that ``pl_module`` trains.
 
     Raises:
-        TypeError: If it trains something without adaptive weights.
+        TypeError: If none of its SAEs has adaptive weights.
     """
-    sae = training_sae(pl_module, callback)
-    if not isinstance(sae, AENTrainingSAE):
+    saes = training_saes(pl_module, callback)
+    adaptive = [sae for sae in saes.values() if isinstance(sae, AENTrainingSAE)]
+    if not adaptive:
+        names = ", ".join(sorted({repr(sae.cfg.architecture()) for sae in saes.values()}))
         raise TypeError(
-            f"{type(callback).__name__} schedules adaptive weights, which architecture {sae.cfg.architecture()!r} "
+            f"{type(callback).__name__} schedules adaptive weights, which architecture {names} "
             "does not have: remove the callback, or train architecture 'aen'"
         )
-    return sae
+    return adaptive
+
+
+def prefixed(name: str, key: str) -> str:
+    """``name/key``, or ``key`` for the only SAE of a run."""
+    return f"{name}/{key}" if name else key

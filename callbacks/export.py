@@ -10,18 +10,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from aen_lightning.callbacks._modules import training_sae
+from aen_lightning.callbacks._modules import training_saes
 from aen_lightning.callbacks.dead_features import DeadFeatureTracker
 
 
 class _Exportable(Protocol):
-    def export(self, path: str | Path, log_sparsity: Tensor | None = None) -> Path: ...
+    def export(self, path: str | Path, log_sparsity: Tensor | None = None, *, name: str = "") -> Path: ...
 
 
 class ExportSAE(pl.Callback):
     """Leaves a folder that ``SAE.load_from_disk`` reads: ``<dirpath>/step_<n>`` with every checkpoint, ``<dirpath>/final`` at the end.
 
-    Only rank 0 writes, and nothing here waits for another rank.
+    With several SAEs each gets a folder of its name below these. Only rank 0 writes, and nothing here waits for another rank.
 
     Args:
         dirpath: Where the folders go. None: ``sae`` below the logger's folder, or below the Trainer's ``default_root_dir``.
@@ -38,7 +38,7 @@ class ExportSAE(pl.Callback):
         """Settle the folder on every rank (Lightning broadcasts its log folder) before anything can fail."""
         if stage != "fit":
             return
-        training_sae(pl_module, self)
+        training_saes(pl_module, self)
         if not hasattr(pl_module, "export"):
             raise TypeError(f"ExportSAE needs a module with an `export` method, got {type(pl_module).__name__}")
         default = Path(trainer.log_dir or trainer.default_root_dir) / "sae"
@@ -65,6 +65,8 @@ class ExportSAE(pl.Callback):
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         trackers = [c for c in callbacks if isinstance(c, DeadFeatureTracker)]
         path = self.resolved_dirpath / name
-        cast(_Exportable, pl_module).export(path, log_sparsity=trackers[0].log_sparsity() if trackers else None)
+        for sae_name in training_saes(pl_module, self):
+            log_sparsity = trackers[0].log_sparsity(sae_name) if trackers else None
+            cast(_Exportable, pl_module).export(path / sae_name, log_sparsity, name=sae_name)
         self.last_path = path
         return path

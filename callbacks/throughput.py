@@ -23,7 +23,7 @@ class Throughput(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count, and log at the Trainer's logging steps."""
-        self._n_tokens += int(outputs["n_tokens"])
+        self._n_tokens += outputs["n_tokens"]
         if trainer.global_step % trainer.log_every_n_steps or self._since is None:  # type: ignore[attr-defined]
             return
         now = time.perf_counter()

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from aen_lightning.callbacks._modules import adaptive_sae
+from aen_lightning.callbacks._modules import adaptive_saes
 from aen_lightning.penalty import warmup_ramp
 
 
@@ -29,17 +29,16 @@ class DelayedWarmup(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a module without adaptive weights before any work."""
-        adaptive_sae(pl_module, self)
+        adaptive_saes(pl_module, self)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Set the ramp for the step that begins."""
-        sae = adaptive_sae(pl_module, self)
-        sae.set_ramp(
-            warmup_ramp(
+        for sae in adaptive_saes(pl_module, self):
+            ramp = warmup_ramp(
                 trainer.global_step + 1,
                 delay_steps=sae.cfg.warmup_delay_steps if self.delay_steps is None else self.delay_steps,
                 ramp_steps=sae.cfg.warmup_ramp_steps if self.ramp_steps is None else self.ramp_steps,
             )
-        )
+            sae.set_ramp(ramp)

@@ -41,7 +41,7 @@ def test_two_processes_equal_one_on_the_concatenated_batch(tmp_path: Path):
     assert two["ema_of_each_rank"].shape[0] == 2
     assert torch.equal(*two["ema_of_each_rank"])
     assert two["n_training_samples"] == one["n_training_samples"] == 40 * 64
-    assert one["state"]["sae.l1_weights"].std() > 0.05, "the adaptive weights must be at work"
+    assert one["state"]["units.0.sae.l1_weights"].std() > 0.05, "the adaptive weights must be at work"
 
     per_batch = ("metrics/l0", "metrics/explained_variance", "metrics/mse", "metrics/shrinkage_ratio")
     losses = ("losses/overall_loss", "losses/mse_loss", "losses/l1_loss", "losses/l2_loss")
@@ -51,5 +51,5 @@ def test_two_processes_equal_one_on_the_concatenated_batch(tmp_path: Path):
         )
     for name, value in one["val_log"].items():
         assert_close(two["val_log"][name], value, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-    assert torch.equal(two["tracker"]["n_firings"], one["tracker"]["n_firings"])
+    assert torch.equal(two["tracker"]["windows"][""]["n_firings"], one["tracker"]["windows"][""]["n_firings"])
     assert (tmp_path / "sae_2" / "final" / "sae_weights.safetensors").is_file()

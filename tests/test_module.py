@@ -142,7 +142,7 @@ def test_resumed_from_a_checkpoint_it_ends_where_an_uninterrupted_run_ends(tmp_p
         assert torch.equal(value, second.state_dict()[name]), name
     assert second.n_training_samples == whole.n_training_samples == 60 * 64
     # windows closed at 25 and 50; the present one has seen steps 51 to 60
-    assert tracker.state_dict()["n_tokens"] == 10 * 64
+    assert tracker.state_dict()["windows"][""]["n_tokens"] == 10 * 64
 
 
 def test_checkpoint_loads_with_weights_only_and_knows_its_scaling(tmp_path: Path):

@@ -21,7 +21,7 @@ class Module:
 
 def feed(tracker: DeadFeatureTracker, module: Module, firings: list[list[int]], first_step: int = 1) -> None:
     for step, counts in enumerate(firings, start=first_step):
-        outputs = {"n_firings": torch.tensor(counts), "n_tokens": torch.tensor(10)}
+        outputs = {"n_firings": {"": torch.tensor(counts)}, "n_tokens": 10}
         tracker.on_train_batch_end(SimpleNamespace(global_step=step), module, outputs, None, step - 1)  # type: ignore[arg-type]
 
 
@@ -32,8 +32,9 @@ def test_windows_recovery_and_density_by_hand():
     assert module.logged["sparsity/dead_features_window_pct"] == 50.0
     assert "sparsity/recovery_rate" not in module.logged
     assert module.logged["sparsity/below_1e-5"] == 2
-    assert tracker.density is not None
-    assert tracker.density.tolist() == pytest.approx([0.2, 0.1, 0, 0])
+    density = tracker.density()
+    assert density is not None
+    assert density.tolist() == pytest.approx([0.2, 0.1, 0, 0])
     feed(tracker, module, [[0, 1, 1, 0], [0, 0, 0, 0]], first_step=3)
     # features 0 and 3 are dead now; of the previous dead (2, 3) one came back
     assert module.logged["sparsity/dead_features_window_pct"] == 50.0
@@ -54,11 +55,11 @@ def test_state_survives_a_checkpoint_in_mid_window():
 
 def test_several_batches_of_one_optimizer_step_count_once():
     tracker, module = DeadFeatureTracker(window_steps=2), Module()
-    outputs = {"n_firings": torch.tensor([1, 0]), "n_tokens": torch.tensor(10)}
+    outputs = {"n_firings": {"": torch.tensor([1, 0])}, "n_tokens": 10}
     for batch_idx, step in enumerate([0, 1, 1, 2]):  # gradient accumulation over two batches
         tracker.on_train_batch_end(SimpleNamespace(global_step=step), module, outputs, None, batch_idx)  # type: ignore[arg-type]
     assert module.logged["sparsity/dead_features_window_pct"] == 50.0
-    assert tracker.state_dict()["last_density"].tolist() == pytest.approx([0.1, 0.0])
+    assert tracker.state_dict()["windows"][""]["last_density"].tolist() == pytest.approx([0.1, 0.0])
 
 
 @pytest.mark.parametrize(
