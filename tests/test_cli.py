@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,10 @@ from sae_lens import SAE, StandardSAE
 
 import aen_lightning
 from aen_lightning.cli import COMMANDS, main
+from aen_lightning.config import build_sae_config
+from aen_lightning.grid import expand_grid
 from aen_lightning.recipes_index import find_config, recipes
+from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.log_every_n_steps=5"]
@@ -186,3 +190,77 @@ def test_every_recipe_is_well_formed(name: str):
     assert f"--config {name}" in text, "the header says how to run it"
     assert "/root" not in text
     assert config
+
+
+def _recipe_kind(name: str) -> str:
+    if name.endswith("-harvest"):
+        return "harvest"
+    return "sweep" if name.endswith("-sweep") else "fit"
+
+
+@pytest.mark.parametrize("name", list(recipes()))
+def test_every_recipe_passes_its_parser_and_its_sae_is_sound(name: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit_info:
+        main([_recipe_kind(name), "--config", name, "--print_config"])
+    assert exit_info.value.code == 0, capsys.readouterr().err
+    sae = yaml.safe_load(recipes()[name].read_text())["model"].get("sae")
+    if sae is not None:
+        for member in expand_grid(sae, seed=0):
+            cfg = build_sae_config(member.sae)
+            assert cfg.d_sae >= 2 * cfg.d_in
+
+
+def text_run(tmp_path: Path, *args: str) -> int:
+    model = save_tiny_model("llama", tmp_path)
+    rows = torch.randint(4, 64, (300, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": " ".join(f"w{i}" for i in row)}) + "\n" for row in rows)
+    )
+    return main(
+        [
+            *(
+                "fit",
+                "--config",
+                "smollm2-135m",
+                "--model.sae.d_in=16",
+                "--model.sae.d_sae=64",
+                "--trainer.max_steps=12",
+            ),
+            *(
+                "--model.lr_decay_steps=0",
+                "--trainer.val_check_interval=12",
+                f"--trainer.default_root_dir={tmp_path / 'run'}",
+            ),
+            *(f"--data.init_args.model_name={model}", f"--data.init_args.dataset_path={tmp_path / 'text.jsonl'}"),
+            *("--data.init_args.hook_name=blocks.1.hook_resid_post", "--data.init_args.context_size=16"),
+            *("--data.init_args.train_batch_size_tokens=64", "--num_threads=1", *QUICK, *args),
+        ]
+    )
+
+
+def test_fit_on_a_language_model_from_end_to_end(tmp_path: Path):
+    assert text_run(tmp_path) == 0
+    sae = SAE.load_from_disk(run_folder(tmp_path / "run") / "sae" / "final")
+    assert sae.cfg.normalize_activations == "constant_norm_rescale"
+    assert sae.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
+    assert sae.cfg.metadata.hf_hook_name == "model.layers.1"
+    assert sae.cfg.metadata.context_size == 16
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data.init_args.hook_name=blocks.9.hook_resid_post"], "blocks.9.hook_resid_post"),
+        (["--data.init_args.hook_name=blocks.1.hook_resid_pst"], "hook_resid_post"),
+        (["--model.sae.d_in=24"], "the SAE has d_in=24, but TextActivationsDataModule gives activations of width 16"),
+        (["--data.init_args.dataset_path=missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_one_error_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+):
+    assert text_run(tmp_path, *args) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
