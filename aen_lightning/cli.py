@@ -35,6 +35,11 @@ COMMANDS = {
     "plan": _Command(
         "aen_lightning.data_cli:plan_command", "what a recipe takes: memory, disk, FLOPs, time; runs nothing"
     ),
+    "push": _Command("aen_lightning.hub.commands:push_command", "publish a run's dictionaries on the Hugging Face Hub"),
+    "pull": _Command("aen_lightning.hub.commands:pull_command", "list a Hub repo's dictionaries, or fetch one"),
+    "import": _Command(
+        "aen_lightning.hub.commands:import_command", "make SAELens dictionaries of the paper authors' checkpoints"
+    ),
     "recipes": _Command(
         "aen_lightning.cli:recipes_command", "list the recipes, or show one: aen recipes [list | show NAME]"
     ),

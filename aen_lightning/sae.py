@@ -131,14 +131,21 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Project the decoder rows back to their norm (1 until a scaling is folded in)."""
-        self.W_dec.copy_(self._normalized(self.W_dec))
+        if self.W_dec.dtype == self.decoder_norm.dtype:
+            self.W_dec.mul_(self._row_scale(self.W_dec))
+        else:
+            self.W_dec.copy_(self._normalized(self.W_dec))
+
+    def _row_scale(self, W_dec: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(W_dec.detach(), dim=-1, keepdim=True).clamp_min(1e-12)
+        scale = self.decoder_norm.unsqueeze(1) / norm
+        # a row that is right to rounding stays as it is, so that projecting twice, as an export does, changes nothing
+        right = (scale - 1).abs() <= 8 * torch.finfo(scale.dtype).eps
+        return scale.masked_fill(right, 1.0)
 
     def _normalized(self, W_dec: Tensor) -> Tensor:
         exact = W_dec.detach().to(self.decoder_norm.dtype)
-        scale = self.decoder_norm.unsqueeze(1) / exact.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        # a row that is right to rounding stays as it is, so that projecting twice, as an export does, changes nothing
-        right = (scale - 1).abs() <= 8 * torch.finfo(exact.dtype).eps
-        return (exact * scale.masked_fill(right, 1.0)).to(W_dec.dtype)
+        return (exact * self._row_scale(exact)).to(W_dec.dtype)
 
     # --- training -------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,292 @@
+"""The authors' checkpoints as SAELens dictionaries: on disk, or through SAELens's own ``converter`` argument.
+
+``encoder.weight`` (d_sae, d_in) becomes ``W_enc`` (d_in, d_sae), ``decoder.weight`` (d_in, d_sae) becomes ``W_dec`` (d_sae, d_in); the formulas
+are the same: ``h = relu((x - b_dec) @ W_enc + b_enc)``, or the k largest of it, and ``h @ W_dec + b_dec``, on activations scaled per
+token to norm sqrt(d_in). That scaling and its inverse become SAELens's ``constant_norm_rescale``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import sae_lens
+import torch
+from huggingface_hub import HfApi
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.util import str_to_dtype
+from safetensors.torch import save_file
+from torch import Tensor
+
+from aen_lightning.hub.check import check_weights
+from aen_lightning.hub.checkpoint import Checkpoint, Kind, read_checkpoint
+from aen_lightning.hub.retry import hub_errors, with_retries
+from aen_lightning.hub.stream import Transposed, write_safetensors
+from aen_lightning.sae import AENTrainingSAE, AENTrainingSAEConfig
+
+AUTHORS_REPO = "farischaudhry/adaptive-elastic-net-sae"
+ADAPTIVE_STATE_FILENAME = "adaptive_state.safetensors"
+Scaling = Literal["per_token", "none"]
+
+_HUB_FILE = re.compile(r"hf://(?P<repo>[\w-][\w.-]*/[\w.-]+?)(?:@(?P<revision>[^/]+))?/(?P<file>.+\.(?:pt|pth))")
+_PILE = {"dataset_path": "EleutherAI/the_pile_deduplicated", "context_size": 128, "prepend_bos": False,
+         "sequence_separator_token": "eos", "model_from_pretrained_kwargs": {}, "hook_head_index": None}  # fmt: skip
+# what the folder names of the authors' repository mean (paper, section "training protocol")
+_MODELS: dict[str, dict[str, Any]] = {
+    "llama8b": {"model_name": "meta-llama/Llama-3.1-8B", "hook_name": "blocks.16.hook_resid_post",
+                "hf_hook_name": "model.layers.16", **_PILE},
+    "pythia": {"model_name": "EleutherAI/pythia-70m-deduped", "hook_name": "blocks.3.hook_resid_post",
+               "hf_hook_name": "gpt_neox.layers.3", **_PILE},
+}  # fmt: skip
+_ALIASES = {"llama": "llama8b", "llama8b": "llama8b", "pythia": "pythia", "pythia70m": "pythia"}
+_SYNTHETIC = re.compile(r"(spiked|synthetic)([_-].*)?")
+
+
+def fetch_checkpoint(source: str, *, endpoint: str | None = None, token: str | None = None) -> tuple[Path, str]:
+    """A local path as it is, or ``hf://OWNER/REPO[@REVISION]/PATH.pt`` through huggingface_hub's cache.
+
+    Returns:
+        The file, and the name that says what is in it.
+
+    Raises:
+        HubError: If it cannot be had from the Hub.
+        ValueError: For an address that is none.
+    """
+    if not source.startswith("hf://"):
+        return Path(source), Path(source).resolve().as_posix()
+    match = _HUB_FILE.fullmatch(source)
+    if match is None:
+        raise ValueError(f"expected hf://OWNER/REPO/PATH.pt or hf://OWNER/REPO@REVISION/PATH.pt, got {source!r}")
+    repo_id, file = match["repo"], match["file"]
+    api = HfApi(endpoint=endpoint, token=token)
+    with hub_errors(repo_id, "reading"):
+        path = with_retries(
+            lambda: api.hf_hub_download(repo_id, file, revision=match["revision"]), f"downloading {file}"
+        )
+    return Path(path), f"{repo_id}/{file}"
+
+
+def import_checkpoint(
+    path: str | Path,
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    kind: Kind | None = None,
+    k: int | None = None,
+    input_scaling: Scaling | None = None,
+    model_name: str | None = None,
+    hook_name: str | None = None,
+    for_training: bool = False,
+) -> Path:
+    """Convert one of the authors' checkpoints into a SAELens folder.
+
+    Weights go from the mapped file to the new one in slices, so memory holds little more than the pages of the source.
+
+    Args:
+        path: The ``.pt`` file.
+        folder: Made if missing; must not hold a dictionary yet.
+        name: Path in the authors' repository, which says model, kind and k; None: ``path``.
+        kind: What was trained, where the name does not say it.
+        k: Of a TopK model, where the name does not say it.
+        input_scaling: Of the activations it was trained on; None: per token, or none for the authors' synthetic data.
+        model_name: Language model, where the name does not say it.
+        hook_name: TransformerLens name of the hook, likewise.
+        for_training: Write the training SAE ``aen`` with its adaptive state, to be trained on; else an inference
+            dictionary, and the adaptive state, if there is any, in ``adaptive_state.safetensors`` beside it.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        ValueError: If the checkpoint is refused (see :func:`~aen_lightning.hub.checkpoint.read_checkpoint`), or if it holds numbers
+            that are not finite.
+        FileExistsError: If the folder holds a dictionary.
+    """
+    folder = Path(folder)
+    if (folder / SAE_CFG_FILENAME).exists():
+        raise FileExistsError(f"{folder} holds a dictionary already: name another folder, or remove it")
+    checkpoint = read_checkpoint(path, name=name, kind=kind, k=k)
+    metadata = _metadata(checkpoint, model_name, hook_name)
+    if for_training:
+        return _write_for_training(checkpoint, folder, metadata)
+    cfg = _config(checkpoint, metadata, input_scaling)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / SAE_WEIGHTS_FILENAME
+    write_safetensors(
+        weights,
+        {
+            "W_enc": Transposed(checkpoint.encoder),
+            "W_dec": Transposed(checkpoint.decoder),
+            "b_enc": checkpoint.encoder_bias,
+            "b_dec": checkpoint.b_dec,
+        },
+    )
+    check_weights(cfg, weights)
+    state = _adaptive_state(checkpoint)
+    if state:
+        save_file(state, folder / ADAPTIVE_STATE_FILENAME)
+    (folder / SAE_CFG_FILENAME).write_text(json.dumps(cfg, indent=2), encoding="utf-8")
+    return folder
+
+
+def authors_checkpoint_loader(
+    repo_id: str,
+    folder_name: str,
+    device: str = "cpu",
+    force_download: bool = False,
+    cfg_overrides: dict[str, Any] | None = None,
+    *,
+    kind: Kind | None = None,
+    k: int | None = None,
+    input_scaling: Scaling | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor], None]:
+    """A SAELens converter: ``SAE.from_pretrained(AUTHORS_REPO, "checkpoints/....pt", converter=authors_checkpoint_loader)``.
+
+    Args:
+        repo_id: Repository with the checkpoint.
+        folder_name: Path of the ``.pt`` file in it.
+        device: Where the weights go.
+        force_download: Fetch it even if it is cached.
+        cfg_overrides: SAELens's, ``dtype`` among them.
+        kind: With ``functools.partial``, where the name does not say it.
+        k: Likewise.
+        input_scaling: Likewise.
+    """
+    with hub_errors(repo_id, "reading"):
+        path = with_retries(
+            lambda: HfApi().hf_hub_download(repo_id, folder_name, force_download=force_download),
+            f"downloading {folder_name}",
+        )
+    return _components(Path(path), f"{repo_id}/{folder_name}", device, cfg_overrides, kind, k, input_scaling)
+
+
+def authors_checkpoint_disk_loader(
+    path: str | Path,
+    device: str = "cpu",
+    cfg_overrides: dict[str, Any] | None = None,
+    *,
+    kind: Kind | None = None,
+    k: int | None = None,
+    input_scaling: Scaling | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The same for a local file: ``SAE.load_from_disk("....pt", converter=authors_checkpoint_disk_loader)``."""
+    name = Path(path).resolve().as_posix()
+    return _components(Path(path), name, device, cfg_overrides, kind, k, input_scaling)[:2]
+
+
+def _components(
+    path: Path,
+    name: str,
+    device: str,
+    overrides: dict[str, Any] | None,
+    kind: Kind | None,
+    k: int | None,
+    scaling: Scaling | None,
+) -> tuple[dict[str, Any], dict[str, Tensor], None]:
+    checkpoint = read_checkpoint(path, name=name, kind=kind, k=k)
+    cfg = {**_config(checkpoint, _metadata(checkpoint, None, None), scaling), "device": device, **(overrides or {})}
+    dtype = str_to_dtype(cfg["dtype"])
+    state = {
+        "W_enc": checkpoint.encoder.T,
+        "W_dec": checkpoint.decoder.T,
+        "b_enc": checkpoint.encoder_bias,
+        "b_dec": checkpoint.b_dec,
+    }
+    # a copy in any case: a mapped tensor would change the file when it is written to
+    copies = {n: torch.empty(t.shape, dtype=dtype, device=device).copy_(t) for n, t in state.items()}
+    return cfg, copies, None
+
+
+def _config(checkpoint: Checkpoint, metadata: dict[str, Any], scaling: Scaling | None) -> dict[str, Any]:
+    if scaling not in (None, "per_token", "none"):
+        raise ValueError(f"input_scaling must be 'per_token' or 'none', got {scaling!r}")
+    if scaling is None:
+        scaling = "none" if _is_synthetic(checkpoint) else "per_token"
+    cfg: dict[str, Any] = {
+        "architecture": "topk" if checkpoint.kind == "topk" else "standard",
+        "d_in": checkpoint.d_in,
+        "d_sae": checkpoint.d_sae,
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "constant_norm_rescale" if scaling == "per_token" else "none",
+        "reshape_activations": "none",
+        "metadata": metadata,
+    }
+    if checkpoint.kind == "topk":
+        cfg |= {"k": int(checkpoint.settings["k"]), "rescale_acts_by_decoder_norm": False}
+    return cfg
+
+
+def _metadata(checkpoint: Checkpoint, model_name: str | None, hook_name: str | None) -> dict[str, Any]:
+    folder = next((p for p in checkpoint.source.lower().split("/") if p in _ALIASES), None)
+    known = dict(_MODELS[_ALIASES[folder]]) if folder is not None else {}
+    if hook_name is not None and hook_name != known.get("hook_name"):
+        known.pop("hf_hook_name", None)
+    known |= {k: v for k, v in (("model_name", model_name), ("hook_name", hook_name)) if v is not None}
+    if not {"model_name", "hook_name"} <= known.keys() and not _is_synthetic(checkpoint):
+        raise ValueError(
+            f"{checkpoint.source} does not say which model and hook it is for (the authors' paths do, as in "
+            "checkpoints/llama8b/...): give both (--model-name, --hook-name)"
+        )
+    return {
+        # what says to SAELens that this config has the keys of version 6; it was not trained with SAELens
+        "sae_lens_version": sae_lens.__version__,
+        "sae_lens_training_version": None,
+        **known,
+        "training_architecture": {"adaptive_elastic_net": "aen", "l1": "standard"}.get(
+            checkpoint.kind, checkpoint.kind
+        ),
+        "training_architecture_details": {"kind": checkpoint.kind, **checkpoint.settings},
+        "imported_from": {
+            "file": checkpoint.source
+            if checkpoint.source.startswith(AUTHORS_REPO)
+            else checkpoint.source.rsplit("/", 1)[-1],
+            "run_name": checkpoint.run_name,
+            "paper": "arXiv:2605.05341",
+            "metrics": checkpoint.metrics,
+        },
+    }
+
+
+def _is_synthetic(checkpoint: Checkpoint) -> bool:
+    return any(_SYNTHETIC.fullmatch(part) for part in checkpoint.source.lower().split("/"))
+
+
+def _adaptive_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    if checkpoint.ema is None:
+        return {}
+    steps = {} if checkpoint.n_steps is None else {"n_observed_steps": torch.tensor(checkpoint.n_steps)}
+    return {"feature_acts_ema": checkpoint.ema.float().clone(), **steps}
+
+
+def _write_for_training(checkpoint: Checkpoint, folder: Path, metadata: dict[str, Any]) -> Path:
+    if checkpoint.kind == "topk":
+        raise ValueError("a TopK model is no AEN-SAE: it cannot be trained on as one; import it without for_training")
+    s = checkpoint.settings
+    adaptive = checkpoint.ema is not None
+    if "lambda_1" not in s or (adaptive and "gamma" not in s):
+        raise ValueError(
+            f"{checkpoint.source} does not say lambda_1 and gamma, which training on needs; import it without for_training"
+        )
+    rest = {field: s[key] for key, field in (("beta", "ema_decay"), ("top_fraction", "reference_fraction")) if key in s}
+    cfg = AENTrainingSAEConfig.from_paper(
+        d_in=checkpoint.d_in, d_sae=checkpoint.d_sae, lambda_1=s["lambda_1"], lambda_2=s.get("lambda_2", 0.0),
+        gamma=s["gamma"] if adaptive else 0.0, dtype=str(checkpoint.dtype).removeprefix("torch."), **rest,
+    )  # fmt: skip
+    for key, value in metadata.items():
+        cfg.metadata[key] = value
+    sae = AENTrainingSAE(cfg)
+    with torch.no_grad():
+        sae.W_enc.copy_(checkpoint.encoder.T)
+        sae.W_dec.copy_(checkpoint.decoder.T)
+        sae.b_enc.copy_(checkpoint.encoder_bias)
+        sae.b_dec.copy_(checkpoint.b_dec)
+        for name, tensor in _adaptive_state(checkpoint).items():
+            getattr(sae, name).copy_(tensor)
+        sae.set_ramp(sae.scheduled_ramp(int(sae.n_observed_steps)))
+        sae.refresh_weights()
+    sae.save_model(folder)
+    return folder
