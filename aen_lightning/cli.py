@@ -35,6 +35,13 @@ COMMANDS = {
     "plan": _Command(
         "aen_lightning.data_cli:plan_command", "what a recipe takes: memory, disk, FLOPs, time; runs nothing"
     ),
+    "evaluate": _Command(
+        "aen_lightning.evaluate:evaluate_command", "a dictionary's metrics on held-out text or shards"
+    ),
+    "diagnose": _Command(
+        "aen_lightning.diagnostics:diagnose_command", "a dictionary's geometry, stability and coding gap"
+    ),
+    "compare": _Command("aen_lightning.diagnostics:compare_command", "which features several dictionaries share"),
     "push": _Command("aen_lightning.hub.commands:push_command", "publish a run's dictionaries on the Hugging Face Hub"),
     "pull": _Command("aen_lightning.hub.commands:pull_command", "list a Hub repo's dictionaries, or fetch one"),
     "import": _Command(

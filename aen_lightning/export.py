@@ -13,6 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aen_lightning.data.scaling import InputScaling
+from aen_lightning.sae import AENTrainingSAE
+
+ADAPTIVE_STATE_FILENAME = "adaptive_state.safetensors"
+"""Beside a dictionary's weights: running means and L1 weights at the end of training, which no inference SAE holds."""
 
 
 def check_scaling(cfg: TrainingSAEConfig, scaling: InputScaling) -> None:
@@ -50,6 +54,8 @@ def export_sae(
 ) -> Path:
     """Write ``cfg.json``, ``sae_weights.safetensors`` and, if given, ``sparsity.safetensors``.
 
+    For ``aen`` also ``adaptive_state.safetensors``, for diagnosis; SAELens does not read it.
+
     The dictionary on disk takes and returns raw activations: per-token scaling becomes SAELens's
     ``constant_norm_rescale``, an average scale is folded into the weights. ``sae`` is left as it is; one copy of its
     weights is made when a scale must be folded.
@@ -81,6 +87,8 @@ def export_sae(
             sae.cfg.normalize_activations = own
     else:
         sae.save_inference_model(path)
+    if isinstance(sae, AENTrainingSAE):
+        save_file(sae.adaptive_state(), path / ADAPTIVE_STATE_FILENAME)
     if log_sparsity is not None:
         save_file({"sparsity": log_sparsity.float().cpu().contiguous()}, path / SPARSITY_FILENAME)
     return path

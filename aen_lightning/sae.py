@@ -266,11 +266,17 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
         """The ramp that the config asks for at training step ``n_steps``, the first being 1."""
         return warmup_ramp(n_steps, delay_steps=self.cfg.warmup_delay_steps, ramp_steps=self.cfg.warmup_ramp_steps)
 
+    def adaptive_state(self) -> dict[str, Tensor]:
+        """Copies of ``feature_acts_ema``, ``l1_weights``, ``ramp`` and ``n_observed_steps``, contiguous."""
+        names = ("feature_acts_ema", "l1_weights", "ramp", "n_observed_steps")
+        return {name: getattr(self, name).detach().cpu().clone() for name in names}
+
     # --- saving, loading, folding ---------------------------------------------------------------------------------
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         state_dict["W_dec"] = self._normalized(state_dict["W_dec"]).contiguous()
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()  # while training it may lie feature by feature
 
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:

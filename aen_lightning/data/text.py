@@ -320,6 +320,7 @@ class TextActivationsDataModule(pl.LightningDataModule):
             "sequence_separator_token": o["sequence_separator_token"],
             "exclude_special_tokens": excluded,
             "norm_outlier_multiple": self.norm_outlier_multiple,
+            "held_out_documents": o["held_out_documents"],
             "disable_concat_sequences": False,
             "seqpos_slice": (None,),
         }
@@ -478,6 +479,14 @@ class TextActivationsDataModule(pl.LightningDataModule):
         settings = {k: self.options[k] for k in relevant}
         settings["exclude_token_ids"] = list(self.options["exclude_token_ids"])
         return settings | {"buffer_size_tokens": self.buffer_size, "world_size": self._rank_and_world_size()[1]}
+
+    def held_out_rows(self, split: str) -> list[Tensor]:
+        """Token rows (context_size,) of a held-out split, ``val`` or ``test``: the same every time, on every rank.
+
+        Raises:
+            RuntimeError: Before ``setup``.
+        """
+        return self._require_rows().evaluation(split)
 
     def _require_rows(self) -> TokenRows:
         if self._rows is None:

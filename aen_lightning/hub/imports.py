@@ -20,6 +20,7 @@ from sae_lens.util import str_to_dtype
 from safetensors.torch import save_file
 from torch import Tensor
 
+from aen_lightning.export import ADAPTIVE_STATE_FILENAME
 from aen_lightning.hub.check import check_weights
 from aen_lightning.hub.checkpoint import Checkpoint, Kind, read_checkpoint
 from aen_lightning.hub.retry import hub_errors, with_retries
@@ -27,7 +28,6 @@ from aen_lightning.hub.stream import Transposed, write_safetensors
 from aen_lightning.sae import AENTrainingSAE, AENTrainingSAEConfig
 
 AUTHORS_REPO = "farischaudhry/adaptive-elastic-net-sae"
-ADAPTIVE_STATE_FILENAME = "adaptive_state.safetensors"
 Scaling = Literal["per_token", "none"]
 
 _HUB_FILE = re.compile(r"hf://(?P<repo>[\w-][\w.-]*/[\w.-]+?)(?:@(?P<revision>[^/]+))?/(?P<file>.+\.(?:pt|pth))")
