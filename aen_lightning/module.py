@@ -15,6 +15,7 @@ from sae_lens import TrainingSAE, TrainingSAEConfig
 from sae_lens.training.optim import get_lr_scheduler
 from torch import Tensor, nn
 
+from aen_lightning import sparse
 from aen_lightning.callbacks import DeadFeatureTracker, DelayedWarmup, EMAWeightRefresh, ExportSAE, Throughput
 from aen_lightning.callbacks._modules import prefixed
 from aen_lightning.config import build_sae_config
@@ -123,6 +124,7 @@ class _TrainingModule(pl.LightningModule):
         for sae in self._adaptive_saes():
             sae.scheduled_externally = False
             sae.micro_batches_per_step = 1
+            sae.W_enc.data = sae.W_enc.data.contiguous()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer with a parameter group per SAE, and SAELens's learning-rate schedule, stepped once per optimizer step."""
@@ -131,8 +133,14 @@ class _TrainingModule(pl.LightningModule):
         # Adam's fused kernel takes the same steps several times faster; Lightning does not clip with it in mixed precision
         if self.optimizer_class in (torch.optim.Adam, torch.optim.AdamW) and "mixed" not in str(self.trainer.precision):
             arguments.setdefault("fused", self.device.type in ("cpu", "cuda"))
+        optimizer_class = self.optimizer_class
+        if self._lays_encoders_feature_by_feature():
+            # the layout of the step on the non-zeros, and the Adam that keeps to it; the same numbers as torch's
+            for sae in self._adaptive_saes():
+                sparse.feature_major_(sae.W_enc)
+            optimizer_class = sparse.FusedAdam
         groups = [{"params": list(unit.sae.parameters())} for unit in self.units]
-        optimizer = self.optimizer_class(groups, **arguments)
+        optimizer = optimizer_class(groups, **arguments)
         training_steps = self.trainer.estimated_stepping_batches
         if (h["lr_decay_steps"] or h["lr_scheduler_name"] != "constant") and training_steps == float("inf"):
             raise ValueError("lr_decay_steps and cosine schedules need to know the end: set trainer.max_steps")
@@ -147,6 +155,17 @@ class _TrainingModule(pl.LightningModule):
             num_cycles=h["n_restart_cycles"],
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lays_encoders_feature_by_feature(self) -> bool:
+        return (
+            self.optimizer_class is torch.optim.Adam
+            and not self.hparams["optimizer_kwargs"]
+            and "mixed" not in str(self.trainer.precision)
+            and self.trainer.world_size == 1  # DDP and FSDP lay out their buckets before the optimizer is made
+            and not self.hparams["compile_sae"]
+            and any(sae.sparse_step_applies() for sae in self._adaptive_saes())
+            and sparse.FusedAdam.supported()
+        )
 
     def configure_gradient_clipping(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -25,7 +26,20 @@ class FusedAdam(torch.optim.Adam):
     def __init__(self, params: Any, **kwargs: Any) -> None:
         if not kwargs.setdefault("fused", True):
             raise ValueError("FusedAdam is fused by definition; use torch.optim.Adam for fused=False")
+        if not self.supported():
+            raise TypeError(
+                f"FusedAdam was written against another torch.optim.Adam than that of torch {torch.__version__}; "
+                "use torch.optim.Adam"
+            )
         super().__init__(params, **kwargs)
+
+    @classmethod
+    def supported(cls) -> bool:
+        """Whether this PyTorch's Adam has the inside that this class reaches into; seen with 2.13."""
+        theirs = getattr(torch.optim.Adam, "_init_group", None)
+        if theirs is None:
+            return False
+        return list(inspect.signature(theirs).parameters) == list(inspect.signature(cls._init_group).parameters)
 
     def _init_group(
         self,
