@@ -42,6 +42,9 @@ COMMANDS = {
         "aen_lightning.diagnostics:diagnose_command", "a dictionary's geometry, stability and coding gap"
     ),
     "compare": _Command("aen_lightning.diagnostics:compare_command", "which features several dictionaries share"),
+    "report": _Command(
+        "aen_lightning.report.commands:report_command", "one self-contained HTML page about one or several runs"
+    ),
     "push": _Command("aen_lightning.hub.commands:push_command", "publish a run's dictionaries on the Hugging Face Hub"),
     "pull": _Command("aen_lightning.hub.commands:pull_command", "list a Hub repo's dictionaries, or fetch one"),
     "import": _Command(
