@@ -39,18 +39,40 @@ def expand_grid(sae: dict[str, Any] | list[dict[str, Any]], seed: int | list[int
     if not combinations:
         raise ValueError("the sweep has no member: give sae at least one dict, and every list at least one value")
     keys = list(dict.fromkeys(key for fields, _ in combinations for key in fields))
-    differing = [key for key in keys if len({repr(fields.get(key, _ABSENT)) for fields, _ in combinations}) > 1]
+    differing = [key for key in keys if len({_value_of(fields, key) for fields, _ in combinations}) > 1]
+    listed = [key for key in differing if any(len(_values(b, key, b[key])) > 1 for b in blocks if key in b)]
+    naming = _naming_keys([fields for fields, _ in combinations], differing, listed)
     members = []
     for fields, one_seed in combinations:
         varied = {key: fields[key] for key in differing if key in fields}
+        named = {key: fields[key] for key in naming if key in fields}
         if len(seeds) > 1:
-            varied["seed"] = one_seed
-        members.append(Member(_name(varied) or "sae", fields, one_seed, varied))
+            varied["seed"] = named["seed"] = one_seed
+        members.append(Member(_name(named) or "sae", fields, one_seed, varied))
     names = [member.name for member in members]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"the sweep has {twice[0]!r} more than once: remove repeated values")
     return members
+
+
+def _naming_keys(members: list[dict[str, Any]], differing: list[str], listed: list[str]) -> list[str]:
+    """The architecture and the axes of the grid, and as many more of the differing fields as tell all members apart."""
+    chosen = [key for key in differing if key == "architecture" or key in listed]
+
+    def n_apart(keys: list[str]) -> int:
+        return len({tuple(_value_of(fields, key) for key in keys) for fields in members})
+
+    for key in differing:
+        if n_apart(chosen) == n_apart(differing):
+            break
+        if n_apart([*chosen, key]) > n_apart(chosen):
+            chosen.append(key)
+    return chosen
+
+
+def _value_of(fields: dict[str, Any], key: str) -> str:
+    return repr(fields.get(key, _ABSENT))
 
 
 _ABSENT = object()

@@ -87,6 +87,21 @@ def test_grid_names_and_order_by_hand():
     assert members[3].varied == {"d_sae": 8, "gamma": 0.5, "seed": 2}
 
 
+def test_members_of_several_blocks_are_named_by_as_little_as_tells_them_apart():
+    aen = {"architecture": "aen", "d_in": 4, "d_sae": 8, "lambda_1": [1e-3, 2e-3], "lambda_2": 1e-4, "ema_decay": 0.99}
+    l1 = {"architecture": "aen", "d_in": 4, "d_sae": 8, "lambda_1": [1e-3, 2e-3], "lambda_2": 0.0, "gamma": 0.0}
+    topk = {"architecture": "topk", "d_in": 4, "d_sae": 8, "k": 2}
+    members = expand_grid([aen, l1, topk], seed=0)
+    assert [m.name for m in members] == [
+        "aen-lambda_1=0.001-lambda_2=0.0001",
+        "aen-lambda_1=0.002-lambda_2=0.0001",
+        "aen-lambda_1=0.001-lambda_2=0.0",
+        "aen-lambda_1=0.002-lambda_2=0.0",
+        "topk",
+    ]
+    assert members[0].varied == {"architecture": "aen", "lambda_1": 1e-3, "lambda_2": 1e-4, "ema_decay": 0.99}
+
+
 def test_a_field_that_is_a_list_by_nature_varies_as_a_list_of_lists():
     base = {"architecture": "matryoshka_batchtopk", "d_in": 4, "d_sae": 8, "k": 2}
     assert len(expand_grid({**base, "matryoshka_widths": [4, 8]}, seed=0)) == 1
