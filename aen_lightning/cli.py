@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from aen_lightning import allocator
+
 _TRAINING = ("fit", "validate", "test")
 
 
@@ -81,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"aen: error: no command {name!r}{suggest(name, COMMANDS)}\n\n{_usage()}", file=sys.stderr)
         return 2
+    allocator.keep_freed_memory()
     module_name, _, function_name = COMMANDS[name].target.partition(":")
     command = getattr(importlib.import_module(module_name), function_name)
     try:

@@ -4,7 +4,9 @@
     python benchmarks/harvest.py --model FOLDER_OR_NAME --layer 14 --json out.json
 
 Harvest: tokens per second of `aen harvest`, of SAELens's CacheActivationsRunner on the same Hugging Face model, and of the bare forward
-pass of the cut model (same rows, same batches, nothing written). Model loading is left out everywhere; writing is in.
+pass of the cut model (same rows, same batches, nothing written), each in a process of its own, as its users run it. Imports and model
+loading are left out everywhere; writing is in. `aen` lets the C library keep freed memory (aen_lightning/allocator.py); without
+--quick, ours without that ("plain") and the others with it ("kept") are measured too.
 Read: rows per second of ActivationsDataModule, fully shuffled; of SAELens's cached reader, which does not shuffle; and of reading the
 same files from end to end. Train: steps of the same SAE fed from disk and from memory. Memory: peak resident set of a process that
 harvests, its imports included.
@@ -20,12 +22,9 @@ import itertools
 import json
 import logging
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,10 @@ import datasets  # noqa: E402
 import lightning.pytorch as pl  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from slices import Spans, python, ready, report, run_in_slices  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast  # noqa: E402
 
+from aen_lightning.allocator import keep_freed_memory  # noqa: E402
 from aen_lightning.data.activations import ActivationsDataModule  # noqa: E402
 from aen_lightning.harvest import HarvestDataModule, HarvestModule, ShardWriter, run_harvest  # noqa: E402
 from aen_lightning.shards import Manifest, ShardFolder, ShardStream, to_saelens  # noqa: E402
@@ -44,20 +45,15 @@ from aen_lightning.shards import Manifest, ShardFolder, ShardStream, to_saelens 
 CONTEXT, ROWS_A_CALL, READ_D_IN, READ_BATCH = 128, 8, 576, 4096
 
 
-def clocks() -> torch.Tensor:
-    """Wall and CPU seconds. The second, over all threads of the process, is the steadier measure on shared cores."""
-    return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
+class LoadOutside(HarvestModule):
+    """Stops the clock while it loads: that is not part of the claim."""
 
-
-class LoadTimer(HarvestModule):
-    """Measures what is not part of the claim."""
-
-    load_s = torch.zeros(2, dtype=torch.float64)
+    spans: Spans
 
     def configure_model(self) -> None:  # noqa: D102
-        start = clocks()
+        self.spans.__exit__()
         super().configure_model()
-        self.load_s = clocks() - start
+        self.spans.__enter__()
 
 
 def random_model(folder: Path) -> str:
@@ -83,21 +79,21 @@ def token_dataset(model: str, n_rows: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"input_ids": rows.tolist()})
 
 
-def harvest_ours(model: str, layer: int, data: Path, out: Path, shard_size_mib: float) -> torch.Tensor:
-    """Seconds for a harvest to disk, loading left out."""
-    module = LoadTimer(model, [f"blocks.{layer}.hook_resid_post"])
+def harvest_ours(spans: Spans, model: str, layer: int, data: Path, out: Path, shard_size_mib: float) -> int:
+    """A harvest to disk; returns the tokens."""
+    module = LoadOutside(model, [f"blocks.{layer}.hook_resid_post"])
+    module.spans = spans
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, default_root_dir=out.parent,
         callbacks=[ShardWriter(str(out), shard_size_mib=shard_size_mib)],
     )  # fmt: skip
     rows = HarvestDataModule(str(data), context_size=CONTEXT, batch_size_prompts=ROWS_A_CALL)
-    start = clocks()
-    run_harvest(trainer, module, rows)
-    return clocks() - start - module.load_s
+    with spans:
+        return run_harvest(trainer, module, rows).n_tokens
 
 
-def harvest_saelens(model: str, layer: int, data: Path, out: Path, shard_size_mib: float) -> tuple[torch.Tensor, int]:
-    """Seconds for SAELens's run, loading left out, and the tokens it made: it knows whole buffers only."""
+def harvest_saelens(spans: Spans, model: str, layer: int, data: Path, out: Path, shard_size_mib: float) -> int:
+    """SAELens's run; returns the tokens it made, since it knows whole buffers only."""
     from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
 
     rows, config = datasets.load_from_disk(str(data)), AutoConfig.from_pretrained(model)
@@ -109,45 +105,58 @@ def harvest_saelens(model: str, layer: int, data: Path, out: Path, shard_size_mi
         buffer_size_gb=min(shard_size_mib * 2**20, n_tokens * d_in * 4) / 1e9 * 1.0000001,
     )  # fmt: skip
     runner = CacheActivationsRunner(cfg, override_dataset=rows)
-    start = clocks()
-    made = runner.run()
-    return clocks() - start, len(made) * CONTEXT
+    with spans:
+        return len(runner.run()) * CONTEXT
 
 
-def forward_limit(model: str, layer: int, data: Path) -> torch.Tensor:
-    """Seconds for the cut model's forward passes alone."""
+def forward_limit(spans: Spans, model: str, layer: int, data: Path) -> int:
+    """The cut model's forward passes alone; returns the tokens."""
     from aen_lightning.models import load_cut_model
 
     lm = load_cut_model(model, [f"blocks.{layer}.hook_resid_post"])
     rows = torch.tensor(datasets.load_from_disk(str(data))["input_ids"][:])
-    with torch.inference_mode():
-        start = clocks()
+    with torch.inference_mode(), spans:
         for batch in rows.split(ROWS_A_CALL):
             lm.activations(batch)
-        return clocks() - start
+    return rows.numel()
 
 
-def peak_mib(work: Callable[[], Any]) -> float:
-    """Peak resident set of this process after some work, MiB. (``getrusage`` would count what the parent had at the fork.)"""
-    work()
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+def worker(name: str, model: str, layer: int, data: Path, out: Path, shard_mib: float) -> None:
+    """One contender, alone in this process; ``_kept`` is with the allocator setting of ``aen``."""
+    contender, _, kept = name.partition("_")
+    if kept and not keep_freed_memory():
+        raise SystemExit("the environment chooses the allocator: unset MALLOC_*, GLIBC_TUNABLES and LD_PRELOAD")
+
+    def run(spans: Spans, data: Path, out: Path) -> int:
+        if contender == "limit":
+            return forward_limit(spans, model, layer, data)
+        harvest = harvest_saelens if contender == "saelens" else harvest_ours
+        return harvest(spans, model, layer, data, out, shard_mib)
+
+    token_dataset(model, 2 * ROWS_A_CALL).save_to_disk(str(out / "few"))
+    run(Spans(), out / "few", out / "warm-up")
+    ready()
+    n_tokens = run(spans := Spans(), data, out / "set")
+    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+    report(spans, n_tokens=n_tokens, peak_mib=peak)
 
 
-def bench_harvest(model: str, layer: int, n_rows: int, turns: int, folder: Path) -> dict[str, float]:
+def bench_harvest(model: str, layer: int, n_rows: int, turns: int, folder: Path, more: bool) -> dict[str, float]:
     """Tokens per second of each; ratios are taken turn by turn."""
-    data, n_tokens = folder / "tokens", n_rows * CONTEXT
-    token_dataset(model, n_rows).save_to_disk(str(data))
-    shard_mib = n_tokens * AutoConfig.from_pretrained(model).hidden_size * 4 / 2**20 / 2  # two shards, two buffers
-    seconds: dict[str, list[torch.Tensor]] = {"ours": [], "saelens": [], "limit": []}
-    for turn in range(turns + 1):
-        limit = forward_limit(model, layer, data)
-        ours = harvest_ours(model, layer, data, folder / f"ours{turn}", shard_mib)
-        saelens, made = harvest_saelens(model, layer, data, folder / f"saelens{turn}", shard_mib)
-        if turn:  # the first warms up
-            for name, s, n in (("ours", ours, n_tokens), ("saelens", saelens, made), ("limit", limit, n_tokens)):
-                seconds[name].append(s / n)
-    rates = [_rates({k: [x[i].item() for x in v] for k, v in seconds.items()}, "tok_s") for i in (0, 1)]
+    token_dataset(model, n_rows).save_to_disk(str(folder / "tokens"))
+    shard_mib = (
+        n_rows * CONTEXT * AutoConfig.from_pretrained(model).hidden_size * 4 / 2**20 / 2
+    )  # two shards, two buffers
+    contenders = {"ours": "ours_kept", "saelens": "saelens", "limit": "limit"}
+    if more:
+        contenders |= {"ours_plain": "ours", "saelens_kept": "saelens_kept", "limit_kept": "limit_kept"}
+    options = {"model": model, "layer": layer, "folder": folder, "shard_mib": shard_mib}
+    commands = {name: python(__file__, worker=w, **options) for name, w in contenders.items()}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    for _ in range(turns):
+        for name, done in run_in_slices(commands).items():
+            seconds[name].append((done.wall / done.result["n_tokens"], done.cpu / done.result["n_tokens"]))
+    rates = [_rates({k: [x[i] for x in v] for k, v in seconds.items()}, "tok_s") for i in (0, 1)]
     return rates[0] | {f"{k}_cpu": v for k, v in rates[1].items() if "_to_" in k}
 
 
@@ -156,12 +165,12 @@ def bench_memory(model: str, layer: int, folder: Path) -> dict[str, float]:
 
     SAELens's default buffer, 2 GB, is cut down to the tokens of this run, which it would otherwise exceed.
     """
+    sizes = {"ours": ("ours_kept", 256.0), "saelens": ("saelens", 2e9 / 2**20)}
     out = {}
-    for name, shard_mib in (("ours", 256.0), ("saelens", 2e9 / 2**20)):
-        options = {"worker": name, "model": model, "layer": layer, "folder": folder, "shard_mib": shard_mib}
-        command = [sys.executable, __file__, *(f"--{k}={v}" for k, v in options.items())]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        out[f"{name}_peak_mib"] = float(done.stdout.split()[-1])
+    for name, (contender, shard_mib) in sizes.items():
+        options = {"worker": contender, "model": model, "layer": layer, "folder": folder, "shard_mib": shard_mib}
+        done = run_in_slices({name: python(__file__, **options)})
+        out[f"{name}_peak_mib"] = done[name].result["peak_mib"]
     out["ours_to_saelens"] = out["ours_peak_mib"] / out["saelens_peak_mib"]
     return out
 
@@ -308,9 +317,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-harvest-") as temporary:
         folder = Path(temporary)
         if args.worker:
-            run = harvest_ours if args.worker == "ours" else harvest_saelens
             data = Path(args.folder) / "tokens"
-            print(peak_mib(lambda: run(args.model, args.layer, data, folder / "out", args.shard_mib)))
+            worker(args.worker, args.model, args.layer, data, folder / "out", args.shard_mib)
             return
         if args.quick:
             args.rows, args.read_rows, args.turns = 48, 131_072, 2
@@ -319,7 +327,7 @@ def main() -> None:
         wanted = args.only or (["harvest", "read"] if args.quick else ["harvest", "memory", "read", "train"])
         results: dict[str, dict[str, float]] = {}
         if "harvest" in wanted:
-            results["harvest"] = bench_harvest(model, layer, args.rows, args.turns, folder)
+            results["harvest"] = bench_harvest(model, layer, args.rows, args.turns, folder, not args.quick)
         if "memory" in wanted:
             if "harvest" not in wanted:
                 token_dataset(model, args.rows).save_to_disk(str(folder / "tokens"))
