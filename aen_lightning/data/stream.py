@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from aen_lightning.hooks import Hook
 from aen_lightning.models import ActivationModel
+
+Batch = Tensor | dict[str, Tensor]
 
 
 class MixingBuffer:
@@ -189,3 +193,25 @@ def _replay(reader: ActivationReader, calls: Iterator[Tensor], buffer: MixingBuf
         return []
     buffer.chunks = [rows[:n_kept].clone()]
     return list(rows[n_kept:].split(buffer.batch_size)) if len(rows) > n_kept else []
+
+
+def in_calls(rows: Iterator[Tensor], prompts: int) -> Iterator[Tensor]:
+    """Rows (context,) stacked to (prompts, context), the last ones fewer."""
+    while chunk := list(islice(rows, prompts)):
+        yield torch.stack(chunk)
+
+
+class _Batches(IterableDataset[Batch]):
+    """Batches from a function that starts an iterator."""
+
+    def __init__(self, start: Callable[[], Iterator[Batch]]) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.start())
+
+
+def batch_loader(start: Callable[[], Iterator[Batch]]) -> DataLoader[Batch]:
+    """A loader of the whole batches that ``start()`` yields, made in this process."""
+    # a generator of its own: otherwise each start of a loader draws from the global one
+    return DataLoader(_Batches(start), batch_size=None, num_workers=0, generator=torch.Generator())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -15,24 +14,14 @@ from sae_lens.pretokenize_runner import get_special_token_from_cfg
 from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.util import get_special_token_ids
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import AutoTokenizer, PreTrainedModel
+from torch.utils.data import DataLoader
 
+from aen_lightning.data.language_model import LanguageModelSource, ModelClassName
 from aen_lightning.data.scaling import InputScaling, ScalingKind
-from aen_lightning.data.stream import ActivationReader, MixingBuffer, shuffled_batches
+from aen_lightning.data.stream import ActivationReader, Batch, MixingBuffer, batch_loader, in_calls, shuffled_batches
+from aen_lightning.data.text_options import RELEVANT_TO_ORDER, check_text_options
 from aen_lightning.data.tokens import TokenRows, find_column, open_dataset
-from aen_lightning.models import (
-    ActivationModel,
-    Hook,
-    ModelDtype,
-    cut_model,
-    load_config,
-    load_cut_model,
-    resolve_hooks,
-)
-
-ModelClassName = Literal["AutoModelForCausalLM", "HookedTransformer", "TransformerBridge"]
-Batch = Tensor | dict[str, Tensor]
+from aen_lightning.models import ActivationModel, Hook, ModelDtype
 
 
 class TextActivationsDataModule(pl.LightningDataModule):
@@ -139,7 +128,7 @@ class TextActivationsDataModule(pl.LightningDataModule):
         self.model_name, self.hook_name, self.revision = model_name, hook_name, revision
         self.model_class_name, self.model_dtype, self.autocast_lm = model_class_name, model_dtype, autocast_lm
         self.model_from_pretrained_kwargs = dict(model_from_pretrained_kwargs or {})
-        self.lm_device, self.context_size = device, context_size
+        self.context_size = context_size
         self.prompts, self.batch_size, self.mix_fraction = (
             store_batch_size_prompts, train_batch_size_tokens, activations_mixing_fraction,
         )  # fmt: skip
@@ -148,10 +137,20 @@ class TextActivationsDataModule(pl.LightningDataModule):
         )
         self.norm_outlier_multiple, self.scaling_kind, self.seed = norm_outlier_multiple, input_scaling, seed
         self.prefetch = prefetch
-        self.given_model, self.tokenizer, self.dataset = model, tokenizer, dataset
-        self._check()
-        self._lm: ActivationModel | None = None
-        self._hooks: tuple[Hook, ...] | None = None
+        self.given_model, self.dataset = model, dataset
+        names = [n for n in ([hook_name] if isinstance(hook_name, str) else hook_name) if n]
+        check_text_options(
+            self.options,
+            names,
+            buffer_size=self.buffer_size,
+            has_model=model is not None,
+            has_dataset=dataset is not None,
+        )
+        self.source = LanguageModelSource(
+            model_name, names, model_class_name=model_class_name, revision=revision,
+            model_from_pretrained_kwargs=self.model_from_pretrained_kwargs, model_dtype=model_dtype,
+            tokenizer_name=tokenizer_name, device=self._lm_device, model=model, tokenizer=tokenizer,
+        )  # fmt: skip
         self._rows: TokenRows | None = None
         self._scaling: dict[str, InputScaling] | None = None
         self._excluded = torch.empty(0, dtype=torch.long)
@@ -160,48 +159,14 @@ class TextActivationsDataModule(pl.LightningDataModule):
         # training batches handed out, and taken by the trainer, which fetches one ahead
         self._yielded = self._trained = 0
 
-    # --- checks ---------------------------------------------------------------------------------------------------
-
-    def _check(self) -> None:
-        o = self.options
-        for name in (
-            "context_size", "store_batch_size_prompts", "train_batch_size_tokens", "n_batches_for_norm_estimate",
-        ):  # fmt: skip
-            if o[name] < 1:
-                raise ValueError(f"{name} must be at least 1, got {o[name]}")
-        for name in ("held_out_documents", "prefetch", "stream_retries", "stream_backoff_seconds"):
-            if o[name] < 0:
-                raise ValueError(f"{name} must not be negative, got {o[name]}")
-        if o["n_eval_batches"] is not None and o["n_eval_batches"] < 1:
-            raise ValueError(f"n_eval_batches must be at least 1 or None, got {o['n_eval_batches']}")
-        if o["held_out_documents"] == 1:
-            raise ValueError("held_out_documents must be 0 or at least 2 (validation and test take half each), got 1")
-        if self.norm_outlier_multiple is not None and self.norm_outlier_multiple <= 1:
-            raise ValueError(f"norm_outlier_multiple must be above 1 or None, got {self.norm_outlier_multiple}")
-        if self.scaling_kind not in ("none", "per_token", "average"):
-            raise ValueError(f"input_scaling must be 'none', 'per_token' or 'average', got {self.scaling_kind!r}")
-        MixingBuffer(self.buffer_size, self.batch_size, self.mix_fraction)  # raises for sizes that do not fit
-        if not self._names:
-            raise ValueError("hook_name is missing: give e.g. hook_name='blocks.3.hook_resid_post'")
-        if self.given_model is None and self.model_name is None:
-            raise ValueError("model_name is missing: give a Hub name or a folder (or, in Python, model=)")
-        if self.dataset is None and o["dataset_path"] is None:
-            raise ValueError("dataset_path is missing: give a Hub name, a folder or files (or, in Python, dataset=)")
-
-    @property
-    def _names(self) -> list[str]:
-        return [n for n in ([self.hook_name] if isinstance(self.hook_name, str) else self.hook_name) if n]
-
-    @property
-    def _is_tl(self) -> bool:
-        return self.model_class_name != "AutoModelForCausalLM"
+    # --- set-up ---------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:
         """Check hook, tokenizer, context and dataset, from the model's config (a TransformerLens model is loaded)."""
         if self._rows is not None:
             return
-        tokenizer = self._find_tokenizer()
-        self._check_context_size()
+        tokenizer = self.source.tokenizer()
+        self.source.check_context_size(self.context_size)
         if self.dataset is None:
             self.dataset = open_dataset(
                 self.options["dataset_path"], name=self.options["dataset_name"], split=self.options["dataset_split"],
@@ -237,33 +202,9 @@ class TextActivationsDataModule(pl.LightningDataModule):
             raise ValueError(f"{option} is {choice!r}, but the tokenizer has no such token: give a token id or null")
         return token
 
-    def _find_tokenizer(self) -> Any:
-        _ = self.hooks  # a wrong hook is reported before anything else
-        if self.tokenizer is not None:
-            return self.tokenizer
-        name = self.options["tokenizer_name"] or (None if self._is_tl else self.model_name)
-        if name is None:
-            model = self.given_model if self.given_model is not None else getattr(self._lm, "model", None)
-            return getattr(model, "tokenizer", None)
-        passed = ("gguf_file", "token", "cache_dir", "local_files_only", "subfolder")
-        kwargs = {k: v for k, v in self.model_from_pretrained_kwargs.items() if k in passed}
-        return AutoTokenizer.from_pretrained(name, revision=self.revision or "main", **kwargs)
-
-    def _check_context_size(self) -> None:
-        if self.given_model is None and not self._is_tl:
-            config: Any = self._config()
-        else:
-            model = getattr(self._lm, "model", self.given_model)
-            config = getattr(model, "cfg", None) or getattr(model, "config", None)
-        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_ctx", None)
-        if isinstance(limit, int) and self.context_size > limit:
-            raise ValueError(f"context_size is {self.context_size}, but the model has {limit} positions: lower it")
-
-    def _config(self) -> Any:
-        assert self.model_name is not None
-        return load_config(
-            self.model_name, revision=self.revision, model_from_pretrained_kwargs=self.model_from_pretrained_kwargs
-        )
+    def _lm_device(self) -> str:
+        where_the_sae_is = "cpu" if self.trainer is None else str(self.trainer.strategy.root_device)
+        return self.options["device"] or where_the_sae_is
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
@@ -274,12 +215,7 @@ class TextActivationsDataModule(pl.LightningDataModule):
     @property
     def hooks(self) -> tuple[Hook, ...]:
         """The hooks, found in the model's config; batches of several are keyed by their ``hook_name``."""
-        if self._hooks is None:
-            if self.given_model is not None or self._is_tl:
-                self._hooks = tuple(self.language_model.hooks)
-            else:
-                self._hooks = resolve_hooks(self._config(), self._names)
-        return self._hooks
+        return self.source.hooks
 
     @property
     def d_in(self) -> int | dict[str, int]:
@@ -302,16 +238,9 @@ class TextActivationsDataModule(pl.LightningDataModule):
     @property
     def sae_metadata(self) -> dict[str, Any]:
         """What an SAE trained on this should say about its input, in SAELens's metadata keys."""
-        o, hooks = self.options, self.hooks
-        names: Any = [h.hook_name for h in hooks] if isinstance(self.hook_name, list) else hooks[0].hook_name
+        o = self.options
         excluded = self._excluded.tolist() if o["exclude_token_ids"] else o["exclude_special_tokens"]
-        metadata: dict[str, Any] = {
-            "model_name": self.model_name or _name_of(self.given_model),
-            "model_class_name": self.model_class_name,
-            "hook_name": names,
-            "hook_head_index": None,
-            "model_from_pretrained_kwargs": _plain(self.model_from_pretrained_kwargs),
-            "revision": self.revision,
+        metadata = self.source.metadata() | {
             "dataset_path": o["dataset_path"],
             "dataset_name": o["dataset_name"],
             "dataset_split": o["dataset_split"],
@@ -324,11 +253,10 @@ class TextActivationsDataModule(pl.LightningDataModule):
             "disable_concat_sequences": False,
             "seqpos_slice": (None,),
         }
-        if not isinstance(self.hook_name, list):
-            if hooks[0].hf_hook_name is not None:
-                metadata["hf_hook_name"] = hooks[0].hf_hook_name
-            if hooks[0].hook_name.endswith("hook_z"):
-                metadata["reshape_activations"] = "hook_z"
+        if isinstance(self.hook_name, list):  # of a member, the sweep says the rest
+            metadata["hook_name"] = [h.hook_name for h in self.hooks]
+            for one in ("hf_hook_name", "reshape_activations"):
+                metadata.pop(one, None)
         return metadata
 
     # --- activations ----------------------------------------------------------------------------------------------
@@ -336,9 +264,7 @@ class TextActivationsDataModule(pl.LightningDataModule):
     @property
     def language_model(self) -> ActivationModel:
         """The frozen language model, loaded when first asked for."""
-        if self._lm is None:
-            self._lm = self._load()
-        return self._lm
+        return self.source.model
 
     @property
     def reader(self) -> ActivationReader:
@@ -350,28 +276,6 @@ class TextActivationsDataModule(pl.LightningDataModule):
                 norm_outlier_multiple=self.norm_outlier_multiple, autocast=self.autocast_lm,
             )  # fmt: skip
         return self._reader
-
-    def _load(self) -> ActivationModel:
-        given = self.given_model
-        if given is not None:
-            if hasattr(given, "run_with_cache"):
-                from aen_lightning.tl_models import TLModel
-
-                return TLModel(given, self._names)
-            return cut_model(given, self._names) if isinstance(given, PreTrainedModel) else given
-        assert self.model_name is not None
-        device = self.lm_device
-        if device is None:
-            device = "cpu" if self.trainer is None else str(self.trainer.strategy.root_device)
-        kwargs: dict[str, Any] = {
-            "revision": self.revision, "dtype": self.model_dtype, "device": device,
-            "model_from_pretrained_kwargs": self.model_from_pretrained_kwargs,
-        }  # fmt: skip
-        if self.model_class_name == "AutoModelForCausalLM":
-            return load_cut_model(self.model_name, self._names, **kwargs)
-        from aen_lightning.tl_models import load_tl_model
-
-        return load_tl_model(self.model_class_name, self.model_name, self._names, **kwargs)
 
     def _scale(self, rows: Tensor) -> Batch:
         scaling = self._scalings()
@@ -389,7 +293,7 @@ class TextActivationsDataModule(pl.LightningDataModule):
 
     def _average_scalings(self) -> dict[str, InputScaling]:
         # the same rows on every rank, in an iterator of their own: ranks agree without talking, and training loses none
-        calls = _in_calls(self._require_rows().first(), self.prompts)
+        calls = in_calls(self._require_rows().first(), self.prompts)
         means = self.reader.mean_norms(islice(calls, self.options["n_batches_for_norm_estimate"]))
         return {
             h.hook_name: InputScaling("average", math.sqrt(h.d_in) / mean)
@@ -400,14 +304,14 @@ class TextActivationsDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Endless training batches; started again, it goes on where it stood."""
-        return _loader(_Batches(self._training_batches))
+        return batch_loader(self._training_batches)
 
     def _training_batches(self) -> Iterator[Batch]:
         if self._stream is None:
             rank, _ = self._rank_and_world_size()
             generator = torch.Generator().manual_seed((self.seed << 20) + rank)
             buffer = MixingBuffer(self.buffer_size, self.batch_size, self.mix_fraction, generator)
-            calls = _in_calls(self._require_rows().training(), self.prompts)
+            calls = in_calls(self._require_rows().training(), self.prompts)
             stream = map(self._scale, shuffled_batches(self.reader, calls, buffer, skip=self._yielded))
             self._stream = PrefetchingIterator(stream, self.prefetch) if self.prefetch else stream
         self._trained = self._yielded  # a batch fetched ahead by a loader that was then started again is gone
@@ -445,7 +349,7 @@ class TextActivationsDataModule(pl.LightningDataModule):
             )
         # as many calls on each rank: a sharded model, and Lightning's reductions, hang otherwise
         calls = torch.stack(rows[rank::world_size][:per_rank]).split(self.prompts)[: self.options["n_eval_batches"]]
-        return _loader(_Batches(lambda: (self._scale(self.reader.read(tokens)[0]) for tokens in calls)))
+        return batch_loader(lambda: (self._scale(self.reader.read(tokens)[0]) for tokens in calls))
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -470,13 +374,7 @@ class TextActivationsDataModule(pl.LightningDataModule):
             self._scaling = {h: InputScaling("average", factor) for h, factor in state_dict["factors"].items()}
 
     def _stream_settings(self) -> dict[str, Any]:
-        relevant = (
-            "model_name", "hook_name", "dataset_path", "dataset_name", "dataset_split", "streaming", "context_size",
-            "prepend_bos", "sequence_separator_token", "store_batch_size_prompts", "train_batch_size_tokens",
-            "activations_mixing_fraction", "exclude_special_tokens", "norm_outlier_multiple", "held_out_documents",
-            "shuffle_documents", "document_shuffle_buffer", "seed",
-        )  # fmt: skip
-        settings = {k: self.options[k] for k in relevant}
+        settings = {k: self.options[k] for k in RELEVANT_TO_ORDER}
         settings["exclude_token_ids"] = list(self.options["exclude_token_ids"])
         return settings | {"buffer_size_tokens": self.buffer_size, "world_size": self._rank_and_world_size()[1]}
 
@@ -502,40 +400,4 @@ class TextActivationsDataModule(pl.LightningDataModule):
         """Stop prefetching and free a model that was loaded here. A further fit goes on at the next batch."""
         self._close_stream()
         self._yielded = self._trained
-        if self.given_model is None:
-            self._lm = None
-
-
-def _in_calls(rows: Iterator[Tensor], prompts: int) -> Iterator[Tensor]:
-    """Rows (context,) stacked to (prompts, context), the last ones fewer."""
-    while chunk := list(islice(rows, prompts)):
-        yield torch.stack(chunk)
-
-
-class _Batches(IterableDataset[Batch]):
-    """Batches from a function that starts an iterator."""
-
-    def __init__(self, start: Any) -> None:
-        self.start = start
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.start())
-
-
-def _loader(batches: _Batches) -> DataLoader[Batch]:
-    # a generator of its own: otherwise each start of a loader draws from the global one
-    return DataLoader(batches, batch_size=None, num_workers=0, generator=torch.Generator())
-
-
-def _plain(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The part of ``kwargs`` that JSON can hold; a quantization config, e.g., says how the model was run, not which."""
-    plain = {}
-    for name, value in kwargs.items():
-        if isinstance(value, bool | int | float | str | list | dict | type(None)):
-            plain[name] = json.loads(json.dumps(value, default=str))
-    return plain
-
-
-def _name_of(model: Any) -> str:
-    config = getattr(model, "cfg", None) or getattr(model, "config", None)
-    return str(getattr(config, "model_name", None) or getattr(config, "_name_or_path", None) or type(model).__name__)
+        self.source.free()

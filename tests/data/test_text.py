@@ -359,7 +359,7 @@ def test_prefetching_changes_nothing_and_ends_with_teardown(folder: str, text_fi
     assert threading.active_count() == before + 1
     prefetching.teardown()
     assert threading.active_count() == before
-    assert prefetching._lm is None
+    assert prefetching.source._loaded is None
 
 
 class Recorder(pl.LightningModule):
