@@ -15,7 +15,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep up to 1 GiB of freed memory instead of handing each large tensor back to the kernel.
 
     By default each intermediate tensor of some megabytes is new pages from the kernel, zeroed at first touch, and goes back when
-    it is freed: on a CPU that is a sixth of a small model's forward pass (``benchmarks/harvest.py`` measures it). The peak does
+    it is freed: on a CPU that is a tenth of a small model's forward pass (``benchmarks/harvest.py`` measures it). The peak does
     not grow, but memory stays at it. It concerns the whole process, so ``aen`` calls it and importing this package does not; call
     it before the first large tensor.
 

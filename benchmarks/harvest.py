@@ -1,4 +1,4 @@
-"""Harvest and reading, side by side in one run: ours, SAELens's, and the limit that neither can pass.
+"""Harvest and reading, side by side in one run: ours, SAELens's, and the bare work.
 
     python benchmarks/harvest.py --quick                                   # small random model, under two minutes
     python benchmarks/harvest.py --model FOLDER_OR_NAME --layer 14 --json out.json
@@ -11,8 +11,8 @@ Read: rows per second of ActivationsDataModule, fully shuffled; of SAELens's cac
 same files from end to end. Train: steps of the same SAE fed from disk and from memory. Memory: peak resident set of a process that
 harvests, its imports included.
 
-Contenders take turns, and ratios are medians over turns, since a shared machine drifts by more than they differ. Run it with
-OMP_NUM_THREADS=1 on shared cores.
+Contenders run in turns of a fraction of a second (slices.py) where they are processes, and whole turns where not; ratios are medians
+over --turns, since a shared machine drifts by more than they differ. "_cpu" ratios are of CPU seconds over all threads.
 """
 
 from __future__ import annotations
@@ -156,8 +156,7 @@ def bench_harvest(model: str, layer: int, n_rows: int, turns: int, folder: Path,
     for _ in range(turns):
         for name, done in run_in_slices(commands).items():
             seconds[name].append((done.wall / done.result["n_tokens"], done.cpu / done.result["n_tokens"]))
-    rates = [_rates({k: [x[i] for x in v] for k, v in seconds.items()}, "tok_s") for i in (0, 1)]
-    return rates[0] | {f"{k}_cpu": v for k, v in rates[1].items() if "_to_" in k}
+    return _rates_and_cpu_ratios(seconds, "tok_s")
 
 
 def bench_memory(model: str, layer: int, folder: Path) -> dict[str, float]:
@@ -248,40 +247,53 @@ class InMemory(pl.LightningDataModule):
 
 
 class StepTimer(pl.Callback):
-    """Seconds from the end of a step to the end of a later one."""
+    """From the end of a step to the end of a later one."""
 
-    def __init__(self, first: int, last: int) -> None:
-        self.first, self.last, self.at = first, last, [0.0, 0.0]
+    def __init__(self, spans: Spans, first: int, last: int) -> None:
+        self.spans, self.first, self.last = spans, first, last
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:  # noqa: D102
         if trainer.global_step == self.first:
-            self.at[0] = time.perf_counter()
+            ready()
+            self.spans.__enter__()
         if trainer.global_step == self.last:
-            self.at[1] = time.perf_counter()
+            self.spans.__exit__()
+
+
+def train_worker(name: str, folder: Path, steps: int) -> None:
+    """Steps of one SAE, fed from disk or from memory, alone in this process."""
+    from aen_lightning.module import SAEModule
+
+    keep_freed_memory()
+    data: Any = ActivationsDataModule(str(folder / "set"), train_batch_size_tokens=1024, held_out_fraction=0.0)
+    if name == "memory":
+        data.prepare_data()
+        data.setup()
+        data = InMemory(list(itertools.islice(data.train_dataloader(), 32)))
+    spans = Spans()
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_steps=steps + 5, logger=False, enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, callbacks=[StepTimer(spans, 5, steps + 5)], default_root_dir=folder,
+    )  # fmt: skip
+    sae = {"architecture": "standard", "d_in": READ_D_IN, "d_sae": 2304, "l1_coefficient": 1.0}
+    trainer.fit(SAEModule(sae=sae), data)
+    report(spans, steps=steps)
 
 
 def bench_train(steps: int, turns: int, folder: Path) -> dict[str, float]:
     """Steps per second of one SAE, fed from disk and from memory."""
-    from aen_lightning.module import SAEModule
+    commands = {name: python(__file__, worker=name, folder=folder, rows=steps) for name in ("disk", "memory")}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    for _ in range(turns):
+        for name, done in run_in_slices(commands).items():
+            seconds[name].append((done.wall / steps, done.cpu / steps))
+    return _rates_and_cpu_ratios(seconds, "steps_s")
 
-    batch = 1024
-    disk = ActivationsDataModule(str(folder / "set"), train_batch_size_tokens=batch, held_out_fraction=0.0)
-    disk.prepare_data()
-    disk.setup()
-    memory = InMemory(list(itertools.islice(disk.train_dataloader(), 32)))
-    seconds: dict[str, list[float]] = {"disk": [], "memory": []}
-    for turn, name in itertools.product(range(turns + 1), seconds):
-        timer = StepTimer(3, steps)
-        trainer = pl.Trainer(
-            accelerator="cpu", devices=1, max_steps=steps, logger=False, enable_progress_bar=False, enable_checkpointing=False,
-            enable_model_summary=False, callbacks=[timer], default_root_dir=folder,
-        )  # fmt: skip
-        sae = {"architecture": "standard", "d_in": READ_D_IN, "d_sae": 2304, "l1_coefficient": 1.0}
-        data = ActivationsDataModule(str(folder / "set"), train_batch_size_tokens=batch, held_out_fraction=0.0)
-        trainer.fit(SAEModule(sae=sae), data if name == "disk" else memory)
-        if turn:
-            seconds[name].append((timer.at[1] - timer.at[0]) / (steps - 3))
-    return _rates(seconds, "steps_s")
+
+def _rates_and_cpu_ratios(seconds: dict[str, list[tuple[float, float]]], unit: str) -> dict[str, float]:
+    """Of wall and CPU seconds: all of the first, and the second's ratios, which other work on the machine disturbs less."""
+    wall, cpu = (_rates({name: [x[i] for x in v] for name, v in seconds.items()}, unit) for i in (0, 1))
+    return wall | {f"{k}_cpu": v for k, v in cpu.items() if "_to_" in k}
 
 
 def _rates(seconds: dict[str, list[float]], unit: str) -> dict[str, float]:
@@ -316,6 +328,9 @@ def main() -> None:
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-harvest-") as temporary:
         folder = Path(temporary)
+        if args.worker in ("disk", "memory"):
+            train_worker(args.worker, Path(args.folder), args.rows)
+            return
         if args.worker:
             data = Path(args.folder) / "tokens"
             worker(args.worker, args.model, args.layer, data, folder / "out", args.shard_mib)
@@ -335,7 +350,7 @@ def main() -> None:
         if "read" in wanted or "train" in wanted:
             results["read"] = bench_read(args.read_rows, args.turns, folder)
         if "train" in wanted:
-            results["train"] = bench_train(12 if args.quick else 30, args.turns, folder)
+            results["train"] = bench_train(12 if args.quick else 80, args.turns, folder)
         print(f"{model}, block {layer}, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
         for part, numbers in results.items():
             for name, value in numbers.items():
