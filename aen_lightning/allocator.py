@@ -7,12 +7,13 @@ import os
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_LARGEST_MMAP_THRESHOLD, _KEPT_BYTES = 32 * 2**20, 2**30  # glibc takes no larger first number on 64 bits
+# the first is the most that every glibc takes on 64 bits; a tensor above it still comes from the kernel each time
+_MMAP_THRESHOLD_BYTES, _KEPT_BYTES = 32 * 2**20, 2**30
 _SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep up to 1 GiB of freed memory instead of handing each large tensor back to the kernel.
+    """Let glibc keep up to 1 GiB of freed memory, of tensors up to 32 MiB, instead of handing each back to the kernel.
 
     By default each intermediate tensor of some megabytes is new pages from the kernel, zeroed at first touch, and goes back when
     it is freed: on a CPU that is a tenth of a small model's forward pass (``benchmarks/harvest.py`` measures it). The peak does
@@ -29,4 +30,4 @@ def keep_freed_memory() -> bool:
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
     # the first call also ends glibc's own adjusting of both thresholds
-    return all([libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD), libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)])
+    return all([libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES), libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)])

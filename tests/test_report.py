@@ -23,6 +23,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from aen_lightning.data.synthetic import SpikedDataModule
+from aen_lightning.diagnostics import compare_command
 from aen_lightning.evaluate import ShardInputs, evaluate_command, load_dictionary
 from aen_lightning.module import SAEModule, SweepModule
 from aen_lightning.report import collect, feature_pages, make_figures, render_report, report_command
@@ -298,6 +299,23 @@ def test_results_of_other_commands_find_their_dictionary(
     result.write_text("not json")
     with pytest.raises(ValueError, match=r"mine\.json is not JSON"):
         collect([dictionary], [result])
+
+
+def test_several_comparisons_are_told_apart(sweep: tuple[Path, SweepModule], tmp_path: Path):
+    members = [str(d.folder) for d in collect([sweep[0]]).dictionaries]
+    results = [tmp_path / "first.json", tmp_path / "second.json"]
+    for result, pair in zip(results, (members[:2], members[2:4]), strict=True):
+        compare_command([*pair, "--json", str(result), "--with-dead"])
+    report = collect([sweep[0]], results)
+    text = render_report(report, make_figures(report))
+    ids = re.findall(r'<(?:section|h2|div)[^>]* id="([^"]+)"', text)
+    assert len(ids) == len(set(ids)), "an id that two parts have leads to the first of them only"
+    assert "(aen compare, 1 of 2)" in text
+    assert "(aen compare, 2 of 2)" in text
+    for result in results:
+        (pair,) = json.loads(result.read_text())["pairs"]
+        assert f"{pair['a']} – {pair['b']}" in text
+        assert f"{pair['cosine']['mean']:.4g}" in text
 
 
 def test_log_axes_have_plain_numbers_and_thinning_keeps_the_ends():

@@ -164,6 +164,7 @@ def _chosen(report: Report, names: Sequence[str] | None) -> list[Dictionary]:
 
 def _note(page: dict[str, Any], described: dict[str, Any], options: argparse.Namespace) -> str:
     source = described.get("dataset_path") or described.get("path")
+    source = ", ".join(map(str, source)) if isinstance(source, list) else source
     kind = "held-out text" if described["kind"] == "text" else "activations on disk, in runs that may cross documents"
     chosen = "the ones asked for" if options.feature_ids else "chosen evenly from the rarest to the most frequent"
     return (

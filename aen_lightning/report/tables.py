@@ -149,7 +149,8 @@ def _at(result: Any, path: Sequence[str]) -> Any:
 def comparison_tables(report: Report) -> str:
     """Results of ``aen compare``: which share of features is found again in the other dictionary; empty if there are none."""
     parts = []
-    for content in report.comparisons:
+    n = len(report.comparisons)
+    for i, content in enumerate(report.comparisons, 1):
         thresholds = list(content["pairs"][0]["found_again"]) if content["pairs"] else []
         head = [
             ("pair", ""),
@@ -170,8 +171,10 @@ def comparison_tables(report: Report) -> str:
             "Features of two dictionaries matched one to one by cosine. A feature that another seed finds again is a property of the model; one "
             "that it does not may be an accident of this run. Good: shares far above those of random directions."
         )
+        anchor, which = ("comparison", "") if n == 1 else (f"comparison-{i}", f", {i} of {n}")
         parts.append(
-            f'<section class="card" id="comparison"><h3>Are the same features found again? (aen compare)</h3><p class="caption">{about}</p>'
+            f'<section class="card" id="{anchor}"><h3>Are the same features found again? (aen compare{which})</h3>'
+            f'<p class="caption">{about}</p>'
             f"{_table(head, rows, 'sortable')}</section>"
         )
     return "".join(parts)
