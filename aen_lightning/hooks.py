@@ -10,6 +10,8 @@ import copy
 import difflib
 import inspect
 import re
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -254,7 +256,6 @@ def _module_hook(config: PretrainedConfig, path: str, known: dict[str, Hook]) ->
     if relative == f"{blocks}.{layer}" and isinstance(width := getattr(config, "hidden_size", None), int):
         return Hook(path, path, layer, width, relative)
     probe = Hook(path, path, layer, 0, relative)
-    seen: dict[str, Tensor] = {}
     inputs = {
         "input_ids": torch.zeros(2, 3, dtype=torch.long, device="meta"),
         "position_ids": torch.zeros(2, 3, dtype=torch.long, device="meta"),
@@ -263,8 +264,9 @@ def _module_hook(config: PretrainedConfig, path: str, known: dict[str, Hook]) ->
     }
     accepted = inspect.signature(base.forward).parameters
     try:
-        with torch.no_grad(), HookReader(base, [probe], seen):
+        with torch.no_grad(), HookReader(base, [probe]) as reader:
             base(**{k: v for k, v in inputs.items() if k in accepted})
+            seen = reader.take()
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as err:
         raise ValueError(
             f"cannot tell the width of {path!r} in a {config.model_type} model without its weights: choose another "
@@ -280,11 +282,15 @@ def _module_hook(config: PretrainedConfig, path: str, known: dict[str, Hook]) ->
 
 
 class HookReader:
-    """Context manager: while open, each forward pass of ``model`` puts the activations of ``hooks`` into ``into``."""
+    """Context manager: while open, forward passes of ``model`` leave the activations of ``hooks`` to be taken.
 
-    def __init__(self, model: nn.Module, hooks: list[Hook], into: dict[str, Tensor]) -> None:
-        self.model, self.hooks, self.into = model, hooks, into
+    Each thread sees those of its own forward passes.
+    """
+
+    def __init__(self, model: nn.Module, hooks: Sequence[Hook]) -> None:
+        self.model, self.hooks = model, hooks
         self._handles: list[Any] = []
+        self._seen = _OfThread()
 
     def __enter__(self) -> HookReader:
         for hook in self.hooks:
@@ -304,13 +310,23 @@ class HookReader:
                 self._handles.append(module.register_forward_pre_hook(read_input, with_kwargs=True))
         return self
 
+    def take(self) -> dict[str, Tensor]:
+        """The activations of this thread's last forward pass by hook name, as the modules gave them; forgotten here."""
+        seen, self._seen.activations = self._seen.activations, {}
+        return seen
+
     def _store(self, name: str, value: Any) -> None:
         if isinstance(value, Tensor):
-            self.into[name] = value
+            self._seen.activations[name] = value
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.activations: dict[str, Tensor] = {}
 
 
 def cut_config(config: PretrainedConfig, layer: int) -> PretrainedConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, Protocol
 
 import torch
@@ -27,6 +27,7 @@ from aen_lightning.hooks import (
     layers_path,
     resolve_hook,
 )
+from aen_lightning.row_parallel import RowParallel
 
 __all__ = [
     "DTYPES", "FAMILIES", "ActivationModel", "CutModel", "Hook", "ModelDtype", "build_cut_model", "checkpoint_keys",
@@ -59,14 +60,18 @@ class CutModel:
     Args:
         model: Base model as ``build_cut_model`` or ``cut_model`` return it: put into eval mode and frozen here.
         hooks: What ``activations`` returns, in this order.
+        row_parallel: Run parts of a large batch side by side where the model is on a CPU. Not for a model whose forward pass cannot be
+            in two places at a time: one that is sharded over ranks, or whose weights are moved while it runs.
     """
 
-    def __init__(self, model: PreTrainedModel, hooks: Sequence[Hook]) -> None:
+    def __init__(self, model: PreTrainedModel, hooks: Sequence[Hook], *, row_parallel: bool = True) -> None:
         model.eval()
         model.requires_grad_(False)
         self.model = model
         self.hooks = tuple(hooks)
         self._last = _last_block_output(model)
+        moved = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
+        self._rows = RowParallel() if row_parallel and not moved else None
 
     @property
     def device(self) -> torch.device:
@@ -89,16 +94,30 @@ class CutModel:
             For each hook, keyed by its ``hook_name``, a tensor (batch, context, d_in) in the model's dtype.
         """
         device = self.device
-        kwargs = {"attention_mask": attention_mask, "position_ids": position_ids}
-        kwargs = {k: v.to(device) for k, v in kwargs.items() if v is not None}
-        seen: dict[str, Tensor] = {}
-        if [h.module for h in self.hooks if h.reads == "output"] == [self._last] and len(self.hooks) == 1:
-            seen[self.hooks[0].hook_name] = self.model(input_ids=input_ids.to(device), **kwargs).last_hidden_state
-        else:
-            with HookReader(self.model, list(self.hooks), seen):
-                self.model(input_ids=input_ids.to(device), **kwargs)
-        # OPT flattens (batch, context) before its MLP
-        return {h.hook_name: seen[h.hook_name].reshape(*input_ids.shape, h.d_in) for h in self.hooks}
+        ids = input_ids.to(device)
+        rest = [None if x is None else x.to(device) for x in (attention_mask, position_ids)]
+        n_parts = 1
+        if self._rows is not None and device.type == "cpu" and all(x is None or len(x) == len(ids) for x in rest):
+            n_parts = self._rows.n_parts(ids)
+        with self._reader() as reader:
+
+            def run(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> dict[str, Tensor]:
+                given = {"attention_mask": mask, "position_ids": positions}
+                out = self.model(input_ids=ids, **{k: v for k, v in given.items() if v is not None})
+                seen = reader.take() if reader is not None else {self.hooks[0].hook_name: out.last_hidden_state}
+                # OPT flattens (batch, context) before its MLP
+                return {h.hook_name: seen[h.hook_name].reshape(*ids.shape, h.d_in) for h in self.hooks}
+
+            if self._rows is None or n_parts == 1:
+                return run(ids, *rest)
+            parts = self._rows.map(run, n_parts, ids, *rest)
+        return {h.hook_name: torch.cat([part[h.hook_name] for part in parts]) for h in self.hooks}
+
+    def _reader(self) -> AbstractContextManager[HookReader | None]:
+        """None where the model's own output is the activation."""
+        if len(self.hooks) == 1 and self.hooks[0].reads == "output" and self.hooks[0].module == self._last:
+            return nullcontext()
+        return HookReader(self.model, self.hooks)
 
     def to(self, device: torch.device | str) -> CutModel:
         """Move the model, in place."""

@@ -96,7 +96,7 @@ def load_sharded_cut_model(
     base.to_empty(device=device)
     _rebuild_computed_buffers(base)
     _load_local_slices(base, keys, files)
-    return CutModel(base, hooks)
+    return CutModel(base, hooks, row_parallel=False)  # the ranks gather weights in one order
 
 
 def parameter_bytes(model: nn.Module) -> int:

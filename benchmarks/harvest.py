@@ -6,7 +6,8 @@
 Harvest: tokens per second of `aen harvest`, of SAELens's CacheActivationsRunner on the same Hugging Face model, and of the bare forward
 pass of the cut model (same rows, same batches, nothing written), each in a process of its own, as its users run it. Imports and model
 loading are left out everywhere; writing is in. `aen` lets the C library keep freed memory (aen_lightning/allocator.py); without
---quick, ours without that ("plain") and the others with it ("kept") are measured too.
+--quick, ours without that ("plain") and the others with it ("kept") are measured too; the kept limit also runs rows in parallel
+(aen_lightning/row_parallel.py), as ours does.
 Read: rows per second of ActivationsDataModule, fully shuffled; of SAELens's cached reader, which does not shuffle; and of reading the
 same files from end to end. Train: steps of the same SAE fed from disk and from memory. Memory: peak resident set of a process that
 harvests, its imports included.
@@ -42,7 +43,7 @@ from aen_lightning.data.activations import ActivationsDataModule  # noqa: E402
 from aen_lightning.harvest import HarvestDataModule, HarvestModule, ShardWriter, run_harvest  # noqa: E402
 from aen_lightning.shards import Manifest, ShardFolder, ShardStream, to_saelens  # noqa: E402
 
-CONTEXT, ROWS_A_CALL, READ_D_IN, READ_BATCH = 128, 8, 576, 4096
+CONTEXT, ROWS_A_CALL, READ_D_IN, READ_BATCH = 128, 32, 576, 4096  # 32 rows a call: the default of both
 
 
 class LoadOutside(HarvestModule):
@@ -61,7 +62,7 @@ def random_model(folder: Path) -> str:
     from tokenizers import Tokenizer, models
 
     config = LlamaConfig(
-        hidden_size=READ_D_IN, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=9, num_key_value_heads=3,
+        hidden_size=READ_D_IN, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=9, num_key_value_heads=3,
         vocab_size=4096, max_position_embeddings=CONTEXT,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -109,31 +110,31 @@ def harvest_saelens(spans: Spans, model: str, layer: int, data: Path, out: Path,
         return len(runner.run()) * CONTEXT
 
 
-def forward_limit(spans: Spans, model: str, layer: int, data: Path) -> int:
-    """The cut model's forward passes alone; returns the tokens."""
+def forward_limit(spans: Spans, model: str, layer: int, data: Path, *, row_parallel: bool) -> int:
+    """The cut model's forward passes alone, as torch runs them or with rows in parallel; returns the tokens."""
     from aen_lightning.models import load_cut_model
 
     lm = load_cut_model(model, [f"blocks.{layer}.hook_resid_post"])
     rows = torch.tensor(datasets.load_from_disk(str(data))["input_ids"][:])
     with torch.inference_mode(), spans:
         for batch in rows.split(ROWS_A_CALL):
-            lm.activations(batch)
+            lm.activations(batch) if row_parallel else lm.model(input_ids=batch)
     return rows.numel()
 
 
 def worker(name: str, model: str, layer: int, data: Path, out: Path, shard_mib: float) -> None:
-    """One contender, alone in this process; ``_kept`` is with the allocator setting of ``aen``."""
+    """One contender, alone in this process; ``_kept`` is with what ``aen`` does to the process and, for the limit, to the forward pass."""
     contender, _, kept = name.partition("_")
     if kept and not keep_freed_memory():
         raise SystemExit("the environment chooses the allocator: unset MALLOC_*, GLIBC_TUNABLES and LD_PRELOAD")
 
     def run(spans: Spans, data: Path, out: Path) -> int:
         if contender == "limit":
-            return forward_limit(spans, model, layer, data)
+            return forward_limit(spans, model, layer, data, row_parallel=bool(kept))
         harvest = harvest_saelens if contender == "saelens" else harvest_ours
         return harvest(spans, model, layer, data, out, shard_mib)
 
-    token_dataset(model, 2 * ROWS_A_CALL).save_to_disk(str(out / "few"))
+    token_dataset(model, ROWS_A_CALL).save_to_disk(str(out / "few"))
     run(Spans(), out / "few", out / "warm-up")
     ready()
     n_tokens = run(spans := Spans(), data, out / "set")
@@ -336,7 +337,7 @@ def main() -> None:
             worker(args.worker, args.model, args.layer, data, folder / "out", args.shard_mib)
             return
         if args.quick:
-            args.rows, args.read_rows, args.turns = 48, 131_072, 2
+            args.rows, args.read_rows, args.turns = 2 * ROWS_A_CALL, 131_072, 2
         model = args.model or random_model(folder / "model")
         layer = args.layer if args.layer is not None else AutoConfig.from_pretrained(model).num_hidden_layers // 2
         wanted = args.only or (["harvest", "read"] if args.quick else ["harvest", "memory", "read", "train"])
