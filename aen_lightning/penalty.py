@@ -69,6 +69,28 @@ def adaptive_weights(
     return (reference / floored).pow(gamma).clamp(weight_min, weight_max)
 
 
+def starvation_guard(firing_rates: Tensor, *, fraction: float, minimum: float) -> Tensor:
+    r"""Factors :math:`g_j = \mathrm{clamp}(f_j / (\theta \bar f), g_{min}, 1)` on the L1 weights: features that hardly fire pay less.
+
+    A running mean of activations confuses rare with weak, so the adaptive weights press hardest on rare features, which starve. A rare
+    feature also gathers less gradient from the data per unit of penalty when it does fire; this lifts the penalty from
+    those that fire far below the average, and from those only.
+
+    Args:
+        firing_rates: Share of tokens on which each feature fires, f, shape (d_sae,), up to a common factor, ``>= 0``.
+        fraction: Share theta of the mean rate under which a feature is guarded, ``> 0``.
+        minimum: Least factor, in (0, 1]; what a silent feature gets.
+
+    Returns:
+        Factors, shape (d_sae,), in [``minimum``, 1]; all 1 while nothing fires at all.
+
+    Source: not in the paper.
+    """
+    mean = firing_rates.mean()
+    guarded = (firing_rates / (fraction * mean)).clamp(minimum, 1)
+    return torch.where(mean > 0, guarded, torch.ones_like(firing_rates))
+
+
 def warmup_ramp(n_steps: int, *, delay_steps: int, ramp_steps: int) -> float:
     """How far the adaptive weights have been let in: 0 during the delay, then linearly to 1.
 

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from aen_lightning import sparse
-from aen_lightning.penalty import adaptive_weights, elastic_net_terms, warmup_ramp
+from aen_lightning.penalty import adaptive_weights, elastic_net_terms, starvation_guard, warmup_ramp
 from aen_lightning.sae_config import ARCHITECTURE, AENSAEConfig, AENTrainingSAEConfig
 
 # Training state that no inference architecture knows: dropped when a dictionary is exported.
-_STATE_BUFFERS = ("feature_acts_ema", "l1_weights", "ramp", "decoder_norm", "n_observed_steps")
+_STATE_BUFFERS = ("feature_acts_ema", "firing_rate_ema", "l1_weights", "ramp", "decoder_norm", "n_observed_steps")
 # Of these, the ones that must keep at least float32 when the SAE itself is cast to half precision.
 _FLOAT_STATE_BUFFERS = _STATE_BUFFERS[:-1]
 
@@ -43,6 +43,7 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
 
     State (buffers of at least float32, saved with the training SAE, dropped on export):
         feature_acts_ema: ``m``, shape (d_sae,), running mean of each feature's activation; starts at 1.
+        firing_rate_ema: Shape (d_sae,), running firing rates, up to a common factor, as they start at 0; only with a starvation guard.
         l1_weights: ``u``, shape (d_sae,), the weights that enter the loss; start at 1.
         ramp: Scalar in [0, 1], how far the adaptive weights are let in.
         decoder_norm: Shape (d_sae,), the L2 norm that each decoder row is held to; 1 until a scaling is folded in.
@@ -55,6 +56,7 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
 
     b_enc: nn.Parameter
     feature_acts_ema: Tensor
+    firing_rate_ema: Tensor | None
     l1_weights: Tensor
     ramp: Tensor
     decoder_norm: Tensor
@@ -68,6 +70,9 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
             return torch.ones(shape, dtype=dtype, device=self.device)
 
         self.register_buffer("feature_acts_ema", ones(cfg.d_sae))
+        self.register_buffer(
+            "firing_rate_ema", torch.zeros_like(self.feature_acts_ema) if cfg.starvation_guard else None
+        )
         self.register_buffer("l1_weights", ones(cfg.d_sae))
         self.register_buffer("ramp", ones())
         self.register_buffer("decoder_norm", ones(cfg.d_sae))
@@ -95,23 +100,31 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
     # --- operations on the adaptive state -------------------------------------------------------------------------
 
     @torch.no_grad()
-    def observe(self, mean_feature_acts: Tensor) -> None:
-        """Move the running mean towards this batch: ``m <- beta m + (1 - beta) mean_b |h_b|``.
+    def observe(self, mean_feature_acts: Tensor, firing_rates: Tensor | None = None) -> None:
+        """Move the running means towards this batch: ``m <- beta m + (1 - beta) mean_b |h_b|``, firing rates likewise.
 
-        With ``micro_batches_per_step`` n > 1 (gradient accumulation) each of the n calls moves it by ``beta^(1/n)``, so that the
+        With ``micro_batches_per_step`` n > 1 (gradient accumulation) each of the n calls moves them by ``beta^(1/n)``, so that the
         half-life stays in training steps.
 
         Args:
             mean_feature_acts: Mean activation of each feature over the batch, shape (d_sae,); reduced over ranks here.
+            firing_rates: Share of the batch on which each feature fired, likewise; needed with a starvation guard only.
         """
-        decay = self.cfg.ema_decay ** (1 / self.micro_batches_per_step)
-        mean = self.reduce_mean(mean_feature_acts.detach().to(self.feature_acts_ema.dtype))
+        per_step = 1 / self.micro_batches_per_step
+        mean = mean_feature_acts.detach().to(self.feature_acts_ema.dtype)
+        if self.firing_rate_ema is None:
+            mean = self.reduce_mean(mean)
+        else:
+            assert firing_rates is not None
+            mean, rates = self.reduce_mean(torch.stack((mean, firing_rates.to(mean.dtype))))
+            self.firing_rate_ema.lerp_(rates, 1 - self.cfg.guard_decay**per_step)
+        decay = self.cfg.ema_decay**per_step
         self.feature_acts_ema.mul_(decay).add_(mean, alpha=1 - decay)
         self.n_observed_steps.add_(1)
 
     @torch.no_grad()
     def refresh_weights(self) -> None:
-        """Recompute the weights that enter the loss: ``u = 1 + (w - 1) * ramp``."""
+        """Recompute the weights that enter the loss: ``u = 1 + (w - 1) * ramp``, times the starvation guard's factors if it is on."""
         weights = adaptive_weights(
             self.feature_acts_ema,
             gamma=self.cfg.gamma,
@@ -120,6 +133,11 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
             weight_max=self.cfg.weight_max,
         )
         self.l1_weights.copy_(1 + (weights - 1) * self.ramp)
+        if self.firing_rate_ema is not None:
+            self.l1_weights.mul_(self._guard(self.firing_rate_ema))
+
+    def _guard(self, firing_rates: Tensor) -> Tensor:
+        return starvation_guard(firing_rates, fraction=self.cfg.starvation_guard, minimum=self.cfg.guard_min)
 
     @torch.no_grad()
     def set_ramp(self, ramp: float) -> None:
@@ -190,8 +208,11 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
         sae_out = self.decode(feature_acts)
         if self.sparse_step_applies():
             self.density_switch.observe(sparse.DenseCode(feature_acts.detach()))
+        counts = None if self.firing_rate_ema is None else feature_acts.detach().count_nonzero(dim=0)
         # h >= 0, so |h| is h; the mean is taken in at least float32 since a bf16 mean over a batch loses rare features.
-        self._observe_and_refresh(feature_acts.detach().mean(dim=0, dtype=self.feature_acts_ema.dtype))
+        self._observe_and_refresh(
+            feature_acts.detach().mean(dim=0, dtype=self.feature_acts_ema.dtype), counts, len(feature_acts)
+        )
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         losses = {
             "mse_loss": mse_loss,
@@ -217,7 +238,7 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
         b_dec = self.b_dec if cfg.apply_b_dec_to_input else None
         code = sparse.encode(x, self.W_enc, self.b_enc, b_dec, screen=self.density_switch.screen)
         self.density_switch.observe(code)
-        self._observe_and_refresh(code.feature_sums / x.shape[0])
+        self._observe_and_refresh(code.feature_sums / len(x), code.feature_counts, len(x))
         out = sparse.loss(
             x,
             code,
@@ -234,8 +255,9 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
         # of the pre-activations only the positive ones are known here, and they are the activations
         return self._step_output(step_input, out.sae_out, feature_acts, feature_acts, losses)
 
-    def _observe_and_refresh(self, mean_feature_acts: Tensor) -> None:
-        self.observe(mean_feature_acts)
+    def _observe_and_refresh(self, mean_feature_acts: Tensor, n_firings: Tensor | None, batch: int) -> None:
+        rates = None if n_firings is None else n_firings.to(self.feature_acts_ema.dtype) / batch
+        self.observe(mean_feature_acts, rates)
         if self.refresh_due:
             self.refresh_weights()
 
@@ -247,6 +269,14 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
         hidden_pre: Tensor,
         losses: dict[str, Tensor],
     ) -> TrainStepOutput:
+        metrics: dict[str, Callable[[], Tensor]] = {
+            "l1_weight_mean": lambda: self.l1_weights.mean(),
+            "l1_weight_pinned_max": lambda: (self.l1_weights >= self.cfg.weight_max).float().mean(),
+            "l1_weight_pinned_min": lambda: (self.l1_weights <= self.cfg.weight_min).float().mean(),
+            "adaptive_ramp": lambda: self.ramp.clone(),
+        }
+        if (rates := self.firing_rate_ema) is not None:
+            metrics["guarded_share"] = lambda: (self._guard(rates) < 1).float().mean()
         return TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=sae_out,
@@ -254,12 +284,7 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
             hidden_pre=hidden_pre,
             loss=losses["mse_loss"] + losses["l1_loss"] + losses["l2_loss"],
             losses=losses,
-            metrics={
-                "l1_weight_mean": lambda: self.l1_weights.mean(),
-                "l1_weight_pinned_max": lambda: (self.l1_weights >= self.cfg.weight_max).float().mean(),
-                "l1_weight_pinned_min": lambda: (self.l1_weights <= self.cfg.weight_min).float().mean(),
-                "adaptive_ramp": lambda: self.ramp.clone(),
-            },
+            metrics=metrics,
         )
 
     def scheduled_ramp(self, n_steps: int) -> float:
@@ -267,9 +292,9 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
         return warmup_ramp(n_steps, delay_steps=self.cfg.warmup_delay_steps, ramp_steps=self.cfg.warmup_ramp_steps)
 
     def adaptive_state(self) -> dict[str, Tensor]:
-        """Copies of ``feature_acts_ema``, ``l1_weights``, ``ramp`` and ``n_observed_steps``, contiguous."""
-        names = ("feature_acts_ema", "l1_weights", "ramp", "n_observed_steps")
-        return {name: getattr(self, name).detach().cpu().clone() for name in names}
+        """Copies of the running means, the L1 weights, the ramp and the number of observed steps, contiguous."""
+        state = {name: self._buffers[name] for name in _STATE_BUFFERS if name != "decoder_norm"}
+        return {name: value.detach().cpu().clone() for name, value in state.items() if value is not None}
 
     # --- saving, loading, folding ---------------------------------------------------------------------------------
 
@@ -282,7 +307,7 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving_inference(state_dict)
         for name in _STATE_BUFFERS:
-            state_dict.pop(name)
+            state_dict.pop(name, None)
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:

@@ -44,6 +44,11 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
         warmup_delay_steps: Training steps with all weights 1; zero or less: adaptive weights from the first step.
         warmup_ramp_steps: Training steps over which the adaptive weights are let in after the delay, ``>= 0``.
         l1_warmup_steps: Training steps over which the whole L1 term rises from 0, ``>= 0``; the paper has none.
+        starvation_guard: Share of the mean firing rate, ``>= 0``, under which a feature pays less
+            (:func:`~aen_lightning.penalty.starvation_guard`); 0.1 is a good value. 0: off, as in the paper. It acts from the first step
+            on, whatever the delay, and multiplies the adaptive weights: ``gamma=0`` leaves it alone.
+        guard_min: Least factor of the guard, in (0, 1]; what a silent feature gets.
+        guard_decay: Decay of the running firing rates per training step, in [0, 1).
         decoder_init_norm: None: the published start (torch's default ``nn.Linear`` initialisation for encoder and decoder).
             A positive number: SAELens's tied start, ``W_enc = decoder_init_norm * unit(W_dec)^T``. Decoder rows have
             unit norm either way.
@@ -66,6 +71,9 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
     warmup_delay_steps: int = 4000
     warmup_ramp_steps: int = 2000
     l1_warmup_steps: int = 0
+    starvation_guard: float = 0.0
+    guard_min: float = 0.02
+    guard_decay: float = 0.99
     decoder_init_norm: float | None = None
     sparse_step: Literal["auto", "on", "off"] = "auto"
     inference_architecture: Literal["standard", "aen"] = "standard"
@@ -106,6 +114,9 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
             ("warmup_delay_steps", steps(self.warmup_delay_steps), "an integer number of steps"),
             ("warmup_ramp_steps", steps(self.warmup_ramp_steps) and self.warmup_ramp_steps >= 0, "an integer >= 0"),
             ("l1_warmup_steps", steps(self.l1_warmup_steps) and self.l1_warmup_steps >= 0, "an integer >= 0"),
+            ("starvation_guard", at_least(self.starvation_guard, 0), "a finite number >= 0"),
+            ("guard_min", at_least(self.guard_min, 0) and 0 < self.guard_min <= 1, "in (0, 1]"),
+            ("guard_decay", at_least(self.guard_decay, 0) and self.guard_decay < 1, "in [0, 1)"),
             ("decoder_init_norm", norm is None or (at_least(norm, 0) and norm > 0), "None or a number > 0"),
             ("sparse_step", self.sparse_step in ("auto", "on", "off"), "'auto', 'on' or 'off'"),
             ("inference_architecture", self.inference_architecture in ("standard", "aen"), "'standard' or 'aen'"),

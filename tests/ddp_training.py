@@ -48,6 +48,7 @@ def main(n_ranks: int, output: Path) -> None:
             "l1_coefficient": 0.2,
             "l2_coefficient": 0.01,
             "ema_decay": 0.95,
+            "starvation_guard": 0.8,
             "warmup_delay_steps": 10,
             "warmup_ramp_steps": 10,
         }

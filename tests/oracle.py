@@ -16,6 +16,7 @@ class Oracle:
         self.p = {name: getattr(sae, name).detach().clone() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
         self.adam = {name: (torch.zeros_like(v), torch.zeros_like(v)) for name, v in self.p.items()}
         self.m = torch.ones(cfg.d_sae, dtype=torch.float64)
+        self.rates = torch.zeros(cfg.d_sae, dtype=torch.float64)
         self.t = 0
 
     def step(self, x: torch.Tensor, l1: float, l2: float, lr: float) -> float:
@@ -36,6 +37,10 @@ class Oracle:
         delay, ramp_steps = cfg.warmup_delay_steps, cfg.warmup_ramp_steps
         ramp = 1.0 if delay <= 0 else 0.0 if self.t < delay else min(1.0, (self.t - delay) / ramp_steps)
         u = 1 + (w - 1) * ramp
+        if cfg.starvation_guard:
+            self.rates = cfg.guard_decay * self.rates + (1 - cfg.guard_decay) * (h > 0).double().sum(0) / batch
+            share = self.rates / (cfg.starvation_guard * self.rates.sum() / cfg.d_sae)
+            u = u * share.clip(cfg.guard_min, 1.0)
 
         loss = ((x_hat - x) ** 2).sum() / batch + l1 * (u * h).sum() / batch + l2 * (h**2).sum() / batch
 

@@ -83,15 +83,18 @@ def saelens_fit(module: SAEModule, n_steps: int, **overrides: Any) -> TrainingSA
 
 
 @pytest.mark.parametrize(
-    "schedule",
+    ("sae", "schedule"),
     [
-        {},
-        {"lr_warm_up_steps": 20, "lr_decay_steps": 50},
-        {"lr_scheduler_name": "cosineannealing", "lr_end": 1e-4},
+        ({}, {}),
+        ({"starvation_guard": 0.9}, {}),
+        ({}, {"lr_warm_up_steps": 20, "lr_decay_steps": 50}),
+        ({}, {"lr_scheduler_name": "cosineannealing", "lr_end": 1e-4}),
     ],
 )
-def test_two_hundred_steps_end_where_saelens_own_trainer_ends(tmp_path: Path, schedule: dict[str, Any]):
-    module = make_module(**schedule)
+def test_two_hundred_steps_end_where_saelens_own_trainer_ends(
+    tmp_path: Path, sae: dict[str, Any], schedule: dict[str, Any]
+):
+    module = make_module(sae=sae, **schedule)
     theirs = saelens_fit(module, 200, **{"lr_end": 1e-4, **schedule})
     make_trainer(tmp_path, 200).fit(module, loader())
     theirs.normalize_decoder()  # SAELens's trainer projects before a forward, Lightning after a step

@@ -11,6 +11,7 @@ from aen_lightning.penalty import (
     coefficients_from_paper,
     coefficients_to_paper,
     elastic_net_terms,
+    starvation_guard,
     warmup_ramp,
 )
 
@@ -51,6 +52,15 @@ def test_gamma_zero_is_the_plain_elastic_net():
 def test_adaptive_weights_refuse_a_fraction_outside_its_range(fraction: float):
     with pytest.raises(ValueError, match=rf"reference_fraction must be in \(0, 1\], got {fraction}"):
         adaptive_weights(torch.ones(3), gamma=1.0, reference_fraction=fraction, weight_min=0.1, weight_max=10.0)
+
+
+def test_starvation_guard_by_hand():
+    # mean rate .0278, a tenth of it .00278: the third feature is above that, the second pays .001 / .00278 of its penalty
+    rates = torch.tensor([0.0, 0.001, 0.0102, 0.1], dtype=torch.float64)
+    expected = torch.tensor([0.02, 0.001 / 0.00278, 1, 1], dtype=torch.float64)
+    for unit in (1.0, 1e-4):  # rates count relative to each other
+        torch.testing.assert_close(starvation_guard(unit * rates, fraction=0.1, minimum=0.02), expected)
+    assert torch.equal(starvation_guard(torch.zeros(3), fraction=0.1, minimum=0.02), torch.ones(3))
 
 
 @pytest.mark.parametrize(

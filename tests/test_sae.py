@@ -34,7 +34,8 @@ def step_input(x: torch.Tensor, n: int = 0, l1: float = 0.5, l2: float = 0.1) ->
 
 
 @pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
-def test_sixty_float64_steps_equal_a_hand_written_oracle(apply_b_dec_to_input: bool):
+@pytest.mark.parametrize("starvation_guard", [0.0, 0.9])
+def test_sixty_float64_steps_equal_a_hand_written_oracle(apply_b_dec_to_input: bool, starvation_guard: float):
     torch.manual_seed(0)
     cfg = AENTrainingSAEConfig(
         d_in=12,
@@ -48,6 +49,9 @@ def test_sixty_float64_steps_equal_a_hand_written_oracle(apply_b_dec_to_input: b
         warmup_delay_steps=20,
         warmup_ramp_steps=25,
         l1_warmup_steps=10,
+        starvation_guard=starvation_guard,
+        guard_decay=0.8,
+        guard_min=0.3,
         apply_b_dec_to_input=apply_b_dec_to_input,
     )
     sae = AENTrainingSAE(cfg)
@@ -67,6 +71,10 @@ def test_sixty_float64_steps_equal_a_hand_written_oracle(apply_b_dec_to_input: b
         "the adaptive weights must have come into play for the comparison to mean anything"
     )
     assert_close(sae.feature_acts_ema, oracle.m, rtol=1e-12, atol=1e-14)
+    if starvation_guard:
+        assert 0 < output.metrics["guarded_share"]() < 1
+    else:
+        assert "firing_rate_ema" not in sae.state_dict()
 
 
 def test_family_gamma_zero_is_the_elastic_net_and_without_l2_the_standard_l1_sae():
@@ -131,13 +139,14 @@ def test_tied_initialisation_of_saelens():
 
 
 def test_micro_batches_keep_the_half_life_in_training_steps():
-    whole, parts = make_sae(), make_sae()
+    whole, parts = make_sae(starvation_guard=0.1), make_sae(starvation_guard=0.1)
     parts.micro_batches_per_step = 4
-    mean = torch.rand(24)
-    whole.observe(mean)
+    mean, rates = torch.rand(24), torch.rand(24)
+    whole.observe(mean, rates)
     for _ in range(4):
-        parts.observe(mean)
+        parts.observe(mean, rates)
     assert_close(parts.feature_acts_ema, whole.feature_acts_ema)
+    assert_close(parts.firing_rate_ema, whole.firing_rate_ema)
 
 
 # --- precision -----------------------------------------------------------------------------------------------------
@@ -194,8 +203,9 @@ def test_exported_for_inference_under_either_name_with_identical_outputs(tmp_pat
     assert torch.equal(read(x), sae(x))
 
 
-def test_saved_training_sae_keeps_its_adaptive_state(tmp_path: Path):
-    sae = make_sae()
+@pytest.mark.parametrize("starvation_guard", [0.0, 0.1])
+def test_saved_training_sae_keeps_its_adaptive_state(tmp_path: Path, starvation_guard: float):
+    sae = make_sae(starvation_guard=starvation_guard)
     for n in range(5):
         sae.training_forward_pass(step_input(torch.randn(16, 8), n))
     sae.save_model(tmp_path)
@@ -273,6 +283,9 @@ def test_from_paper_refuses_both_forms_at_once():
         ("warmup_delay_steps", 1.5, "an integer number of steps"),
         ("warmup_ramp_steps", -1, "an integer >= 0"),
         ("l1_warmup_steps", -1, "an integer >= 0"),
+        ("starvation_guard", -0.1, "a finite number >= 0"),
+        ("guard_min", 0.0, r"in \(0, 1\]"),
+        ("guard_decay", 1.0, r"in \[0, 1\)"),
         ("decoder_init_norm", 0.0, "None or a number > 0"),
         ("inference_architecture", "topk", "'standard' or 'aen'"),
         ("d_in", 0, "a positive integer"),
@@ -298,8 +311,9 @@ def sparse_and_dense(**overrides: Any) -> tuple[AENTrainingSAE, AENTrainingSAE]:
 
 
 @pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
-def test_sparse_steps_are_the_dense_steps(apply_b_dec_to_input: bool):
-    dense, quick = sparse_and_dense(apply_b_dec_to_input=apply_b_dec_to_input)
+@pytest.mark.parametrize("starvation_guard", [0.0, 0.5])
+def test_sparse_steps_are_the_dense_steps(apply_b_dec_to_input: bool, starvation_guard: float):
+    dense, quick = sparse_and_dense(apply_b_dec_to_input=apply_b_dec_to_input, starvation_guard=starvation_guard)
     optimizers = [torch.optim.Adam(sae.parameters(), lr=1e-3) for sae in (dense, quick)]
     n_sparse = 0
     for n in range(30):
