@@ -1,7 +1,8 @@
 """Metrics of a sparse autoencoder as torchmetrics classes, and measures against a known dictionary.
 
 Every metric keeps sums, so that ranks and batches reduce exactly: the value is that of one pass over all tokens. Definitions:
-arXiv:2605.05341, section 6, as written out with each class.
+arXiv:2605.05341, section 6, as written out with each class. Sums are replaced, not added to in place: Lightning validates and resets in
+inference mode, and what was made there may not be changed in place in the fit that follows.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class L0(Metric):
 
     def update(self, feature_acts: Tensor) -> None:
         """Add activations of shape (..., d_sae), dense or sparse COO."""
-        self.n_active += firing_counts(feature_acts).sum()
-        self.n_tokens += feature_acts.shape[:-1].numel()
+        self.n_active = self.n_active + firing_counts(feature_acts).sum()
+        self.n_tokens = self.n_tokens + feature_acts.shape[:-1].numel()
 
     def compute(self) -> Tensor:
         """The mean over tokens; nan before the first token."""
@@ -87,11 +88,11 @@ class ExplainedVariance(Metric):
         """Add inputs and reconstructions of shape (..., d_in)."""
         x = x.flatten(end_dim=-2).double()
         error = x - x_hat.flatten(end_dim=-2).double()
-        self.error_sum += error.sum(dim=0)
-        self.error_square_sum += error.square().sum()
-        self.sum += x.sum(dim=0)
-        self.square_sum += x.square().sum()
-        self.n_tokens += x.shape[0]
+        self.error_sum = self.error_sum + error.sum(dim=0)
+        self.error_square_sum = self.error_square_sum + error.square().sum()
+        self.sum = self.sum + x.sum(dim=0)
+        self.square_sum = self.square_sum + x.square().sum()
+        self.n_tokens = self.n_tokens + x.shape[0]
 
     def compute(self) -> Tensor:
         """The share of variance explained, over all tokens seen."""
@@ -116,8 +117,8 @@ class MSE(Metric):
 
     def update(self, x: Tensor, x_hat: Tensor) -> None:
         """Add inputs and reconstructions of shape (..., d_in)."""
-        self.square_sum += (x.double() - x_hat.double()).square().sum()
-        self.n_values += x.numel()
+        self.square_sum = self.square_sum + (x.double() - x_hat.double()).square().sum()
+        self.n_values = self.n_values + x.numel()
 
     def compute(self) -> Tensor:
         """The mean squared error over everything seen."""
@@ -140,8 +141,8 @@ class ShrinkageRatio(Metric):
 
     def update(self, x: Tensor, x_hat: Tensor) -> None:
         """Add inputs and reconstructions of shape (..., d_in)."""
-        self.reconstruction += x_hat.double().abs().sum()
-        self.original += x.double().abs().sum()
+        self.reconstruction = self.reconstruction + x_hat.double().abs().sum()
+        self.original = self.original + x.double().abs().sum()
 
     def compute(self) -> Tensor:
         """The ratio over everything seen."""
@@ -170,8 +171,8 @@ class DeadFeatures(Metric):
 
     def update(self, feature_acts: Tensor) -> None:
         """Add activations of shape (..., d_sae), dense or sparse COO."""
-        self.n_firings += firing_counts(feature_acts)
-        self.n_tokens += feature_acts.shape[:-1].numel()
+        self.n_firings = self.n_firings + firing_counts(feature_acts)
+        self.n_tokens = self.n_tokens + feature_acts.shape[:-1].numel()
 
     def compute(self) -> Tensor:
         """The percentage of features with no firing."""

@@ -248,6 +248,14 @@ def test_validation_metrics_equal_one_pass_over_the_split_and_change_nothing(tmp
     assert logged["val/metrics/dead_features_pct"] == pytest.approx(100 * (acts.sum(0) == 0).double().mean().item())
 
 
+def test_a_fit_may_follow_a_validation(tmp_path: Path):
+    module, trainer = make_module(), make_trainer(tmp_path, 4, val_check_interval=2)
+    held_out = torch.utils.data.DataLoader([batch_at(100, batch_size=64, d_in=16)], batch_size=None)  # type: ignore[arg-type]
+    (before,) = trainer.validate(module, held_out, verbose=False)
+    trainer.fit(module, loader(), held_out)
+    assert trainer.callback_metrics["val/metrics/mse"] < before["val/metrics/mse"]
+
+
 def test_a_callback_given_to_the_trainer_takes_the_place_of_the_default(tmp_path: Path):
     mine = DelayedWarmup(delay_steps=5, ramp_steps=10)
     trainer = make_trainer(tmp_path, 12, callbacks=[mine])

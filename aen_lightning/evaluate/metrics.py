@@ -30,8 +30,8 @@ class _TokenMean(Metric):
         self.add_state("n_tokens", torch.tensor(0), dist_reduce_fx="sum")
 
     def _add(self, per_token: Tensor) -> None:
-        self.total += per_token.double().sum()
-        self.n_tokens += per_token.numel()
+        self.total = self.total + per_token.double().sum()
+        self.n_tokens = self.n_tokens + per_token.numel()
 
     def compute(self) -> Tensor:
         """The mean over tokens."""
@@ -94,8 +94,8 @@ class RelativeReconstructionBias(Metric):
 
     def update(self, x: Tensor, x_hat: Tensor) -> None:
         """Add inputs and reconstructions of shape (..., d_in)."""
-        self.norms += x_hat.double().square().sum()
-        self.products += (x.double() * x_hat.double()).sum()
+        self.norms = self.norms + x_hat.double().square().sum()
+        self.products = self.products + (x.double() * x_hat.double()).sum()
 
     def compute(self) -> Tensor:
         """The ratio over everything seen."""
@@ -124,9 +124,9 @@ class FeatureUse(Metric):
     def update(self, feature_acts: Tensor) -> None:
         """Add activations of shape (..., d_sae)."""
         acts = feature_acts.flatten(end_dim=-2)
-        self.n_firings += (acts.abs() > ACTIVE_THRESHOLD).sum(dim=0)
-        self.acts_sum += acts.abs().sum(dim=0, dtype=torch.float64)
-        self.n_tokens += acts.shape[0]
+        self.n_firings = self.n_firings + (acts.abs() > ACTIVE_THRESHOLD).sum(dim=0)
+        self.acts_sum = self.acts_sum + acts.abs().sum(dim=0, dtype=torch.float64)
+        self.n_tokens = self.n_tokens + acts.shape[0]
 
     def compute(self) -> dict[str, Tensor]:
         """``density`` (firings per token) and ``mean_when_active`` (0 for features that never fired), each (d_sae,)."""
