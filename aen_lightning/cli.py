@@ -29,6 +29,10 @@ COMMANDS = {
     "sweep": _Command(
         "aen_lightning.sweep:sweep_command", "train a grid of SAEs on one stream and compare them: --config ..."
     ),
+    "refit": _Command(
+        "aen_lightning.refit:refit_command",
+        "restore the magnitudes an L1 penalty shrank, L0 unchanged: --model.dictionary ...",
+    ),
     "harvest": _Command(
         "aen_lightning.data_cli:harvest_command",
         "write a language model's activations to disk: --config FILE_OR_RECIPE",

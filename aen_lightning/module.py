@@ -10,6 +10,7 @@ from sae_lens import TrainingSAE, TrainingSAEConfig
 from aen_lightning.config import build_sae_config
 from aen_lightning.grid import Member, expand_grid
 from aen_lightning.training_module import SAETrainingModule
+from aen_lightning.unit import new_sae
 
 SchedulerName = Literal["constant", "cosineannealing", "cosineannealingwarmrestarts"]
 
@@ -64,7 +65,7 @@ class SAEModule(SAETrainingModule):
     ) -> None:
         pl.LightningModule.__init__(self)
         self.save_hyperparameters()  # plain values only, so that checkpoints load with weights_only
-        super().__init__([("", build_sae_config(sae), seed)])
+        super().__init__({"": new_sae(build_sae_config(sae), seed)})
 
     @classmethod
     def from_config(cls, cfg: TrainingSAEConfig, **kwargs: Any) -> SAEModule:
@@ -113,4 +114,4 @@ class SweepModule(SAETrainingModule):
         pl.LightningModule.__init__(self)
         self.save_hyperparameters()
         self.members: list[Member] = expand_grid(sae, seed)
-        super().__init__([(m.name, build_sae_config(m.sae), m.seed) for m in self.members])
+        super().__init__({m.name: new_sae(build_sae_config(m.sae), m.seed) for m in self.members})

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from sae_lens import TrainingSAE, TrainingSAEConfig
+from sae_lens import TrainingSAE
 from sae_lens.training.optim import get_lr_scheduler
 from torch import Tensor, nn
 
@@ -27,13 +27,13 @@ from aen_lightning.unit import SAEUnit
 class SAETrainingModule(pl.LightningModule):
     """Trains SAEs on batches of activations, each with its own loss and its gradients clipped on their own.
 
-    A base of :class:`~aen_lightning.module.SAEModule` and :class:`~aen_lightning.module.SweepModule`, which say what ``self.hparams`` must hold.
+    A base of the modules in :mod:`aen_lightning.module` and :mod:`aen_lightning.refit`, which say what ``self.hparams`` must hold.
 
     Args:
-        members: Name, training config and seed of the initial weights of each SAE.
+        saes: The SAEs by name.
     """
 
-    def __init__(self, members: Sequence[tuple[str, TrainingSAEConfig, int | None]]) -> None:
+    def __init__(self, saes: Mapping[str, TrainingSAE[Any]]) -> None:
         super().__init__()
         h = self.hparams
         if not h["lr"] > 0:
@@ -42,8 +42,7 @@ class SAETrainingModule(pl.LightningModule):
         self.units = cast(
             "Sequence[SAEUnit]",
             nn.ModuleList(
-                SAEUnit(cfg, name=name, seed=seed, dead_feature_window=h["dead_feature_window"])
-                for name, cfg, seed in members
+                SAEUnit(sae, name=name, dead_feature_window=h["dead_feature_window"]) for name, sae in saes.items()
             ),
         )
         self.n_training_samples = 0

@@ -16,24 +16,29 @@ from aen_lightning.metrics import L0, MSE, DeadFeatures, ExplainedVariance, Shri
 from aen_lightning.sae import AENTrainingSAE
 
 
+def new_sae(cfg: TrainingSAEConfig, seed: int | None) -> TrainingSAE[Any]:
+    """An untrained SAE of any SAELens architecture; ``seed`` is of its initial weights, None: the global generator."""
+    with temporary_seed(seed):
+        return cast("TrainingSAE[Any]", TrainingSAE.from_dict(cfg.to_dict()))
+
+
 class SAEUnit(nn.Module):
     """One SAE with what its training needs besides its weights.
 
     Args:
-        cfg: Training config of any SAELens architecture.
+        sae: Training SAE of any SAELens architecture.
         name: Prefix of its log keys and name of its export folder; empty for the only SAE of a run.
-        seed: Seed of its initial weights; None: the global generator.
         dead_feature_window: Training steps without firing after which a feature counts as dead.
     """
 
     n_forward_passes_since_fired: Tensor
 
-    def __init__(self, cfg: TrainingSAEConfig, *, name: str, seed: int | None, dead_feature_window: int) -> None:
+    def __init__(self, sae: TrainingSAE[Any], *, name: str, dead_feature_window: int) -> None:
         super().__init__()
+        cfg = sae.cfg
         self.name = name
         self.dead_feature_window = dead_feature_window
-        with temporary_seed(seed):
-            self.sae = cast("TrainingSAE[Any]", TrainingSAE.from_dict(cfg.to_dict()))
+        self.sae = sae
         self.register_buffer("n_forward_passes_since_fired", torch.zeros(cfg.d_sae, dtype=torch.int64))
         self.train_metrics = _metrics(cfg.d_in)
         self.val_metrics = _metrics(cfg.d_in, cfg.d_sae)
