@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
+# One process a core, each with one thread; many more would only import torch many more times.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .PHONY: demo test test-fast lint types check build clean help
 
@@ -31,10 +33,10 @@ demo: $(READY)
 	$(BIN)/aen demo
 
 test: $(READY_DEV)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(READY_DEV)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .

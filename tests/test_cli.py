@@ -193,9 +193,8 @@ def test_every_recipe_is_well_formed(name: str):
 
 
 def _recipe_kind(name: str) -> str:
-    if name.endswith("-harvest"):
-        return "harvest"
-    return "sweep" if name.endswith("-sweep") else "fit"
+    last = name.rpartition("-")[2]
+    return last if last in ("harvest", "refit", "sweep") else "fit"
 
 
 @pytest.mark.parametrize("name", list(recipes()))
