@@ -93,7 +93,7 @@ def make_run(folder: Path, seed: int = 0, kind: str = "per_token", config: str |
         export_sae(trained(seed), folder / "sae" / name, input_scaling=scaling, log_sparsity=torch.full((D_SAE,), -2.0))
     (folder / "metrics.csv").write_text(
         "metrics/l0,metrics/explained_variance,details/n_training_samples,step,val/metrics/l0,val/metrics/explained_variance\n"
-        "40,0.5,4096,9,,\n,,,9,39,0.51\n33,0.8,8192,19,,\n,,,19,32.5,0.8125\n"
+        "40,0.5,4096,9,,\n,,,9,39,0.51\n33,0.8,8192,19,,\n,,,20,32.5,0.8125\n"
     )
     default = "seed_everything: 7\ntrainer: {max_steps: 20, logger: null}\nmodel: {lr: 0.001, sae: {architecture: aen, gamma: 0.5}}\n"
     (folder / "config.yaml").write_text(config or default)

@@ -110,7 +110,8 @@ def _last_values(file: Path) -> dict[str, float]:
         with file.open(newline="", encoding="utf-8") as stream:
             for row in csv.DictReader(stream):
                 for key, text in row.items():
-                    if key and text:
+                    # a validation after the fit is logged one step beyond the last
+                    if key and text and (key != "step" or row.get("details/n_training_samples") or key not in last):
                         try:
                             last[key] = float(text)
                         except ValueError:
