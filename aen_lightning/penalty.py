@@ -72,9 +72,8 @@ def adaptive_weights(
 def starvation_guard(firing_rates: Tensor, *, fraction: float, minimum: float) -> Tensor:
     r"""Factors :math:`g_j = \mathrm{clamp}(f_j / (\theta \bar f), g_{min}, 1)` on the L1 weights: features that hardly fire pay less.
 
-    A running mean of activations confuses rare with weak, so the adaptive weights press hardest on rare features, which starve. A rare
-    feature also gathers less gradient from the data per unit of penalty when it does fire; this lifts the penalty from
-    those that fire far below the average, and from those only.
+    A running mean of activations confuses rare with weak, so the adaptive weights press hardest on rare features, which starve. This
+    lifts the penalty from features that fire far below the average, and from those only.
 
     Args:
         firing_rates: Share of tokens on which each feature fires, f, shape (d_sae,), up to a common factor, ``>= 0``.

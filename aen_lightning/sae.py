@@ -238,7 +238,8 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
         b_dec = self.b_dec if cfg.apply_b_dec_to_input else None
         code = sparse.encode(x, self.W_enc, self.b_enc, b_dec, screen=self.density_switch.screen)
         self.density_switch.observe(code)
-        self._observe_and_refresh(code.feature_sums / len(x), code.feature_counts, len(x))
+        counts = None if self.firing_rate_ema is None else code.feature_counts
+        self._observe_and_refresh(code.feature_sums / len(x), counts, len(x))
         out = sparse.loss(
             x,
             code,

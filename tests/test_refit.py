@@ -33,7 +33,7 @@ def random_sae(architecture: str, **fields: Any) -> SAE[Any]:
         for p in sae.parameters():
             p.copy_(0.3 * torch.randn_like(p))
         if is_jump:
-            sae.threshold.copy_(torch.rand(48))
+            sae.threshold.copy_(torch.rand(48) - 0.2)
     return sae
 
 
