@@ -1,4 +1,4 @@
-"""``aen demo``: AEN beside L1 and TopK on one stream of synthetic activations, in minutes and without downloads."""
+"""``aen demo``: AEN, with and without a starvation guard, beside L1 and TopK on one synthetic stream, without downloads."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ def _variants(n_steps: int, l1_warmup: float) -> dict[str, dict[str, Any]]:
     aen = {"architecture": "aen", "lambda_1": 5e-3, "lambda_2": 1e-4, "gamma": 0.5, "ema_decay": 0.9999, **schedule}
     return {
         "AEN": aen,
+        "AEN+guard": {**aen, "starvation_guard": 0.1},
         "L1": {**aen, "lambda_2": 0.0, "gamma": 0.0},
         "TopK": {"architecture": "topk", "k": _K},
     }
 
 
 def main(args: Sequence[str]) -> int:
-    """Train the three SAEs, print the comparison, and load AEN's dictionary back through SAELens."""
+    """Train the SAEs, print the comparison, and load AEN's dictionary back through SAELens."""
     parser = argparse.ArgumentParser(
         prog="aen demo", description="AEN beside L1 and TopK on one stream of synthetic activations."
     )
@@ -60,7 +61,7 @@ def main(args: Sequence[str]) -> int:
         f"Spiked synthetic data: {_D_SAE} features in {_D_IN} dimensions, {_K} active per sample, expected cosine 0.3.\n"
         f"Each SAE sees the same {options.steps} batches of 256 samples.\n"
     )
-    header = f"{'SAE':<6}{'L0':>8}{'EV':>9}{'dead %':>9}{'shrinkage':>11}{'matched cosine':>16}{'seconds':>9}"
+    header = f"{'SAE':<11}{'L0':>8}{'EV':>9}{'dead %':>9}{'shrinkage':>11}{'matched cosine':>16}{'seconds':>9}"
     print(header + "\n" + "-" * len(header))
     # the table is what to read here, not Lightning's notes on devices and products
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -71,19 +72,20 @@ def main(args: Sequence[str]) -> int:
         folders[name] = _train(name, {"d_in": _D_IN, "d_sae": _D_SAE, **sae}, options)
         row = _evaluate(folders[name])
         print(
-            f"{name:<6}{row['l0']:>8.1f}{row['ev']:>9.3f}{row['dead']:>9.2f}{row['shrinkage']:>11.3f}"
+            f"{name:<11}{row['l0']:>8.1f}{row['ev']:>9.3f}{row['dead']:>9.2f}{row['shrinkage']:>11.3f}"
             f"{row['matched']:>16.3f}{time.perf_counter() - start:>9.0f}",
             flush=True,
         )
     print(
         "\nL0: active features per sample (the truth is 8). EV: explained variance. dead %: features silent on 8192 held-out\n"
         "samples. shrinkage: |reconstruction| / |input|. matched cosine: to the true dictionary, 1 is every feature found.\n"
+        "The guard (starvation_guard 0.1) is not in the paper.\n"
     )
     loaded = SAE.load_from_disk(folders["AEN"])
     print(f"Loaded back with sae_lens.SAE.load_from_disk: {type(loaded).__name__}, W_dec {tuple(loaded.W_dec.shape)}")
     print("Dictionaries (SAELens folders) and metrics.csv of each run:")
     for name, folder in folders.items():
-        print(f"  {name:<6}{folder}")
+        print(f"  {name:<11}{folder}")
     return 0
 
 

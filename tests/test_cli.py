@@ -148,8 +148,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
 def test_demo_prints_the_comparison_and_loads_the_dictionary_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["demo", "--steps", "120", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("AEN ", "L1 ", "TopK "))}
-    assert set(rows) == {"AEN", "L1", "TopK"}
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("AEN", "L1 ", "TopK "))}
+    assert set(rows) == {"AEN", "AEN+guard", "L1", "TopK"}
     assert float(rows["TopK"][0]) == 8.0
     assert "StandardSAE" in out
     assert (tmp_path / "aen" / "sae" / "final" / "cfg.json").is_file()
