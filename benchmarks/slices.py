@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 
@@ -58,13 +59,32 @@ def run_in_slices(commands: Mapping[str, Sequence[str]], slice_s: float = 0.4) -
     Raises:
         RuntimeError: If a worker fails; its error is on stderr.
     """
-    workers = {}
-    for name, command in commands.items():
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        _, status = os.waitpid(process.pid, os.WUNTRACED)
-        if not os.WIFSTOPPED(status):
-            raise RuntimeError(f"the worker {name!r} ended before it was ready")
-        workers[name] = process
+    with ExitStack() as stack:
+        # a stopped worker would outlive a benchmark that is cut short, with all its memory
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)))
+        workers = {}
+        for name, command in commands.items():
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            stack.callback(process.kill)
+            _, status = os.waitpid(process.pid, os.WUNTRACED)
+            if not os.WIFSTOPPED(status):
+                raise RuntimeError(f"the worker {name!r} ended before it was ready")
+            workers[name] = process
+        slices = _take_turns(workers, slice_s)
+    out = {}
+    for name, process in workers.items():
+        assert process.stdout is not None
+        lines = process.stdout.read().splitlines()
+        if process.returncode != 0 or not lines:
+            raise RuntimeError(f"the worker {name!r} failed with exit code {process.returncode}")
+        said = json.loads(lines[-1])
+        wall = sum(max(0.0, min(b, d) - max(a, c)) for a, b in said["wall"] for c, d in slices[name])
+        out[name] = Seconds(wall, said["cpu"], said["result"])
+    return out
+
+
+def _take_turns(workers: Mapping[str, subprocess.Popen[str]], slice_s: float) -> dict[str, list[tuple[float, float]]]:
+    """From when to when each ran, until all have ended."""
     slices: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
     running = list(workers)
     while running:
@@ -77,16 +97,7 @@ def run_in_slices(commands: Mapping[str, Sequence[str]], slice_s: float = 0.4) -
             except subprocess.TimeoutExpired:
                 workers[name].send_signal(signal.SIGSTOP)
             slices[name].append((start, time.monotonic()))
-    out = {}
-    for name, process in workers.items():
-        assert process.stdout is not None
-        lines = process.stdout.read().splitlines()
-        if process.returncode != 0 or not lines:
-            raise RuntimeError(f"the worker {name!r} failed with exit code {process.returncode}")
-        said = json.loads(lines[-1])
-        wall = sum(max(0.0, min(b, d) - max(a, c)) for a, b in said["wall"] for c, d in slices[name])
-        out[name] = Seconds(wall, said["cpu"], said["result"])
-    return out
+    return slices
 
 
 def python(file: str, **options: object) -> list[str]:
