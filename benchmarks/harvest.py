@@ -6,7 +6,7 @@
 Harvest: tokens per second of `aen harvest`, of SAELens's CacheActivationsRunner on the same Hugging Face model, and of the bare forward
 pass of the cut model (same rows, same batches, nothing written), each in a process of its own, as its users run it. Imports and model
 loading are left out everywhere; writing is in. `aen` lets the C library keep freed memory (aen_lightning/allocator.py); without
---quick, ours without that ("plain") and the others with it ("kept") are measured too; the kept limit also runs rows in parallel
+--quick or --fewer, ours without that ("plain") and the others with it ("kept") are measured too; the kept limit also runs rows in parallel
 (aen_lightning/row_parallel.py), as ours does.
 Read: rows per second of ActivationsDataModule, fully shuffled; of SAELens's cached reader, which does not shuffle; and of reading the
 same files from end to end. Train: steps of the same SAE fed from disk and from memory. Memory: peak resident set of a process that
@@ -315,6 +315,7 @@ def main() -> None:
     parser.add_argument("--model", help="Hugging Face name or folder of a Llama-like model; default: small and random")
     parser.add_argument("--layer", type=int, help="block whose output is taken; default: the middle one")
     parser.add_argument("--rows", type=int, default=128, help=f"rows of {CONTEXT} tokens a turn of the harvest")
+    parser.add_argument("--fewer", action="store_true", help="harvest: without the variants of the allocator setting")
     parser.add_argument("--read_rows", type=int, default=400_000, help=f"rows of {READ_D_IN} float32 to read")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--folder", help="where to put files; default: a temporary folder")
@@ -343,7 +344,9 @@ def main() -> None:
         wanted = args.only or (["harvest", "read"] if args.quick else ["harvest", "memory", "read", "train"])
         results: dict[str, dict[str, float]] = {}
         if "harvest" in wanted:
-            results["harvest"] = bench_harvest(model, layer, args.rows, args.turns, folder, not args.quick)
+            results["harvest"] = bench_harvest(
+                model, layer, args.rows, args.turns, folder, not (args.quick or args.fewer)
+            )
         if "memory" in wanted:
             if "harvest" not in wanted:
                 token_dataset(model, args.rows).save_to_disk(str(folder / "tokens"))
