@@ -30,6 +30,7 @@ from aen_lightning.report import collect, feature_pages, make_figures, render_re
 from aen_lightning.report.browser import dump_dom, find_browser, measure, take_pictures
 from aen_lightning.report.drawing import MAX_POINTS, log_axis, thin
 from aen_lightning.report.features import collect_activations, load_unembedding, token_texts
+from aen_lightning.report.naming import family_of, has_own_weights
 from aen_lightning.sweep import pareto_fronts, sweep_table, write_table
 from tests.test_shards import HOOK as SHARD_HOOK
 from tests.test_shards import write_set
@@ -524,3 +525,17 @@ def test_a_run_of_one_sae_has_its_label_and_its_last_validation(tmp_path: Path):
     assert d.settings["lambda_1"] == pytest.approx(0.02 / 8)
     assert d.l1_weights is not None
     assert_close(torch.from_numpy(d.l1_weights), module.sae.l1_weights)
+
+
+@pytest.mark.parametrize(
+    ("settings", "family", "own_weights"),
+    [
+        ({"gamma": 0.5, "lambda_2": 1e-4, "starvation_guard": 0.0}, "AEN", True),
+        ({"gamma": 0.0, "lambda_2": 0.0}, "L1", False),
+        ({"gamma": 0.0, "lambda_2": 0.0, "starvation_guard": 0.1}, "L1 + guard", True),
+        ({"gamma": 0.5, "lambda_2": 0.0, "starvation_guard": 0.1}, "adaptive lasso + guard", True),
+    ],
+)
+def test_the_family_says_whether_there_was_a_guard(settings: dict[str, Any], family: str, own_weights: bool):
+    assert family_of({"metadata": {"training_architecture": "aen"}}, settings) == family
+    assert has_own_weights(settings) == own_weights

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from aen_lightning.report.drawing import Figure, finish, floats, log_axis, thin
-from aen_lightning.report.naming import colours
+from aen_lightning.report.naming import colours, has_own_weights
 from aen_lightning.report.runs import Dictionary
 
 _PANEL_PX = 300
@@ -143,7 +143,7 @@ def _curves(
 
 
 def _series(d: Dictionary, key: str, panel: _Panel) -> pd.Series[Any] | None:
-    if key not in d.curves or (key in _ADAPTIVE_KEYS and d.settings.get("gamma") == 0):
+    if key not in d.curves or (key in _ADAPTIVE_KEYS and not has_own_weights(d.settings)):
         return None
     series = d.curves[key].dropna()
     if panel.per_feature:

@@ -153,7 +153,7 @@ def _weights(dictionaries: Sequence[Dictionary]) -> Figure | None:
     caption = (
         "What each feature pays at the last checkpoint, ramp included: below 1 it is spared, above 1 it is pressed. Good: a spread, with the "
         "used features low and spurious ones high. A single spike at the maximum means that all features pay the same, so nothing "
-        "is adaptive any more; a spike at 1 means that the ramp has not begun. Hover for the shares pinned at the bounds."
+        "is adaptive any more; a spike at 1 means that the ramp has not begun, or, with a starvation guard alone, that few features need it. Hover for the shares pinned at the bounds."
     )
     return Figure("weights", "Adaptive weights", "Distribution of the adaptive weights", caption, finish(figure, 360))
 

@@ -13,13 +13,14 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
 _NAMES = {
     "aen": "AEN", "standard": "L1 (SAELens)", "topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "gated": "gated",
-    "matryoshka_batchtopk": "Matryoshka BatchTopK",
+    "matryoshka_batchtopk": "Matryoshka BatchTopK", "relaxed": "refit",
 }  # fmt: skip
 _SYMBOLIC = {"lambda_1": "λ₁", "lambda_2": "λ₂", "gamma": "γ", "ema_decay": "β"}
 
 
 def family_of(cfg: dict[str, Any], settings: dict[str, Any]) -> str:
-    """What kind of SAE it is, for legends. The AEN family has four members, by which of its two terms are switched off."""
+    """What kind of SAE it is, for legends. The AEN family has four members, by which of its two terms are switched off, each with or
+    without the starvation guard."""
     metadata = cfg.get("metadata") or {}
     architecture = metadata.get("training_architecture") or cfg.get("architecture") or settings.get("architecture")
     if architecture == "aen":
@@ -27,8 +28,13 @@ def family_of(cfg: dict[str, Any], settings: dict[str, Any]) -> str:
         names = {
             (True, True): "AEN", (True, False): "adaptive lasso", (False, True): "elastic net", (False, False): "L1",
         }  # fmt: skip
-        return names[adaptive, quadratic]
+        return names[adaptive, quadratic] + (" + guard" if settings.get("starvation_guard") else "")
     return _NAMES.get(str(architecture), str(architecture or "SAE"))
+
+
+def has_own_weights(settings: dict[str, Any]) -> bool:
+    """Whether each feature of an AEN-SAE so trained pays by a weight of its own."""
+    return settings.get("gamma", 1) != 0 or bool(settings.get("starvation_guard"))
 
 
 def name_dictionaries(dictionaries: Sequence[Dictionary]) -> None:

@@ -15,6 +15,8 @@ from sae_lens.constants import SPARSITY_FILENAME
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from aen_lightning.report.naming import has_own_weights
+
 METRICS = ("l0", "explained_variance", "mse", "shrinkage_ratio", "dead_features_pct")
 _ROOTS = (
     "details",
@@ -214,7 +216,7 @@ def _read_checkpoint(folder: Path, dictionaries: list[Dictionary], run: str, not
 def _is_adaptive(d: Dictionary) -> bool:
     if "metrics/l1_weight_mean" not in d.curves:
         return False
-    return bool(d.settings.get("gamma", 1) != 0)
+    return has_own_weights(d.settings)
 
 
 def read_json(path: Path) -> dict[str, Any]:
