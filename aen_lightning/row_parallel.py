@@ -33,7 +33,7 @@ class RowParallel:
     def __init__(self, min_tokens: int = MIN_TOKENS) -> None:
         self.min_tokens = min_tokens
         self._pool: ThreadPoolExecutor | None = None
-        self._n_threads = 0
+        self._pool_is_for = (0, 0)  # parts, threads of torch in all
 
     def n_parts(self, tokens: Tensor) -> int:
         """Into how many parts a batch (rows, context) is to be cut: as many as there are threads, if it is large enough."""
@@ -54,15 +54,18 @@ class RowParallel:
             [None] * n_parts if x is None else x.tensor_split(n_parts) for x in tensors
         ]
         call = _in_the_same_mode(function)
-        futures = [self._threads(n_parts).submit(call, *arguments) for arguments in zip(*parts, strict=True)]
+        pool = self._threads(n_parts)
+        futures = [pool.submit(call, *arguments) for arguments in zip(*parts, strict=True)]
         for future in futures:
             future.exception()  # waits: nothing may still run when this returns
         return [future.result() for future in futures]
 
-    def _threads(self, n: int) -> ThreadPoolExecutor:
+    def _threads(self, n_parts: int) -> ThreadPoolExecutor:
         n_threads = torch.get_num_threads()
-        if self._pool is None or (n, n_threads) != (self._pool._max_workers, self._n_threads):
-            self._pool, self._n_threads = _started_pool(n, n_threads // n), n_threads
+        if self._pool is None or self._pool_is_for != (n_parts, n_threads):
+            if self._pool is not None:
+                self._pool.shutdown(wait=False)
+            self._pool, self._pool_is_for = _started_pool(n_parts, n_threads // n_parts), (n_parts, n_threads)
             # torch takes the latest setting of any thread for all threads that are still to come
             torch.set_num_threads(n_threads)
         return self._pool

@@ -354,6 +354,8 @@ class Slow(pl.Callback):
         time.sleep(float(os.environ["PAUSE"]))
         with open(os.environ["OUT"] + f".bytes{trainer.global_rank}", "w") as f:
             f.write(str(parameter_bytes(module.language_model.model)))
+        # threads would gather sharded weights in an order of their own, and the ranks wait for each other for ever
+        assert not os.environ.get("FSDP") or module.language_model._rows is None
 
 if __name__ == "__main__":
     devices = int(os.environ.get("WORLD_SIZE", 1))
