@@ -41,13 +41,21 @@ def test_parts_give_the_activations_of_the_whole_batch(family: str) -> None:
     positions = torch.arange(16).repeat(5, 1)
     for names in ([LAST], hooks):
         whole, parts = cut(model, names, 10**6), cut(model, names, 16)
+        kinds: list[dict[str, Tensor]] = [{}, {"position_ids": positions}]
+        expected = [whole.activations(ROWS, **kwargs) for kwargs in kinds]
         threads: set[int] = set()
+        together = threading.Barrier(2, timeout=60)
+
+        def meet(*_: Any, seen: set[int] = threads, together: threading.Barrier = together) -> None:
+            together.wait()  # both parts are in the model now; one thread alone would not get past this
+            seen.add(threading.get_ident())
+
         block = next(m for n, m in parts.model.named_modules() if n.endswith("layers.0") or n == "h.0")
-        handle = block.register_forward_hook(lambda *_, seen=threads: seen.add(threading.get_ident()))
-        for kwargs in ({}, {"position_ids": positions}):
-            expected, found = whole.activations(ROWS, **kwargs), parts.activations(ROWS, **kwargs)
-            assert list(found) == list(expected)
-            for name, value in expected.items():
+        handle = block.register_forward_hook(meet)
+        for kwargs, values in zip(kinds, expected, strict=True):
+            found = parts.activations(ROWS, **kwargs)
+            assert list(found) == list(values)
+            for name, value in values.items():
                 torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
         handle.remove()
         assert len(threads - {threading.get_ident()}) == 2
