@@ -3,8 +3,8 @@
 Importing this package registers the SAELens architecture ``aen``; that is its only side effect.
 """
 
-from aen_lightning.module import SAEModule
-from aen_lightning.sae import AENSAE, AENSAEConfig, AENTrainingSAE, AENTrainingSAEConfig, register
+from aen_lightning.saes.aen import AENSAE, AENSAEConfig, AENTrainingSAE, AENTrainingSAEConfig, register
+from aen_lightning.training.module import SAEModule
 
 __version__ = "0.1.0"
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from aen_lightning.cli import main
+from aen_lightning.cli.main import main
 
 sys.exit(main())

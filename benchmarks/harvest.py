@@ -38,7 +38,7 @@ import transformers  # noqa: E402
 from slices import Spans, python, ready, report, run_in_slices  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast  # noqa: E402
 
-from aen_lightning.allocator import keep_freed_memory  # noqa: E402
+from aen_lightning.cli.allocator import keep_freed_memory  # noqa: E402
 from aen_lightning.data.activations import ActivationsDataModule  # noqa: E402
 from aen_lightning.harvest import HarvestDataModule, HarvestModule, ShardWriter, run_harvest  # noqa: E402
 from aen_lightning.shards import Manifest, ShardFolder, ShardStream, to_saelens  # noqa: E402
@@ -112,7 +112,7 @@ def harvest_saelens(spans: Spans, model: str, layer: int, data: Path, out: Path,
 
 def forward_limit(spans: Spans, model: str, layer: int, data: Path, *, row_parallel: bool) -> int:
     """The cut model's forward passes alone, as torch runs them or with rows in parallel; returns the tokens."""
-    from aen_lightning.models import load_cut_model
+    from aen_lightning.language_model.cut_model import load_cut_model
 
     lm = load_cut_model(model, [f"blocks.{layer}.hook_resid_post"])
     rows = torch.tensor(datasets.load_from_disk(str(data))["input_ids"][:])
@@ -263,7 +263,7 @@ class StepTimer(pl.Callback):
 
 def train_worker(name: str, folder: Path, steps: int) -> None:
     """Steps of one SAE, fed from disk or from memory, alone in this process."""
-    from aen_lightning.module import SAEModule
+    from aen_lightning.training.module import SAEModule
 
     keep_freed_memory()
     data: Any = ActivationsDataModule(str(folder / "set"), train_batch_size_tokens=1024, held_out_fraction=0.0)

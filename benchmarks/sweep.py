@@ -24,7 +24,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from aen_lightning.data import TextActivationsDataModule
-from aen_lightning.module import SAEModule, SweepModule
+from aen_lightning.training.module import SAEModule, SweepModule
 
 LAMBDAS = (1e-2, 5e-3, 2e-3, 1e-3)
 SEEDS = (0, 1)

@@ -72,7 +72,7 @@ class Problem:
 
 
 class OurStep:
-    """The AEN step built from the functions of ``aen_lightning.sparse`` and ``aen_lightning.penalty``, without an SAE around them.
+    """The AEN step built from the functions of ``aen_lightning.sparse`` and ``aen_lightning.saes.penalty``, without an SAE around them.
 
     ``mark`` is called after each phase, for ``--profile``.
     """

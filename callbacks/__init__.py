@@ -5,9 +5,12 @@ Import them as ``aen_lightning.callbacks``. ``SAEModule`` supplies the standard 
 
 from aen_lightning.callbacks.dead_features import DeadFeatureTracker
 from aen_lightning.callbacks.ema import EMAWeightRefresh
+from aen_lightning.callbacks.evaluate import EvaluateDictionaries
 from aen_lightning.callbacks.export import ExportSAE
 from aen_lightning.callbacks.publish import PublishToHub
 from aen_lightning.callbacks.throughput import Throughput
 from aen_lightning.callbacks.warmup import DelayedWarmup
 
-__all__ = ["DeadFeatureTracker", "DelayedWarmup", "EMAWeightRefresh", "ExportSAE", "PublishToHub", "Throughput"]
+__all__ = [
+    "DeadFeatureTracker", "DelayedWarmup", "EMAWeightRefresh", "EvaluateDictionaries", "ExportSAE", "PublishToHub", "Throughput",
+]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from sae_lens import TrainingSAE
 
-from aen_lightning.sae import AENTrainingSAE
+from aen_lightning.saes.aen import AENTrainingSAE
 
 
 def training_saes(pl_module: pl.LightningModule, callback: pl.Callback) -> dict[str, TrainingSAE[Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from aen_lightning.callbacks._modules import adaptive_saes
-from aen_lightning.penalty import warmup_ramp
+from aen_lightning.saes.penalty import warmup_ramp
 
 
 class DelayedWarmup(pl.Callback):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aen_lightning.data.order import ShuffledOrder
-from aen_lightning.data.scaling import InputScaling, ScalingKind
+from aen_lightning.saes.input_scaling import InputScaling, ScalingKind
 from aen_lightning.shards.read import ShardSet, Verify, open_activations
 from aen_lightning.shards.source import ActivationSource
 

@@ -11,7 +11,7 @@ from sae_lens.synthetic import FeatureDictionary
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from aen_lightning.data.scaling import InputScaling, ScalingKind
+from aen_lightning.saes.input_scaling import InputScaling, ScalingKind
 
 _VALIDATION_STREAM = 2**31
 _TEST_STREAM = 2**31 + 1

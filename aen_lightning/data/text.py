@@ -16,12 +16,12 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from aen_lightning.data.language_model import LanguageModelSource, ModelClassName
-from aen_lightning.data.scaling import InputScaling, ScalingKind
-from aen_lightning.data.stream import ActivationReader, Batch, MixingBuffer, batch_loader, in_calls, shuffled_batches
+from aen_lightning.data.documents import TokenRows, find_column, open_dataset
+from aen_lightning.data.mixing import ActivationReader, Batch, MixingBuffer, batch_loader, in_calls, shuffled_batches
 from aen_lightning.data.text_options import RELEVANT_TO_ORDER, check_text_options
-from aen_lightning.data.tokens import TokenRows, find_column, open_dataset
-from aen_lightning.models import ActivationModel, Hook, ModelDtype
+from aen_lightning.language_model.cut_model import ActivationModel, Hook, ModelDtype
+from aen_lightning.language_model.source import LanguageModelSource, ModelClassName
+from aen_lightning.saes.input_scaling import InputScaling, ScalingKind
 
 
 class TextActivationsDataModule(pl.LightningDataModule):
@@ -38,8 +38,8 @@ class TextActivationsDataModule(pl.LightningDataModule):
 
     Args:
         model_name: Hub name or folder of the language model; for TransformerLens classes, the name it has there.
-        hook_name: Where activations are taken, see ``aen_lightning.models.resolve_hook``; or a list of such names.
-        dataset_path: Hub name, folder, file, glob, or list of files: see ``aen_lightning.data.tokens.open_dataset``.
+        hook_name: Where activations are taken, see ``aen_lightning.language_model.cut_model.resolve_hook``; or a list of such names.
+        dataset_path: Hub name, folder, file, glob, or list of files: see ``aen_lightning.data.documents.open_dataset``.
         dataset_name: Subset of a Hub dataset.
         dataset_split: Split to read.
         streaming: Read the dataset as the run goes.
@@ -74,7 +74,7 @@ class TextActivationsDataModule(pl.LightningDataModule):
         stream_retries: Failures in a row that reading the dataset survives.
         stream_backoff_seconds: Wait after the first of them, then doubled.
         model: In Python, a loaded model instead of ``model_name``: a transformers or TransformerLens model, or any
-            ``aen_lightning.models.ActivationModel``.
+            ``aen_lightning.language_model.cut_model.ActivationModel``.
         tokenizer: In Python, a tokenizer.
         dataset: In Python, a ``datasets`` dataset instead of ``dataset_path``.
 

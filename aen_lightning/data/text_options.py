@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from aen_lightning.data.stream import MixingBuffer
+from aen_lightning.data.mixing import MixingBuffer
 
 # a run resumed with another value of one of these meets its tokens in another order
 RELEVANT_TO_ORDER = (

@@ -27,16 +27,15 @@ The JSON of ``aen compare`` (``--json``): the same head, ``dictionaries`` (by na
 from aen_lightning.diagnostics.coding import Code, coding_gap_bound, coding_objective, solve_coding
 from aen_lightning.diagnostics.coding_gap import CodingProblem, coding_gap, coding_problem
 from aen_lightning.diagnostics.coherence import Coherence, coherence
-from aen_lightning.diagnostics.compare import compare_command, comparison_table
 from aen_lightning.diagnostics.composition import composition
-from aen_lightning.diagnostics.diagnose import SECTIONS, diagnose_command, diagnose_dictionary, diagnosis_table
+from aen_lightning.diagnostics.diagnose import SECTIONS, diagnose_dictionary
 from aen_lightning.diagnostics.gram import active_gram
 from aen_lightning.diagnostics.lipschitz import coding_bound, coding_map_lipschitz, encoder_lipschitz
-from aen_lightning.diagnostics.stability import Matching, compare_dictionaries, match_dictionaries
+from aen_lightning.diagnostics.stability import compare_dictionaries
 
 __all__ = [
-    "SECTIONS", "Code", "CodingProblem", "Coherence", "Matching", "active_gram", "coding_bound", "coding_gap",
-    "coding_gap_bound", "coding_map_lipschitz", "coding_objective", "coding_problem", "coherence", "compare_command",
-    "compare_dictionaries", "comparison_table", "composition", "diagnose_command", "diagnose_dictionary", "diagnosis_table",
-    "encoder_lipschitz", "match_dictionaries", "solve_coding",
+    "SECTIONS", "Code", "CodingProblem", "Coherence", "active_gram", "coding_bound", "coding_gap",
+    "coding_gap_bound", "coding_map_lipschitz", "coding_objective", "coding_problem", "coherence",
+    "compare_dictionaries", "composition", "diagnose_dictionary",
+    "encoder_lipschitz", "solve_coding",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 from aen_lightning.diagnostics.coding import Code, coding_gap_bound, coding_objective, solve_coding, solve_on_support
 from aen_lightning.diagnostics.quantiles import summarize
 from aen_lightning.metrics import ACTIVE_THRESHOLD
-from aen_lightning.penalty import adaptive_weights
+from aen_lightning.saes.penalty import adaptive_weights
 
 
 @dataclass

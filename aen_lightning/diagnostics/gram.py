@@ -8,17 +8,7 @@ import torch
 from torch import Tensor
 
 from aen_lightning.diagnostics.quantiles import summarize
-from aen_lightning.metrics import ACTIVE_THRESHOLD
-
-
-def unit_atoms(W_dec: Tensor, chunk_size: int = 8192) -> Tensor:
-    """The dictionary with rows of norm 1, at least float32; zero rows stay zero."""
-    dtype = torch.promote_types(W_dec.dtype, torch.float32)
-    out = torch.empty(W_dec.shape, dtype=dtype, device=W_dec.device)
-    for start in range(0, len(W_dec), chunk_size):
-        rows = W_dec[start : start + chunk_size].detach().to(dtype)
-        out[start : start + chunk_size] = rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
-    return out
+from aen_lightning.metrics import ACTIVE_THRESHOLD, unit_rows
 
 
 @torch.no_grad()
@@ -42,7 +32,7 @@ def active_gram(W_dec: Tensor, feature_acts: Tensor, *, chunk_size: int = 8192) 
     """
     if feature_acts.ndim != 2 or feature_acts.shape[1] != len(W_dec):
         raise ValueError(f"feature_acts must be (n, d_sae={len(W_dec)}), got {tuple(feature_acts.shape)}")
-    atoms = unit_atoms(W_dec, chunk_size)
+    atoms = unit_rows(W_dec, chunk_size=chunk_size)
     rows: dict[str, list[float]] = {
         name: []
         for name in (

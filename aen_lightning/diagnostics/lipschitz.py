@@ -13,8 +13,7 @@ from aen_lightning.diagnostics.coding import solve_coding, spectral_norm
 from aen_lightning.diagnostics.coding_gap import CodingProblem
 from aen_lightning.diagnostics.quantiles import summarize
 from aen_lightning.evaluate.dictionary import run_dictionary
-from aen_lightning.evaluate.metrics import finite
-from aen_lightning.metrics import ACTIVE_THRESHOLD
+from aen_lightning.metrics import ACTIVE_THRESHOLD, finite
 
 _CONTINUOUS = ("standard", "aen")
 

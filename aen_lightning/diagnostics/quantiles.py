@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aen_lightning.evaluate.metrics import finite
+from aen_lightning.metrics import finite
 
 Summary = dict[str, float | None]
 

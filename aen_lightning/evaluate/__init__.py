@@ -26,12 +26,10 @@ its standard error by the jackknife over groups of context rows::
 space the paper trains and measures in, where no token counts more than another. Against SAELens's ``run_evals`` (all raw):
 ``r2`` is its explained_variance, ``squared_error`` its mse, ``cosine`` its cossim, ``l2_ratio``, ``relative_reconstruction_bias`` (which it averages
 over batches), ``l0`` and ``l1`` have the same names, ``ce_recovered.zero`` is its ce_loss_score and ``kl_recovered.zero`` its kl_div_score.
-The formulas stand with each class in :mod:`aen_lightning.metrics` and :mod:`aen_lightning.evaluate.metrics`. Running SAEBench:
-:mod:`aen_lightning.evaluate.saebench`. Through Lightning (``aen test``): add the callback ``aen_lightning.evaluate.EvaluateDictionaries``.
+The formulas stand with each class in :mod:`aen_lightning.metrics`. Running SAEBench:
+:mod:`aen_lightning.evaluate.saebench`. Through Lightning (``aen test``): add the callback ``aen_lightning.callbacks.EvaluateDictionaries``.
 """
 
-from aen_lightning.evaluate.callback import EvaluateDictionaries
-from aen_lightning.evaluate.command import RESULT_FILE, evaluate_command, evaluate_dictionary, evaluation_table
 from aen_lightning.evaluate.dictionary import (
     describe_dictionary,
     load_dictionary,
@@ -41,14 +39,13 @@ from aen_lightning.evaluate.dictionary import (
     to_scaled_space,
 )
 from aen_lightning.evaluate.downstream import evaluate_downstream, replaced_activation
+from aen_lightning.evaluate.evaluate import RESULT_FILE, evaluate_dictionary
 from aen_lightning.evaluate.inputs import InputBatch, Inputs, ShardInputs, SyntheticInputs, TextInputs
-from aen_lightning.evaluate.metrics import utilisation
 from aen_lightning.evaluate.reconstruction import Reconstruction, evaluate_reconstruction
 from aen_lightning.evaluate.saebench import saebench_dictionary
 
 __all__ = [
-    "RESULT_FILE", "EvaluateDictionaries", "InputBatch", "Inputs", "Reconstruction", "ShardInputs", "SyntheticInputs", "TextInputs",
-    "describe_dictionary", "evaluate_command", "evaluate_dictionary", "evaluate_downstream", "evaluate_reconstruction",
-    "evaluation_table", "load_dictionary", "log_sparsity", "replaced_activation", "run_dictionary", "saebench_dictionary",
-    "scaled_space", "to_scaled_space", "utilisation",
+    "RESULT_FILE", "InputBatch", "Inputs", "Reconstruction", "ShardInputs", "SyntheticInputs", "TextInputs",
+    "describe_dictionary", "evaluate_dictionary", "evaluate_downstream", "evaluate_reconstruction", "load_dictionary", "log_sparsity", "replaced_activation", "run_dictionary", "saebench_dictionary",
+    "scaled_space", "to_scaled_space",
 ]  # fmt: skip

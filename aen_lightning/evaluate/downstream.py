@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from aen_lightning.evaluate.dictionary import run_dictionary
 from aen_lightning.evaluate.inputs import TextInputs
-from aen_lightning.evaluate.metrics import Estimate, estimate, jackknife
-from aen_lightning.hooks import Hook
+from aen_lightning.language_model.hook_points import Hook
+from aen_lightning.metrics import Estimate, estimate, jackknife
 
 Ablate = Literal["all", "counted"]
 CONDITIONS = ("clean", "spliced", "zero_ablated", "mean_ablated")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aen_lightning.data.synthetic import SpikedDataModule
 from aen_lightning.data.text import TextActivationsDataModule
-from aen_lightning.hooks import Hook
+from aen_lightning.language_model.hook_points import Hook
 from aen_lightning.shards import open_activations
 
 SYNTHETIC_STREAM = 2**31 + 1

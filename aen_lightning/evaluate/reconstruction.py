@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from aen_lightning.evaluate.dictionary import run_dictionary, tokens_per_chunk
 from aen_lightning.evaluate.inputs import Inputs
-from aen_lightning.evaluate.metrics import (
+from aen_lightning.metrics import (
     Estimate,
     FeatureUse,
     density_histogram,

@@ -7,7 +7,7 @@ continued by running it again, on any number of ranks: shards that exist are kep
 
 from aen_lightning.harvest.data import HarvestDataModule
 from aen_lightning.harvest.module import HarvestModule
-from aen_lightning.harvest.run import add_harvest_arguments, run_harvest
+from aen_lightning.harvest.run import run_harvest
 from aen_lightning.harvest.writer import ShardWriter
 
-__all__ = ["HarvestDataModule", "HarvestModule", "ShardWriter", "add_harvest_arguments", "run_harvest"]
+__all__ = ["HarvestDataModule", "HarvestModule", "ShardWriter", "run_harvest"]

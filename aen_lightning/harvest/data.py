@@ -32,7 +32,7 @@ class HarvestDataModule(pl.LightningDataModule):
     is complete. So a run that continues needs no network and no tokenizer, and finds the same tokens.
 
     Args:
-        dataset_path: Hub name, folder, file, glob, or list of files. See ``aen_lightning.data.tokens.open_dataset``.
+        dataset_path: Hub name, folder, file, glob, or list of files. See ``aen_lightning.data.documents.open_dataset``.
         dataset_name: Subset of a Hub dataset.
         dataset_split: E.g. ``train``, or, not streamed, ``train[:-500]``.
         streaming: Read as the run goes instead of downloading first.
@@ -223,7 +223,7 @@ class HarvestDataModule(pl.LightningDataModule):
         from sae_lens.util import get_special_token_ids
         from transformers import AutoTokenizer
 
-        from aen_lightning.data.tokens import find_column, open_dataset, retrying
+        from aen_lightning.data.documents import find_column, open_dataset, retrying
 
         dataset = open_dataset(
             self.dataset_path, name=self.dataset_name, split=self.dataset_split, streaming=self.streaming

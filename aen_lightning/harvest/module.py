@@ -10,7 +10,15 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from aen_lightning.models import CutModel, Hook, ModelDtype, cut_model, load_config, load_cut_model, resolve_hooks
+from aen_lightning.language_model.cut_model import (
+    CutModel,
+    Hook,
+    ModelDtype,
+    cut_model,
+    load_config,
+    load_cut_model,
+    resolve_hooks,
+)
 from aen_lightning.shards.manifest import STORED_DTYPES
 
 
@@ -22,7 +30,7 @@ class HarvestModule(pl.LightningModule):
 
     Args:
         model_name: Hub name or folder of a Hugging Face causal language model.
-        hook_names: Which activations, all taken in one pass. See ``aen_lightning.models.resolve_hook``.
+        hook_names: Which activations, all taken in one pass. See ``aen_lightning.language_model.cut_model.resolve_hook``.
         revision: Branch, tag or commit on the Hub.
         model_dtype: Of weights and computation: ``float32``, ``bfloat16`` or ``float16``.
         dtype: On disk; None: the same.
@@ -120,7 +128,7 @@ class HarvestModule(pl.LightningModule):
             self._given.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
             self.language_model = cut_model(self._given, self.hook_names)
         elif isinstance(strategy, ModelParallelStrategy):
-            from aen_lightning.parallel import load_sharded_cut_model
+            from aen_lightning.language_model.fsdp import load_sharded_cut_model
 
             mesh = strategy.device_mesh
             if mesh["tensor_parallel"].size() > 1:

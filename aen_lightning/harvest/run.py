@@ -1,13 +1,12 @@
-"""Putting a harvest together: in Python, and for the command line."""
+"""Putting a harvest together."""
 
 from __future__ import annotations
 
 import lightning.pytorch as pl
-from lightning.pytorch.cli import LightningArgumentParser
 
 from aen_lightning.harvest.data import HarvestDataModule
 from aen_lightning.harvest.module import HarvestModule
-from aen_lightning.harvest.writer import ShardWriter, writer_of
+from aen_lightning.harvest.writer import writer_of
 from aen_lightning.shards.manifest import Manifest
 
 
@@ -30,10 +29,3 @@ def run_harvest(trainer: pl.Trainer, module: HarvestModule, datamodule: HarvestD
     module.hooks  # noqa: B018  # a hook that does not exist is an error on every rank, before anything is written
     trainer.predict(module, datamodule=datamodule, return_predictions=False)
     return Manifest.read(writer.path)
-
-
-def add_harvest_arguments(parser: LightningArgumentParser) -> None:
-    """For a LightningCLI of HarvestModule and HarvestDataModule: the section ``shards``, and arguments that are given once."""
-    parser.add_lightning_class_args(ShardWriter, "shards")
-    parser.link_arguments("model.model_name", "data.model_name")
-    parser.link_arguments("model.revision", "data.revision")

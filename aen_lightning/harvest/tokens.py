@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aen_lightning.data.tokens import TokenRows
+from aen_lightning.data.documents import TokenRows
 from aen_lightning.shards.manifest import put_in_place
 
 TOKENS_FOLDER = "tokens"

@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from transformer_lens.supported_models import MODEL_ALIASES
 
-from aen_lightning.hub.provenance import is_local_path
+from aen_lightning.runs.provenance import is_local_path
 
 _BEGIN = "<!-- aen-lightning: this part is written by `aen push`; text outside of it is kept -->"
 _END = "<!-- aen-lightning: end -->"

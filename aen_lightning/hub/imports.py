@@ -20,12 +20,12 @@ from sae_lens.util import str_to_dtype
 from safetensors.torch import save_file
 from torch import Tensor
 
-from aen_lightning.export import ADAPTIVE_STATE_FILENAME
 from aen_lightning.hub.check import check_weights
 from aen_lightning.hub.checkpoint import Checkpoint, Kind, read_checkpoint
 from aen_lightning.hub.retry import hub_errors, with_retries
-from aen_lightning.hub.stream import Transposed, write_safetensors
-from aen_lightning.sae import AENTrainingSAE, AENTrainingSAEConfig
+from aen_lightning.hub.safetensors_stream import Transposed, write_safetensors
+from aen_lightning.saes.aen import AENTrainingSAE, AENTrainingSAEConfig
+from aen_lightning.saes.export import ADAPTIVE_STATE_FILENAME
 
 AUTHORS_REPO = "farischaudhry/adaptive-elastic-net-sae"
 Scaling = Literal["per_token", "none"]

@@ -22,8 +22,8 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 
 from aen_lightning.hub.check import check_weights, expected_shapes
-from aen_lightning.hub.folders import check_id
 from aen_lightning.hub.retry import N_ATTEMPTS, HubError, hub_errors, is_transient, with_retries
+from aen_lightning.runs.dictionary import check_id
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from huggingface_hub.hf_api import RepoFile
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 
 from aen_lightning.hub.card import Entry, hub_id, missing_for_dashboards, render_card
-from aen_lightning.hub.folders import find_dictionaries
 from aen_lightning.hub.retry import N_ATTEMPTS, HubError, hub_errors, is_transient, with_retries
 from aen_lightning.hub.staging import PublishedArchitecture, stage
+from aen_lightning.runs.dictionary import find_dictionaries
 
 _README = "README.md"
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")

@@ -18,9 +18,9 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEConfig
 
 from aen_lightning.hub.check import check_weights
-from aen_lightning.hub.folders import Dictionary
-from aen_lightning.hub.provenance import collect, scrub
-from aen_lightning.sae import ARCHITECTURE
+from aen_lightning.runs.dictionary import Dictionary
+from aen_lightning.runs.provenance import collect, scrub
+from aen_lightning.saes.aen import ARCHITECTURE
 
 PublishedArchitecture = Literal["standard", "aen"]
 

@@ -5,7 +5,6 @@
 """
 
 from aen_lightning.report.collect import Report, collect
-from aen_lightning.report.commands import report_command
 from aen_lightning.report.drawing import Figure
 from aen_lightning.report.features import feature_pages
 from aen_lightning.report.figures import make_figures
@@ -20,5 +19,4 @@ __all__ = [
     "feature_pages",
     "make_figures",
     "render_report",
-    "report_command",
 ]

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from aen_lightning.evaluate.dictionary import scaled_space, to_scaled_space, tokens_per_chunk
 from aen_lightning.evaluate.inputs import Inputs, ShardInputs, TextInputs
-from aen_lightning.hooks import resolve_hook
+from aen_lightning.language_model.cut_model import cut_config, load_config
+from aen_lightning.language_model.hook_points import resolve_hook
 from aen_lightning.metrics import ACTIVE_THRESHOLD
-from aen_lightning.models import cut_config, load_config
 
 MAX_ACTIVATIONS = 2**27
 """Most non-zero activations held at once: 8 bytes each, 1 GiB, and as much again while they are sorted."""

@@ -15,7 +15,7 @@ from aen_lightning.report.curves import curve_figures
 from aen_lightning.report.drawing import Figure, add_histogram, finish, floats, log_axis
 from aen_lightning.report.naming import colours, family_styles
 from aen_lightning.report.runs import Dictionary
-from aen_lightning.sweep import pareto_fronts
+from aen_lightning.training.pareto import pareto_fronts
 
 _FLOOR = -9.5  # SAELens writes log10(density + 1e-10): below lies only what never fired
 

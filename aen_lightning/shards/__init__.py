@@ -5,16 +5,15 @@ hook, and ``manifest.json``, which says what they are. A shard exists whole or n
 hashed, and renamed; its record follows, and the manifest that lists all records is written last.
 """
 
-from aen_lightning.shards.cached import SAELensCache
-from aen_lightning.shards.commands import add_shards_arguments, run_shards
 from aen_lightning.shards.convert import Conversion, convert, from_saelens, to_saelens
 from aen_lightning.shards.manifest import STORED_DTYPES, Manifest, ShardError, ShardRecord, require_disk
 from aen_lightning.shards.read import ShardSet, info, open_activations, verify
+from aen_lightning.shards.saelens_cache import SAELensCache
 from aen_lightning.shards.source import ActivationSource
 from aen_lightning.shards.write import ShardFolder, ShardStream
 
 __all__ = [
     "STORED_DTYPES", "ActivationSource", "Conversion", "Manifest", "SAELensCache", "ShardError", "ShardFolder", "ShardRecord",
-    "ShardSet", "ShardStream", "add_shards_arguments", "convert", "from_saelens", "info", "open_activations", "require_disk",
-    "run_shards", "to_saelens", "verify",
+    "ShardSet", "ShardStream", "convert", "from_saelens", "info", "open_activations", "require_disk",
+    "to_saelens", "verify",
 ]  # fmt: skip

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aen_lightning.shards.cached import SAELensCache
 from aen_lightning.shards.manifest import STORED_DTYPES, Manifest, ShardError, require_disk
 from aen_lightning.shards.read import ShardSet, open_activations, write_stamps
+from aen_lightning.shards.saelens_cache import SAELensCache
 from aen_lightning.shards.source import ActivationSource
 from aen_lightning.shards.write import ShardFolder, ShardStream
 

@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from aen_lightning.shards.cached import SAELensCache
 from aen_lightning.shards.manifest import (
     MANIFEST_NAME,
     STORED_DTYPES,
@@ -25,6 +24,7 @@ from aen_lightning.shards.manifest import (
     read_json,
     write_json,
 )
+from aen_lightning.shards.saelens_cache import SAELensCache
 from aen_lightning.shards.source import ActivationSource
 
 Verify = Literal["once", "always", "never"]

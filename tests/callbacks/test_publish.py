@@ -16,7 +16,7 @@ from aen_lightning import SAEModule
 from aen_lightning.callbacks.publish import PublishToHub
 from aen_lightning.data import SpikedDataModule
 from aen_lightning.hub import HubError, load_pretrained
-from tests.hub_server import TOKEN, HubServer, running_hub
+from tests.support.hub_server import TOKEN, HubServer, running_hub
 
 REPO = "tester/run"
 

@@ -16,9 +16,9 @@ from torch.testing import assert_close
 
 from aen_lightning.data.activations import ActivationsDataModule
 from aen_lightning.data.order import ShuffledOrder
-from aen_lightning.data.scaling import InputScaling
+from aen_lightning.saes.input_scaling import InputScaling
 from aen_lightning.shards import ShardError, convert
-from tests.test_shards import HOOK, flip_byte, write_set
+from tests.support.shard_sets import HOOK, flip_byte, write_set
 
 
 def set_up(path: Path, **kwargs: Any) -> ActivationsDataModule:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from aen_lightning.data.scaling import InputScaling
 from aen_lightning.data.synthetic import SpikedDataModule, spiked_dictionary
+from aen_lightning.saes.input_scaling import InputScaling
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.3, 0.9])

@@ -18,10 +18,10 @@ from sae_lens.training.mixing_buffer import mixing_buffer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from aen_lightning.data.stream import MixingBuffer
+from aen_lightning.data.documents import TokenRows, find_column, open_dataset, retrying
+from aen_lightning.data.mixing import MixingBuffer
 from aen_lightning.data.text import TextActivationsDataModule
-from aen_lightning.data.tokens import TokenRows, find_column, open_dataset, retrying
-from tests.tiny_models import D_MODEL, EOS, PAD, save_tiny_model, tiny_model, tiny_tokenizer
+from tests.support.tiny_models import D_MODEL, EOS, PAD, save_tiny_model, tiny_model, tiny_tokenizer
 
 HOOK = "blocks.1.hook_resid_post"
 pytestmark = pytest.mark.filterwarnings("ignore:the dataset is exhausted")

@@ -1,0 +1,1 @@
+"""The ``aen`` command: one file a command, and no arithmetic."""

@@ -1,0 +1,34 @@
+"""``aen refit``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pandas as pd
+
+from aen_lightning.cli.training import AENCLI, TRAINING_OPTIONS, prepare_arguments
+from aen_lightning.training.refit import RefitModule
+
+
+def refit_command(args: Sequence[str]) -> int:
+    """Refit a dictionary; the arguments are those of ``aen fit`` without the word, with ``--model.dictionary``."""
+    prepare_arguments(args)
+    cli = AENCLI(RefitModule, pl.LightningDataModule, run=False, **TRAINING_OPTIONS)
+    before = _held_out(cli)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    after = _held_out(cli)
+    if cli.trainer.is_global_zero and after:
+        table = pd.DataFrame({"before": before, "after": after})
+        path = Path(cli.trainer.log_dir or cli.trainer.default_root_dir) / "refit.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(path, index_label="metric")
+        print(f"{table.to_string(float_format=lambda value: f'{value:.4g}')}\n{path}")
+    return 0
+
+
+def _held_out(cli: AENCLI) -> dict[str, float]:
+    """Metrics on the validation split; nothing if the data have none."""
+    (values,) = cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False) or [{}]
+    return {key.removeprefix("val/metrics/"): value for key, value in values.items()}

@@ -1,0 +1,1 @@
+"""Language models to take activations from: where, how much of the model, on which devices."""

@@ -1,0 +1,167 @@
+"""Where a dictionary comes from: what its run's folder and this process can tell, without secrets or local paths."""
+
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aen_lightning.runs.dictionary import Dictionary
+
+_PACKAGES = ("aen-lightning", "sae-lens", "torch", "lightning", "transformers", "datasets", "huggingface-hub")
+_SECRET_KEY = re.compile(
+    r"(^|_)(token|tokens?_?secret|api_?key|password|passwd|secret|credentials?|authorization)$", re.IGNORECASE
+)
+_SECRET_VALUE = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9]{16,}|\bgh[pousr]_[A-Za-z0-9]{16,}|://[^/\s@]+:[^/\s@]+@"
+)
+_TRAINER_KEYS = (
+    "max_steps",
+    "precision",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "accumulate_grad_batches",
+    "strategy",
+    "devices",
+    "num_nodes",
+)
+_EVAL_SPLITS = ("val", "test")
+
+
+def collect(dictionary: Dictionary) -> dict[str, Any]:
+    """What is known of the training, in plain JSON types; what is not known is left out.
+
+    Returns:
+        ``evaluation`` (held-out metrics by name), ``training_metrics`` (the last logged), ``n_training_samples``, ``seed``,
+        ``recipe`` (model, data and trainer sections of ``config.yaml``), ``environment_at_publishing`` (package versions),
+        ``git_commit_at_publishing`` (of the working directory, with ``-dirty`` if it had changes).
+    """
+    found: dict[str, Any] = dict(dictionary.metadata.get("provenance") or {})
+    if dictionary.run is not None:
+        rows = _last_values(dictionary.run / "metrics.csv")
+        found |= _metrics(rows, dictionary.name)
+        found |= _recipe(dictionary.run)
+    found["environment_at_publishing"] = versions()
+    commit = git_commit()
+    if commit is not None:
+        found["git_commit_at_publishing"] = commit
+    return dict(scrub({key: value for key, value in found.items() if value not in (None, {}, [])}))
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that matter, as installed here."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a source tree that was never installed
+            continue
+    return found
+
+
+def git_commit(folder: Path | None = None) -> str | None:
+    """Commit of the repository that holds ``folder`` (the working directory), or None outside of any."""
+    where = ["git", "-C", str(folder or Path.cwd())]
+    try:
+        head = subprocess.run([*where, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changes = subprocess.run(
+            [*where, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True, text=True, timeout=30, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
+
+
+def scrub(value: Any) -> Any:
+    """A copy without secrets, and with local paths cut to their last part.
+
+    Entries under keys such as ``token`` or ``password`` are left out; strings that look like an access token, or hold a password
+    in an address, become ``"(removed)"``; an absolute path, or one that leads out of the working directory, keeps its name only.
+    """
+    if isinstance(value, Mapping):
+        return {str(k): scrub(v) for k, v in value.items() if not (_SECRET_KEY.search(str(k)) and isinstance(v, str))}
+    if isinstance(value, list | tuple):
+        return [scrub(v) for v in value]
+    if isinstance(value, Path):
+        return scrub(str(value))
+    if isinstance(value, str):
+        if _SECRET_VALUE.search(value):
+            return "(removed)"
+        return value.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1] if is_local_path(value) else value
+    return value
+
+
+def is_local_path(value: str) -> bool:
+    """Whether a name of a model or a data set can only mean this machine."""
+    return bool(re.match(r"(/|~|\.\.?(/|$)|[A-Za-z]:[\\/]|file:)", value)) and "\n" not in value
+
+
+def _last_values(file: Path) -> dict[str, float]:
+    """The last value of every column of a CSVLogger's file; rows hold train and validation values in turn."""
+    last: dict[str, float] = {}
+    if file.is_file():
+        with file.open(newline="", encoding="utf-8") as stream:
+            for row in csv.DictReader(stream):
+                for key, text in row.items():
+                    # a validation after the fit is logged one step beyond the last
+                    if key and text and (key != "step" or row.get("details/n_training_samples") or key not in last):
+                        try:
+                            last[key] = float(text)
+                        except ValueError:
+                            continue
+    return last
+
+
+def _metrics(last: Mapping[str, float], name: str | None) -> dict[str, Any]:
+    evaluation: dict[str, float] = {}
+    training: dict[str, float] = {}
+    found: dict[str, Any] = {"evaluation": evaluation, "training_metrics": training}
+    for column, value in last.items():
+        if column == "details/n_training_samples":
+            found["n_training_samples"] = int(value)
+        key = column.removesuffix("_epoch")
+        if name is not None:  # one of several in a run: its columns have its name in front, or behind the split's
+            if f"/{name}/" not in f"/{key}":
+                continue
+            key = f"/{key}".replace(f"/{name}/", "/", 1)[1:]
+        split, _, rest = key.partition("/")
+        if split in _EVAL_SPLITS:
+            evaluation[
+                rest.removeprefix("metrics/") if split == "val" else f"{split}/{rest.removeprefix('metrics/')}"
+            ] = value
+        elif split in ("metrics", "losses", "sparsity"):
+            training[key] = value
+    if "step" in last:
+        found["n_training_steps"] = int(last["step"]) + 1
+    return found
+
+
+def _recipe(run: Path) -> dict[str, Any]:
+    config_file = run / "config.yaml"
+    if not config_file.is_file():
+        return {}
+    try:
+        config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+    except yaml.YAMLError:  # a hand-edited or foreign file: the dictionary is as good without it
+        return {}
+    if not isinstance(config, dict):
+        return {}
+    trainer = config.get("trainer") or {}
+    recipe = {
+        "seed_everything": config.get("seed_everything"),
+        "model": config.get("model"),
+        "data": config.get("data"),
+        "trainer": {key: trainer[key] for key in _TRAINER_KEYS if trainer.get(key) is not None},
+    }
+    seed = config.get("seed_everything")
+    return {
+        "recipe": {k: v for k, v in recipe.items() if v not in (None, {}, [])},
+        "seed": seed if isinstance(seed, int) else None,
+    }

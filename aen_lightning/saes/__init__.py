@@ -1,0 +1,1 @@
+"""Sparse autoencoders: the architecture ``aen``, its penalty, the relaxed refit, checked construction and export."""

@@ -1,0 +1,153 @@
+"""Configs of the SAELens architecture ``aen``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sae_lens import StandardSAEConfig, TrainingSAEConfig
+from sae_lens.saes.sae import SAEConfig
+from typing_extensions import override
+
+from aen_lightning.saes.penalty import coefficients_from_paper
+
+ARCHITECTURE = "aen"
+
+
+@dataclass
+class AENSAEConfig(StandardSAEConfig):
+    """Config of an AEN-SAE at inference: a ReLU SAE under its own name."""
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return ARCHITECTURE
+
+
+@dataclass(kw_only=True)
+class AENTrainingSAEConfig(TrainingSAEConfig):
+    """Config for training an AEN-SAE; the defaults are those published for Pythia-70M (``d_in`` 512).
+
+    Coefficients are in SAELens's form, where the squared error is summed over ``d_in``;
+    :meth:`from_paper` converts the paper's lambdas. ``gamma=0`` is the plain elastic net, ``l2_coefficient=0`` the
+    adaptive lasso, both the standard L1 SAE with a unit-norm decoder.
+
+    Args:
+        l1_coefficient: Weight of ``mean_b sum_j u_j h_bj``, ``>= 0``. ``d_in`` times the paper's lambda_1.
+        l2_coefficient: Weight of ``mean_b sum_j h_bj^2``, ``>= 0``. ``d_in`` times the paper's lambda_2.
+        gamma: Exponent of the adaptive weights, ``>= 0``, dimensionless.
+        ema_decay: Decay of the running mean per training step, in [0, 1); half-life about ``ln 2 / (1 - ema_decay)`` steps.
+        weight_min: Lower bound of the adaptive weights, in (0, 1].
+        weight_max: Upper bound of the adaptive weights, ``>= 1``; what a silent feature gets.
+        reference_fraction: Share of the strongest features, in (0, 1], whose mean is the reference level.
+        warmup_delay_steps: Training steps with all weights 1; zero or less: adaptive weights from the first step.
+        warmup_ramp_steps: Training steps over which the adaptive weights are let in after the delay, ``>= 0``.
+        l1_warmup_steps: Training steps over which the whole L1 term rises from 0, ``>= 0``; the paper has none.
+        starvation_guard: Share of the mean firing rate, ``>= 0``, under which a feature pays less
+            (:func:`~aen_lightning.saes.penalty.starvation_guard`); 0.1 is a good value. 0: off, as in the paper. It acts from the first step
+            on, whatever the delay, and multiplies the adaptive weights: ``gamma=0`` leaves it alone.
+        guard_min: Least factor of the guard, in (0, 1]; what a silent feature gets.
+        guard_decay: Decay of the running firing rates per training step, in [0, 1).
+        decoder_init_norm: None: the published start (torch's default ``nn.Linear`` initialisation for encoder and decoder).
+            A positive number: SAELens's tied start, ``W_enc = decoder_init_norm * unit(W_dec)^T``. Decoder rows have
+            unit norm either way.
+        sparse_step: Compute the training step on the non-zeros of the code, exactly (:mod:`aen_lightning.sparse`), once the code is sparse
+            enough. ``auto``: on a CPU; ``on``: on any device; ``off``: always dense. Where it cannot apply (parameters in half
+            precision, a run-time normalisation in the SAE, hooks on the SAE) the step is dense.
+        inference_architecture: What an exported dictionary calls itself: ``standard`` loads anywhere, ``aen`` needs this package.
+
+    Raises:
+        ValueError: On construction, for any value outside its range; the message names it.
+    """
+
+    l1_coefficient: float = 0.512
+    l2_coefficient: float = 0.256
+    gamma: float = 0.5
+    ema_decay: float = 0.9999
+    weight_min: float = 0.01
+    weight_max: float = 10.0
+    reference_fraction: float = 0.05
+    warmup_delay_steps: int = 4000
+    warmup_ramp_steps: int = 2000
+    l1_warmup_steps: int = 0
+    starvation_guard: float = 0.0
+    guard_min: float = 0.02
+    guard_decay: float = 0.99
+    decoder_init_norm: float | None = None
+    sparse_step: Literal["auto", "on", "off"] = "auto"
+    inference_architecture: Literal["standard", "aen"] = "standard"
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return ARCHITECTURE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, ok, expected in self._constraints():
+            if not ok:
+                raise ValueError(f"{type(self).__name__}.{name} must be {expected}, got {getattr(self, name)!r}")
+
+    def _constraints(self) -> list[tuple[str, bool, str]]:
+        def at_least(value: Any, bound: float) -> bool:
+            return _is_number(value) and math.isfinite(value) and value >= bound
+
+        def steps(value: Any) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool)
+
+        norm = self.decoder_init_norm
+        return [
+            ("d_in", steps(self.d_in) and self.d_in > 0, "a positive integer"),
+            ("d_sae", steps(self.d_sae) and self.d_sae > 0, "a positive integer"),
+            ("l1_coefficient", at_least(self.l1_coefficient, 0), "a finite number >= 0"),
+            ("l2_coefficient", at_least(self.l2_coefficient, 0), "a finite number >= 0"),
+            ("gamma", at_least(self.gamma, 0), "a finite number >= 0"),
+            ("ema_decay", at_least(self.ema_decay, 0) and self.ema_decay < 1, "in [0, 1)"),
+            ("weight_min", at_least(self.weight_min, 0) and 0 < self.weight_min <= 1, "in (0, 1]"),
+            ("weight_max", at_least(self.weight_max, 1), "a finite number >= 1"),
+            (
+                "reference_fraction",
+                at_least(self.reference_fraction, 0) and 0 < self.reference_fraction <= 1,
+                "in (0, 1]",
+            ),
+            ("warmup_delay_steps", steps(self.warmup_delay_steps), "an integer number of steps"),
+            ("warmup_ramp_steps", steps(self.warmup_ramp_steps) and self.warmup_ramp_steps >= 0, "an integer >= 0"),
+            ("l1_warmup_steps", steps(self.l1_warmup_steps) and self.l1_warmup_steps >= 0, "an integer >= 0"),
+            ("starvation_guard", at_least(self.starvation_guard, 0), "a finite number >= 0"),
+            ("guard_min", at_least(self.guard_min, 0) and 0 < self.guard_min <= 1, "in (0, 1]"),
+            ("guard_decay", at_least(self.guard_decay, 0) and self.guard_decay < 1, "in [0, 1)"),
+            ("decoder_init_norm", norm is None or (at_least(norm, 0) and norm > 0), "None or a number > 0"),
+            ("sparse_step", self.sparse_step in ("auto", "on", "off"), "'auto', 'on' or 'off'"),
+            ("inference_architecture", self.inference_architecture in ("standard", "aen"), "'standard' or 'aen'"),
+        ]
+
+    @classmethod
+    def from_paper(
+        cls, *, d_in: int, d_sae: int, lambda_1: float, lambda_2: float, **rest: Any
+    ) -> AENTrainingSAEConfig:
+        """A config from the paper's lambdas, whose squared error is a mean over ``d_in``.
+
+        Args:
+            d_in: Width of the activations.
+            d_sae: Number of features.
+            lambda_1: The paper's L1 coefficient.
+            lambda_2: The paper's L2 coefficient.
+            **rest: Any other field.
+
+        Raises:
+            TypeError: If ``rest`` holds a coefficient in SAELens's form too.
+        """
+        for name in ("l1_coefficient", "l2_coefficient"):
+            if name in rest:
+                raise TypeError(f"from_paper sets {name} from the lambdas; got {name}={rest[name]!r} as well: drop one")
+        l1, l2 = coefficients_from_paper(d_in=d_in, lambda_1=lambda_1, lambda_2=lambda_2)
+        return cls(d_in=d_in, d_sae=d_sae, l1_coefficient=l1, l2_coefficient=l2, **rest)
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return AENSAEConfig if self.inference_architecture == "aen" else StandardSAEConfig
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

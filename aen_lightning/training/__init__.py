@@ -1,0 +1,1 @@
+"""LightningModules that train SAEs: one, a grid of them on one stream, a refit."""

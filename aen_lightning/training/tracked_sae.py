@@ -1,0 +1,125 @@
+"""One SAE in training: the SAE, its counters and its metrics. A LightningModule drives one or several."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from sae_lens import TrainingSAE, TrainingSAEConfig
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
+from sae_lens.training.optim import CoefficientScheduler
+from sae_lens.util import temporary_seed
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from aen_lightning.metrics import L0, MSE, DeadFeatures, ExplainedVariance, ShrinkageRatio, firing_counts
+from aen_lightning.saes.aen import AENTrainingSAE
+
+
+def new_sae(cfg: TrainingSAEConfig, seed: int | None) -> TrainingSAE[Any]:
+    """An untrained SAE of any SAELens architecture; ``seed`` is of its initial weights, None: the global generator."""
+    with temporary_seed(seed):
+        return cast("TrainingSAE[Any]", TrainingSAE.from_dict(cfg.to_dict()))
+
+
+class SAEUnit(nn.Module):
+    """One SAE with what its training needs besides its weights.
+
+    Args:
+        sae: Training SAE of any SAELens architecture.
+        name: Prefix of its log keys and name of its export folder; empty for the only SAE of a run.
+        dead_feature_window: Training steps without firing after which a feature counts as dead.
+    """
+
+    n_forward_passes_since_fired: Tensor
+
+    def __init__(self, sae: TrainingSAE[Any], *, name: str, dead_feature_window: int) -> None:
+        super().__init__()
+        cfg = sae.cfg
+        self.name = name
+        self.dead_feature_window = dead_feature_window
+        self.sae = sae
+        self.register_buffer("n_forward_passes_since_fired", torch.zeros(cfg.d_sae, dtype=torch.int64))
+        self.train_metrics = _metrics(cfg.d_in)
+        self.val_metrics = _metrics(cfg.d_in, cfg.d_sae)
+        self.test_metrics = _metrics(cfg.d_in, cfg.d_sae)
+
+    @property
+    def dead_neuron_mask(self) -> Tensor:
+        """Features that have not fired for ``dead_feature_window`` training steps, shape (d_sae,), bool."""
+        return self.n_forward_passes_since_fired > self.dead_feature_window
+
+    def coefficients(self, n_training_steps: int) -> dict[str, float]:
+        """SAELens's loss coefficients after ``n_training_steps`` finished steps, warm-up included."""
+        values = {}
+        for name, cfg in self.sae.get_coefficients().items():
+            value, warm_up = cfg if isinstance(cfg, TrainCoefficientConfig) else (cfg, 0)
+            scheduler = CoefficientScheduler(warm_up_steps=warm_up, final_value=value)
+            scheduler.load_state_dict({"current_step": n_training_steps})
+            values[name] = scheduler.value
+        return values
+
+    def training_forward_pass(self, x: Tensor, *, n_training_steps: int, is_logging_step: bool) -> TrainStepOutput:
+        """SAELens's training forward pass on a batch (batch, d_in)."""
+        return self.sae.training_forward_pass(
+            TrainStepInput(
+                sae_in=x,
+                coefficients=self.coefficients(n_training_steps),
+                dead_neuron_mask=self.dead_neuron_mask,
+                n_training_steps=n_training_steps,
+                is_logging_step=is_logging_step,
+            )
+        )
+
+    def firing_counts(self, output: TrainStepOutput) -> Tensor:
+        """How often each feature fired in this batch, on this rank, shape (d_sae,), int64."""
+        return firing_counts(output.feature_acts)
+
+    def note_firings(self, n_firings: Tensor) -> None:
+        """Restart the count of silent steps for the features that fired, over all ranks."""
+        self.n_forward_passes_since_fired.add_(1).masked_fill_(n_firings > 0, 0)
+
+    def log_values(self, output: TrainStepOutput, n_training_steps: int) -> dict[str, Any]:
+        """What SAELens logs of a step, under its keys. Collective: every rank must call it at the same steps."""
+        self.train_metrics.update(x=output.sae_in, x_hat=output.sae_out, feature_acts=output.feature_acts)
+        values = self.train_metrics.compute()
+        self.train_metrics.reset()
+        log: dict[str, Any] = {f"metrics/{name}": value for name, value in values.items()}
+        log |= {f"losses/{name}": value.detach() for name, value in output.losses.items()}
+        log["losses/overall_loss"] = output.loss.detach()
+        log |= {f"metrics/{name}": v() if callable(v) else v for name, v in output.metrics.items()}
+        log["sparsity/dead_features"] = self.dead_neuron_mask.sum().float()
+        log["sparsity/mean_passes_since_fired"] = self.n_forward_passes_since_fired.float().mean()
+        log |= {f"details/{name}_coefficient": v for name, v in self.coefficients(n_training_steps).items()}
+        return log
+
+    def evaluate(self, x: Tensor, metrics: MetricCollection) -> None:
+        """Update held-out ``metrics`` with a batch (batch, d_in); the SAE's state stays as it is."""
+        feature_acts = self.sae.encode(x)
+        metrics.update(x=x, x_hat=self.sae.decode(feature_acts), feature_acts=feature_acts)
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a checkpoint needs besides tensors, as plain values."""
+        state: dict[str, Any] = {"metadata": self.sae.cfg.metadata.to_dict()}
+        if isinstance(self.sae, AENTrainingSAE):
+            state["density_switch"] = self.sae.density_switch.state_dict()
+        return state
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`extra_state`."""
+        for key, value in state["metadata"].items():
+            self.sae.cfg.metadata[key] = value
+        if isinstance(self.sae, AENTrainingSAE):
+            self.sae.density_switch.load_state_dict(state["density_switch"])
+
+
+def _metrics(d_in: int, d_sae: int | None = None) -> MetricCollection:
+    metrics: dict[str, Metric | MetricCollection] = {
+        "l0": L0(),
+        "explained_variance": ExplainedVariance(d_in),
+        "mse": MSE(),
+        "shrinkage_ratio": ShrinkageRatio(),
+    }
+    if d_sae is not None:
+        metrics["dead_features_pct"] = DeadFeatures(d_sae)
+    return MetricCollection(metrics, compute_groups=False)

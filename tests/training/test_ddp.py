@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.support.tiny_models import save_tiny_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_module(name: str, *args: str) -> None:
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
+    result = subprocess.run(
+        [sys.executable, "-m", name, *args],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def run(n_ranks: int, output: Path) -> dict[str, Any]:
+    run_module("tests.support.ddp_training", str(n_ranks), str(output))
+    return torch.load(output, weights_only=True)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_on_the_concatenated_batch(tmp_path: Path):
+    one, two = run(1, tmp_path / "one.pt"), run(2, tmp_path / "two.pt")
+    for name, value in one["state"].items():
+        if "metrics" not in name:
+            assert_close(two["state"][name], value, rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert two["ema_of_each_rank"].shape[0] == 2
+    assert torch.equal(*two["ema_of_each_rank"])
+    assert two["n_training_samples"] == one["n_training_samples"] == 40 * 64
+    assert one["state"]["units.0.sae.l1_weights"].std() > 0.05, "the adaptive weights must be at work"
+
+    per_batch = ("metrics/l0", "metrics/explained_variance", "metrics/mse", "metrics/shrinkage_ratio")
+    losses = ("losses/overall_loss", "losses/mse_loss", "losses/l1_loss", "losses/l2_loss")
+    for name in (*per_batch, *losses, "sparsity/dead_features_window_pct", "sparsity/dead_features"):
+        assert_close(
+            two["train_log"][name], one["train_log"][name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for name, value in one["val_log"].items():
+        assert_close(two["val_log"][name], value, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert torch.equal(two["tracker"]["windows"][""]["n_firings"], one["tracker"]["windows"][""]["n_firings"])
+    assert (tmp_path / "sae_2" / "final" / "sae_weights.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_read_different_documents_and_make_as_many_model_calls(tmp_path: Path):
+    folder, text = save_tiny_model("llama", tmp_path / "model"), tmp_path / "text.jsonl"
+    pairs = [(4 + i // 20, 30 + i % 20) for i in range(120)]  # a document says one pair of words, which no other has
+    documents = [" ".join(f"w{pair[j % 2]}" for j in range(11)) for pair in pairs]
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    run_module("tests.support.ddp_text", folder, str(text), str(tmp_path))
+    rows = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
+    assert rows[0].shape == rows[1].shape
+    assert len(rows[0]) >= 12 * 2
+    first, second = ({tuple(sorted(p)) for p in r.unfold(1, 2, 1).flatten(0, 1).tolist()} & set(pairs) for r in rows)
+    assert min(len(first), len(second)) > 20
+    assert not first & second
