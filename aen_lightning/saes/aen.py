@@ -27,6 +27,7 @@ from typing_extensions import override
 from aen_lightning import sparse
 from aen_lightning.saes.aen_config import ARCHITECTURE, AENSAEConfig, AENTrainingSAEConfig
 from aen_lightning.saes.penalty import adaptive_weights, elastic_net_terms, starvation_guard, warmup_ramp
+from aen_lightning.saes.step_schedule import StepSchedule
 
 # Training state that no inference architecture knows: dropped when a dictionary is exported.
 _STATE_BUFFERS = ("feature_acts_ema", "firing_rate_ema", "l1_weights", "ramp", "decoder_norm", "n_observed_steps")
@@ -49,9 +50,9 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
         decoder_norm: Shape (d_sae,), the L2 norm that each decoder row is held to; 1 until a scaling is folded in.
         n_observed_steps: Scalar int64, training steps observed.
 
-    Under SAELens's trainer, which has no hooks, :meth:`training_forward_pass` schedules all of it from the config. Something
-    that has hooks (Lightning callbacks) sets ``scheduled_externally`` and calls :meth:`set_ramp`,
-    :meth:`normalize_decoder` and ``refresh_due`` itself. Evaluation never changes state.
+    Under SAELens's trainer, which has no hooks, :meth:`training_forward_pass` schedules all of it from the config. A driver that
+    has hooks (our LightningModules) calls :meth:`set_ramp` and :meth:`normalize_decoder` itself and hands each batch to
+    :meth:`scheduled_forward_pass` with a :class:`StepSchedule`. In eval mode no state changes.
     """
 
     b_enc: nn.Parameter
@@ -77,10 +78,6 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
         self.register_buffer("ramp", ones())
         self.register_buffer("decoder_norm", ones(cfg.d_sae))
         self.register_buffer("n_observed_steps", torch.zeros((), dtype=torch.int64, device=self.device))
-        self.scheduled_externally = False
-        self.refresh_due = True
-        self.micro_batches_per_step = 1
-        self.reduce_mean: Callable[[Tensor], Tensor] = _identity
         self.density_switch = sparse.DensitySwitch()
 
     @override
@@ -100,26 +97,21 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
     # --- operations on the adaptive state -------------------------------------------------------------------------
 
     @torch.no_grad()
-    def observe(self, mean_feature_acts: Tensor, firing_rates: Tensor | None = None) -> None:
+    def observe(
+        self, mean_feature_acts: Tensor, firing_rates: Tensor | None = None, *, n_micro_batches: int = 1
+    ) -> None:
         """Move the running means towards this batch: ``m <- beta m + (1 - beta) mean_b |h_b|``, firing rates likewise.
 
-        With ``micro_batches_per_step`` n > 1 (gradient accumulation) each of the n calls moves them by ``beta^(1/n)``, so that the
-        half-life stays in training steps.
-
         Args:
-            mean_feature_acts: Mean activation of each feature over the batch, shape (d_sae,); reduced over ranks here.
-            firing_rates: Share of the batch on which each feature fired, likewise; needed with a starvation guard only.
+            mean_feature_acts: Mean activation of each feature over the batch of all ranks, shape (d_sae,).
+            firing_rates: Share of that batch on which each feature fired, likewise; needed with a starvation guard only.
+            n_micro_batches: See :class:`StepSchedule`.
         """
-        per_step = 1 / self.micro_batches_per_step
-        mean = mean_feature_acts.detach().to(self.feature_acts_ema.dtype)
-        if self.firing_rate_ema is None:
-            mean = self.reduce_mean(mean)
-        else:
+        if self.firing_rate_ema is not None:
             assert firing_rates is not None
-            mean, rates = self.reduce_mean(torch.stack((mean, firing_rates.to(mean.dtype))))
-            self.firing_rate_ema.lerp_(rates, 1 - self.cfg.guard_decay**per_step)
-        decay = self.cfg.ema_decay**per_step
-        self.feature_acts_ema.mul_(decay).add_(mean, alpha=1 - decay)
+            self.firing_rate_ema.lerp_(firing_rates, 1 - self.cfg.guard_decay ** (1 / n_micro_batches))
+        decay = self.cfg.ema_decay ** (1 / n_micro_batches)
+        self.feature_acts_ema.mul_(decay).add_(mean_feature_acts.to(self.feature_acts_ema.dtype), alpha=1 - decay)
         self.n_observed_steps.add_(1)
 
     @torch.no_grad()
@@ -190,28 +182,36 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """One training step's forward: encode, observe, refresh the weights, then the loss (paper, sections 2 and 3).
+        """One training step's forward under a trainer without hooks, such as SAELens's: the schedule is the config's.
+
+        Args:
+            step_input: ``sae_in`` of shape (batch, d_in); ``n_training_steps`` counts the steps finished before this one.
+        """
+        if self.training:
+            self.normalize_decoder()
+            self.set_ramp(self.scheduled_ramp(step_input.n_training_steps + 1))
+        return self.scheduled_forward_pass(step_input, StepSchedule())
+
+    def scheduled_forward_pass(self, step_input: TrainStepInput, schedule: StepSchedule) -> TrainStepOutput:
+        """Encode, observe, refresh the weights, then the loss (paper, sections 2 and 3); in eval mode without the middle two.
 
         Once few enough features fire, all of it is computed on the non-zeros of the code, with the same result to rounding;
         ``feature_acts`` of the output is then a coalesced COO tensor.
 
         Args:
-            step_input: ``sae_in`` of shape (batch, d_in); ``n_training_steps`` counts the steps finished before this one.
+            step_input: ``sae_in`` of shape (batch, d_in).
+            schedule: What the driver decides.
         """
-        if not self.scheduled_externally:
-            self.normalize_decoder()
-            self.refresh_due = True
-            self.set_ramp(self.scheduled_ramp(step_input.n_training_steps + 1))
         if self.sparse_step_applies() and self.density_switch.sparse:
-            return self._sparse_forward_pass(step_input)
+            return self._sparse_forward_pass(step_input, schedule)
         feature_acts, hidden_pre = self.encode_with_hidden_pre(step_input.sae_in)
         sae_out = self.decode(feature_acts)
-        if self.sparse_step_applies():
+        if self.training and self.sparse_step_applies():
             self.density_switch.observe(sparse.DenseCode(feature_acts.detach()))
         counts = None if self.firing_rate_ema is None else feature_acts.detach().count_nonzero(dim=0)
         # h >= 0, so |h| is h; the mean is taken in at least float32 since a bf16 mean over a batch loses rare features.
         self._observe_and_refresh(
-            feature_acts.detach().mean(dim=0, dtype=self.feature_acts_ema.dtype), counts, len(feature_acts)
+            feature_acts.detach().mean(dim=0, dtype=self.feature_acts_ema.dtype), counts, len(feature_acts), schedule
         )
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         losses = {
@@ -233,13 +233,14 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
             and not any(point.fwd_hooks or point.bwd_hooks for point in self.hook_dict.values())
         )
 
-    def _sparse_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+    def _sparse_forward_pass(self, step_input: TrainStepInput, schedule: StepSchedule) -> TrainStepOutput:
         x, cfg, coefficients = step_input.sae_in, self.cfg, step_input.coefficients
         b_dec = self.b_dec if cfg.apply_b_dec_to_input else None
         code = sparse.encode(x, self.W_enc, self.b_enc, b_dec, screen=self.density_switch.screen)
-        self.density_switch.observe(code)
+        if self.training:
+            self.density_switch.observe(code)
         counts = None if self.firing_rate_ema is None else code.feature_counts
-        self._observe_and_refresh(code.feature_sums / len(x), counts, len(x))
+        self._observe_and_refresh(code.feature_sums / len(x), counts, len(x), schedule)
         out = sparse.loss(
             x,
             code,
@@ -256,10 +257,18 @@ class AENTrainingSAE(TrainingSAE[AENTrainingSAEConfig]):
         # of the pre-activations only the positive ones are known here, and they are the activations
         return self._step_output(step_input, out.sae_out, feature_acts, feature_acts, losses)
 
-    def _observe_and_refresh(self, mean_feature_acts: Tensor, n_firings: Tensor | None, batch: int) -> None:
-        rates = None if n_firings is None else n_firings.to(self.feature_acts_ema.dtype) / batch
-        self.observe(mean_feature_acts, rates)
-        if self.refresh_due:
+    def _observe_and_refresh(
+        self, mean_feature_acts: Tensor, n_firings: Tensor | None, batch: int, schedule: StepSchedule
+    ) -> None:
+        if not self.training:
+            return
+        mean, rates = mean_feature_acts.to(self.feature_acts_ema.dtype), None
+        if n_firings is None:
+            mean = schedule.reduce_mean(mean)
+        else:  # one collective for both
+            mean, rates = schedule.reduce_mean(torch.stack((mean, n_firings.to(mean.dtype) / batch)))
+        self.observe(mean, rates, n_micro_batches=schedule.n_micro_batches)
+        if schedule.refresh_weights:
             self.refresh_weights()
 
     def _step_output(
@@ -385,7 +394,3 @@ def _register(
 
 def _state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _identity(tensor: Tensor) -> Tensor:
-    return tensor

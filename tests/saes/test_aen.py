@@ -95,6 +95,23 @@ def test_evaluating_never_changes_state():
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("sparse_step", ["off", "on"])
+def test_a_training_forward_pass_in_eval_mode_changes_no_state_and_gives_the_same_loss(sparse_step: str):
+    sae = make_sae(sparse_step=sparse_step, starvation_guard=0.1, dtype="float64", warmup_delay_steps=0, d_sae=200)
+    with torch.no_grad():
+        sae.b_enc.fill_(-1.5)
+    x = torch.randn(64, 8, dtype=torch.float64)
+    sae.training_forward_pass(step_input(x))
+    before = {k: v.clone() for k, v in sae.state_dict().items()}
+    sae.eval()
+    evaluated = [sae.training_forward_pass(step_input(x, n)).loss for n in range(1, 4)]
+    for name, value in sae.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    acts = sae.encode(x)
+    by_hand = (x - sae.decode(acts)).square().sum(-1) + 0.5 * acts @ sae.l1_weights + 0.1 * acts.square().sum(-1)
+    assert_close(torch.stack(evaluated), by_hand.mean().expand(3))
+
+
 def test_training_forward_pass_follows_the_schedule_of_the_config():
     sae = make_sae(warmup_delay_steps=2, warmup_ramp_steps=4)
     x = torch.randn(16, 8)
@@ -134,11 +151,10 @@ def test_tied_initialisation_of_saelens():
 
 def test_micro_batches_keep_the_half_life_in_training_steps():
     whole, parts = make_sae(starvation_guard=0.1), make_sae(starvation_guard=0.1)
-    parts.micro_batches_per_step = 4
     mean, rates = torch.rand(24), torch.rand(24)
     whole.observe(mean, rates)
     for _ in range(4):
-        parts.observe(mean, rates)
+        parts.observe(mean, rates, n_micro_batches=4)
     assert_close(parts.feature_acts_ema, whole.feature_acts_ema)
     assert_close(parts.firing_rate_ema, whole.firing_rate_ema)
 
