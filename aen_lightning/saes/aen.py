@@ -389,3 +389,6 @@ def _state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _identity(tensor: Tensor) -> Tensor:
     return tensor
+
+
+register()
