@@ -31,3 +31,32 @@ class FullPrecisionBuffers:
                 source = new if old.is_meta else old
                 setattr(self, name, source.to(device=new.device, dtype=torch.float32))
         return self
+
+
+def adam_tensors_known() -> bool:
+    """Whether ``torch.optim.Adam`` gathers its tensors in the way :func:`on_adam_tensors` knows (torch 2.6 to 2.13)."""
+    import inspect
+
+    import torch
+
+    gather = getattr(torch.optim.Adam, "_init_group", None)
+    known = ["self", "group", "params_with_grad", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"]
+    return gather is not None and list(inspect.signature(gather).parameters) == known
+
+
+def on_adam_tensors(optimizer: Any, change: Callable[[tuple[list[Any], ...]], None]) -> None:
+    """Call ``change`` with the tensors that each step of an Adam hands to its kernel, to exchange views in place.
+
+    Args:
+        optimizer: A ``torch.optim.Adam``. A second call replaces the first one's ``change``.
+        change: Gets five lists, one entry a parameter with a gradient: parameters, gradients, first and second
+            moments, greatest second moments (empty without ``amsgrad``).
+    """
+    gather = type(optimizer)._init_group
+
+    def gather_and_change(group: dict[str, Any], *lists: list[Any]) -> bool:
+        has_complex: bool = gather(optimizer, group, *lists)
+        change(lists[:-1])
+        return has_complex
+
+    optimizer._init_group = gather_and_change

@@ -20,7 +20,12 @@ class Statistics(FullPrecisionBuffers, nn.Module):
 
 
 def test_every_cast_and_move_of_torch_goes_through_apply():
-    for cast in (lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16(), lambda m: m.half(), lambda m: nn.Sequential(m).half()[0]):
+    for cast in (
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.bfloat16(),
+        lambda m: m.half(),
+        lambda m: nn.Sequential(m).half()[0],
+    ):
         module = cast(Statistics())
         assert module.weight.dtype == module.other.dtype != torch.float32
         assert module.mean.dtype == torch.float32

@@ -135,14 +135,11 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
             step_input: ``sae_in`` of shape (..., d_in); the step on the non-zeros takes (batch, d_in) only.
             schedule: What the driver decides.
         """
-        may_be_sparse = step_input.sae_in.ndim == 2 and self.sparse_step_applies()
-        if may_be_sparse and self.density_switch.sparse:
-            return self._sparse_forward_pass(step_input, schedule)
+        if step_input.sae_in.ndim == 2 and self._own_step_applies():
+            return self._own_forward_pass(step_input, schedule)
         feature_acts, hidden_pre = self.encode_with_hidden_pre(step_input.sae_in)
         sae_out = self.decode(feature_acts)
         by_token = feature_acts.detach().flatten(end_dim=-2)
-        if self.training and may_be_sparse:
-            self.density_switch.observe(sparse.DenseCode(by_token))
         counts = by_token.count_nonzero(dim=0) if self.counts_firings else None
         # h >= 0, so |h| is h; the mean is taken in at least float32 since a bf16 mean over a batch loses rare features.
         mean = by_token.mean(dim=0, dtype=self.feature_acts_ema.dtype)
@@ -156,23 +153,30 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
 
     def sparse_step_applies(self) -> bool:
         """Whether the present configuration can take the step on the non-zeros; it then does once the code is sparse."""
-        if self.cfg.sparse_step == "off" or (self.cfg.sparse_step == "auto" and self.W_enc.device.type != "cpu"):
-            return False
+        on_this_device = self.cfg.sparse_step == "on" or self.W_enc.device.type == "cpu"
+        return on_this_device and self._own_step_applies()
+
+    def _own_step_applies(self) -> bool:
+        """Whether the step can be that of :mod:`aen_lightning.sparse`, dense or on the non-zeros, and not autograd's."""
         return (
-            self.dtype in (torch.float32, torch.float64)
+            self.cfg.sparse_step != "off"
+            and self.dtype in (torch.float32, torch.float64)
             # these two act inside the SAE; every other normalisation is outside it
             and self.cfg.normalize_activations not in ("constant_norm_rescale", "layer_norm")
             and not torch.compiler.is_compiling()
             # a hook wants to see, or change, the dense activations
             and not any(point.fwd_hooks or point.bwd_hooks for point in self.hook_dict.values())
-            and self.cfg.penalty == "l1"
         )
 
-    def _sparse_forward_pass(self, step_input: TrainStepInput, schedule: StepSchedule) -> TrainStepOutput:
+    def _own_forward_pass(self, step_input: TrainStepInput, schedule: StepSchedule) -> TrainStepOutput:
         x, cfg = step_input.sae_in, self.cfg
         b_dec = self.b_dec if cfg.apply_b_dec_to_input else None
-        code = sparse.encode(x, self.W_enc, self.b_enc, b_dec, screen=self.density_switch.screen)
-        if self.training:
+        code: sparse.SparseCode | sparse.DenseCode
+        if self.density_switch.sparse and self.sparse_step_applies():
+            code = sparse.encode(x, self.W_enc, self.b_enc, b_dec, screen=self.density_switch.screen)
+        else:
+            code = sparse.encode_dense(x, self.W_enc, self.b_enc, b_dec)
+        if self.training and self.sparse_step_applies():
             self.density_switch.observe(code)
         counts = code.feature_counts if self.counts_firings else None
         self.observe_and_refresh(code.feature_sums / len(x), counts, len(x), schedule)
@@ -184,6 +188,7 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
             self._trained_decoder(),
             self.b_dec,
             l1_weights=step_input.coefficients["l1"] * self.l1_weights,
+            slopes=self._slopes(code.values),
             l2_coefficient=self._l2_coefficient(step_input),
             apply_b_dec_to_input=cfg.apply_b_dec_to_input,
         )
