@@ -13,8 +13,17 @@ from aen_lightning.saes.aen_config import AENTrainingSAEConfig
 from aen_lightning.saes.penalty import adaptive_weights, starvation_guard, warmup_ramp
 from aen_lightning.saes.step_schedule import StepSchedule
 
-_FLOAT_BUFFERS = ("feature_acts_ema", "firing_rate_ema", "l1_weights", "ramp", "decoder_norm", "activation_scale")
-STATE_BUFFERS = (*_FLOAT_BUFFERS, "n_observed_steps")
+# what each starts at
+_START = {
+    "feature_acts_ema": 1,
+    "firing_rate_ema": 0,
+    "l1_weights": 1,
+    "ramp": 1,
+    "decoder_norm": 1,
+    "activation_scale": 0,
+    "n_observed_steps": 0,
+}
+STATE_BUFFERS = tuple(_START)
 """Training state that no inference architecture knows: dropped when a dictionary is exported."""
 
 _SCALE_DECAY = (
@@ -35,7 +44,7 @@ class AdaptiveState(FullPrecisionBuffers):
         n_observed_steps: Scalar int64, training steps observed.
     """
 
-    full_precision_buffers = _FLOAT_BUFFERS
+    full_precision_buffers = STATE_BUFFERS[:-1]
 
     cfg: AENTrainingSAEConfig
     training: bool
@@ -51,18 +60,16 @@ class AdaptiveState(FullPrecisionBuffers):
 
     def register_adaptive_state(self, dtype: torch.dtype, device: torch.device) -> None:
         """Make the buffers, for an SAE whose weights have this dtype and device."""
-        d_sae, state_dtype = self.cfg.d_sae, _state_dtype(dtype)
-
-        def filled(value: float, *shape: int) -> Tensor:
-            return torch.full(shape, value, dtype=state_dtype, device=device)
-
-        self.register_buffer("feature_acts_ema", filled(1, d_sae))
-        self.register_buffer("firing_rate_ema", filled(0, d_sae) if self.cfg.starvation_guard else None)
-        self.register_buffer("l1_weights", filled(1, d_sae))
-        self.register_buffer("ramp", filled(1))
-        self.register_buffer("decoder_norm", filled(1, d_sae))
-        self.register_buffer("activation_scale", None if self.cfg.penalty == "l1" else filled(0))
-        self.register_buffer("n_observed_steps", torch.zeros((), dtype=torch.int64, device=device))
+        absent = set()
+        if not self.cfg.starvation_guard:
+            absent.add("firing_rate_ema")
+        if self.cfg.penalty == "l1":
+            absent.add("activation_scale")
+        for name, start in _START.items():
+            shape = () if name in ("ramp", "activation_scale", "n_observed_steps") else (self.cfg.d_sae,)
+            kind = torch.int64 if name == "n_observed_steps" else _state_dtype(dtype)
+            buffer = None if name in absent else torch.full(shape, start, dtype=kind, device=device)
+            self.register_buffer(name, buffer)
 
     @torch.no_grad()
     def observe(
@@ -202,14 +209,13 @@ class AdaptiveState(FullPrecisionBuffers):
 
     def complete_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Cast the state back to its precision, which SAELens's loader took, and add what an older or an inference folder lacks."""
-        mine = {name: getattr(self, name) for name in STATE_BUFFERS}
-        for name, value in mine.items():
-            if value is not None:
-                found = state_dict.get(name)
-                state_dict[name] = value.clone() if found is None else found.to(_state_dtype(self.W_dec.dtype))
-            else:
+        for name, start in _START.items():
+            buffer: Tensor | None = getattr(self, name)
+            if buffer is None:
                 state_dict.pop(name, None)
-        state_dict["n_observed_steps"] = state_dict["n_observed_steps"].to(torch.int64)
+            else:  # the loader makes this SAE on the meta device, so a start is made anew
+                found = state_dict.get(name, torch.full(buffer.shape, start, device=state_dict["W_dec"].device))
+                state_dict[name] = found.to(buffer.dtype)
 
 
 def _state_dtype(dtype: torch.dtype) -> torch.dtype:
