@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from sae_lens import TrainingSAE
+from torch import Tensor
 
 from aen_lightning.saes.aen import AENTrainingSAE
 from aen_lightning.saes.step_schedule import StepSchedule
@@ -54,6 +55,21 @@ def step_schedule(pl_module: pl.LightningModule, callback: pl.Callback) -> StepS
             f"{type(callback).__name__} needs a module with a StepSchedule as `step_schedule`, got {type(pl_module).__name__}"
         )
     return schedule
+
+
+def sparsity_multipliers(pl_module: pl.LightningModule, callback: pl.Callback) -> dict[str, Tensor]:
+    """The scalars by which ``pl_module`` multiplies the sparsity coefficient of each of its SAEs; a callback may fill them.
+
+    Raises:
+        TypeError: If it has none.
+    """
+    multipliers = getattr(pl_module, "sparsity_multipliers", None)
+    if not isinstance(multipliers, dict):
+        raise TypeError(
+            f"{type(callback).__name__} needs a module with scalars by name as `sparsity_multipliers`, "
+            f"got {type(pl_module).__name__}"
+        )
+    return multipliers
 
 
 def prefixed(name: str, key: str) -> str:

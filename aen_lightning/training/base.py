@@ -68,6 +68,11 @@ class SAETrainingModule(pl.LightningModule):
         """The SAEs by name."""
         return {tracked.name: tracked.sae for tracked in self.tracked}
 
+    @property
+    def sparsity_multipliers(self) -> dict[str, Tensor]:
+        """Scalars by which the sparsity coefficient of each SAE is multiplied, by name; 1 unless a callback changes them."""
+        return {tracked.name: tracked.sparsity_multiplier for tracked in self.tracked}
+
     # --- wiring ---------------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[pl.Callback]:

@@ -34,6 +34,7 @@ class TrackedSAE(nn.Module):
     """
 
     n_forward_passes_since_fired: Tensor
+    sparsity_multiplier: Tensor
 
     def __init__(self, sae: TrainingSAE[Any], *, name: str, dead_feature_window: int) -> None:
         super().__init__()
@@ -41,6 +42,7 @@ class TrackedSAE(nn.Module):
         self.name = name
         self.dead_feature_window = dead_feature_window
         self.sae = sae
+        self.register_buffer("sparsity_multiplier", torch.ones(()))
         self.register_buffer("n_forward_passes_since_fired", torch.zeros(cfg.d_sae, dtype=torch.int64))
         self.train_metrics = _metrics(cfg.d_in)
         self.val_metrics = _metrics(cfg.d_in, cfg.d_sae)
@@ -52,14 +54,17 @@ class TrackedSAE(nn.Module):
         """Features that have not fired for ``dead_feature_window`` training steps, shape (d_sae,), bool."""
         return self.n_forward_passes_since_fired > self.dead_feature_window
 
-    def coefficients(self, n_training_steps: int) -> dict[str, float]:
-        """SAELens's loss coefficients after ``n_training_steps`` finished steps, warm-up included."""
-        values = {}
+    def coefficients(self, n_training_steps: int) -> dict[str, Any]:
+        """SAELens's loss coefficients after ``n_training_steps`` finished steps, warm-up and multiplier included.
+
+        A number each, those of sparsity (``l1``, ``l0``) a scalar tensor, so that a multiplier on a GPU is never waited for.
+        """
+        values: dict[str, Any] = {}
         for name, cfg in self.sae.get_coefficients().items():
             value, warm_up = cfg if isinstance(cfg, TrainCoefficientConfig) else (cfg, 0)
             scheduler = CoefficientScheduler(warm_up_steps=warm_up, final_value=value)
             scheduler.load_state_dict({"current_step": n_training_steps})
-            values[name] = scheduler.value
+            values[name] = scheduler.value * self.sparsity_multiplier if name in ("l1", "l0") else scheduler.value
         return values
 
     def compile(self, *, mode: str | None, backend: str) -> None:
