@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 ModelDtype = Literal["float32", "bfloat16", "float16"]
 """Names of the dtypes that a language model computes in and that activations are stored in."""
@@ -165,3 +168,86 @@ def read_tensor(path: str | Path, name: str) -> torch.Tensor | None:
             return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from error
+
+
+def set_default_mode(path: str | Path) -> None:
+    """Give a file the permissions of any new file of this process: 0666 less the umask.
+
+    safetensors and ``tempfile`` make files that only their owner may read (0600), whatever the umask says.
+    """
+    path = Path(path)
+    probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
+    probe.touch()  # asking for the umask would mean to set it, for all threads
+    try:
+        path.chmod(stat.S_IMODE(probe.stat().st_mode))
+    finally:
+        probe.unlink()
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> Path:
+    """Write a safetensors file, whole or not at all, with the permissions of any new file. Returns the path."""
+    path = Path(path)
+    with replacing(path) as temporary:
+        save_file(dict(tensors), temporary)
+        set_default_mode(temporary)
+    return path
+
+
+_SLICE_BYTES = 1 << 25
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """A matrix that :func:`stream_tensors` writes transposed.
+
+    Args:
+        tensor: Shape (m, n); (n, m) on disk.
+    """
+
+    tensor: Tensor
+
+
+def stream_tensors(path: str | Path, tensors: Mapping[str, Tensor | Transposed]) -> Path:
+    """Write floating-point tensors that should not be in memory twice, whole or not at all. Returns the path.
+
+    safetensors's own ``save_file`` wants every tensor contiguous and in memory. Here two copies of a slice of 32 MB
+    are, and of a mapped source the pages that were read.
+
+    Args:
+        path: The safetensors file.
+        tensors: By name; none is empty.
+
+    Raises:
+        ValueError: For a tensor with numbers that are not finite; it is named.
+    """
+    path = Path(path)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, item in tensors.items():
+        tensor = item.tensor.T if isinstance(item, Transposed) else item
+        end = offset + tensor.numel() * tensor.element_size()
+        dtype = SAFETENSORS_NAMES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, item in tensors.items():
+            for piece in _slices(item):
+                # many times faster than isfinite of all
+                if not all(bool(extreme.isfinite()) for extreme in piece.aminmax()):
+                    raise ValueError(f"{name} holds numbers that are not finite: the checkpoint is damaged or diverged")
+                file.write(piece.view(torch.uint8).numpy().data)
+    return path
+
+
+def _slices(item: Tensor | Transposed) -> Iterator[Tensor]:
+    if not isinstance(item, Transposed):
+        yield item.detach().contiguous().flatten()
+        return
+    tensor = item.tensor.detach()
+    columns = max(1, _SLICE_BYTES // (tensor.shape[0] * tensor.element_size()))
+    for start in range(0, tensor.shape[1], columns):
+        # first gathered, then turned: torch turns a whole matrix five times faster than a part of one
+        yield tensor[:, start : start + columns].contiguous().T.contiguous()

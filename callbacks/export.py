@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aen_lightning.callbacks.dead_features import DeadFeatureTracker
 from aen_lightning.callbacks.modules import training_saes
+from aen_lightning.runs.layout import DICTIONARIES_FOLDER, FINAL_FOLDER, step_folder
 
 
 class _Exportable(Protocol):
@@ -41,7 +42,7 @@ class ExportSAE(pl.Callback):
         training_saes(pl_module, self)
         if not hasattr(pl_module, "export"):
             raise TypeError(f"ExportSAE needs a module with an `export` method, got {type(pl_module).__name__}")
-        default = Path(trainer.log_dir or trainer.default_root_dir) / "sae"
+        default = Path(trainer.log_dir or trainer.default_root_dir) / DICTIONARIES_FOLDER
         self.resolved_dirpath = default if self.dirpath is None else Path(self.dirpath)
 
     def on_save_checkpoint(
@@ -49,11 +50,11 @@ class ExportSAE(pl.Callback):
     ) -> None:
         """Write the dictionary beside a checkpoint that is being saved during the fit."""
         if self.with_checkpoints and trainer.state.fn == TrainerFn.FITTING:
-            self._export(trainer, pl_module, f"step_{trainer.global_step}")
+            self._export(trainer, pl_module, step_folder(trainer.global_step))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the final dictionary and say where it is."""
-        path = self._export(trainer, pl_module, "final")
+        path = self._export(trainer, pl_module, FINAL_FOLDER)
         if path is not None:
             rank_zero_info(f"SAELens dictionary written to {path} (read it with sae_lens.SAE.load_from_disk)")
 

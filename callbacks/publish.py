@@ -11,6 +11,7 @@ from aen_lightning.callbacks.modules import training_saes
 from aen_lightning.hub.push import push
 from aen_lightning.hub.retry import HubError, hub_errors, with_retries
 from aen_lightning.hub.staging import PublishedArchitecture
+from aen_lightning.runs.layout import FINAL_FOLDER
 
 
 class PublishToHub(pl.Callback):
@@ -74,7 +75,7 @@ class PublishToHub(pl.Callback):
             logger.save()  # the card's numbers are read from its file
         try:
             done = push(
-                folder / "final", self.repo_id, revision=self.revision, private=self.private, architecture=self.architecture,
+                folder / FINAL_FOLDER, self.repo_id, revision=self.revision, private=self.private, architecture=self.architecture,
                 sae_id=self.sae_id, model_name=self.model_name, dataset=self.dataset, license_name=self.license_name,
             )  # fmt: skip
         except HubError as error:

@@ -13,12 +13,14 @@ from transformers import AutoTokenizer
 from aen_lightning.cli.inputs import InputOpener, add_input_arguments, device_of
 from aen_lightning.evaluate.dictionary import load_dictionary
 from aen_lightning.evaluate.inputs import TextInputs
+from aen_lightning.report.activations import collect_activations
 from aen_lightning.report.browser import find_browser, take_pictures
 from aen_lightning.report.collect import Report, collect
-from aen_lightning.report.features import collect_activations, feature_pages, load_unembedding, token_texts
+from aen_lightning.report.features import feature_pages
 from aen_lightning.report.figures import make_figures
 from aen_lightning.report.html import render_report
-from aen_lightning.report.runs import Dictionary
+from aen_lightning.report.trained import TrainedSAE
+from aen_lightning.report.vocabulary import load_unembedding, token_texts
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -147,7 +149,7 @@ def _features(report: Report, options: argparse.Namespace) -> list[dict[str, Any
     return pages
 
 
-def _chosen(report: Report, names: Sequence[str] | None) -> list[Dictionary]:
+def _chosen(report: Report, names: Sequence[str] | None) -> list[TrainedSAE]:
     by_name = {d.label: d for d in report.dictionaries} | {d.name: d for d in report.dictionaries if d.name}
     labels = ", ".join(repr(d.label) for d in report.dictionaries)
     if names is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import Any
 
 import torch
 from sae_lens import SAE
-from sae_lens.constants import SPARSITY_FILENAME
-from safetensors.torch import load_file
+from sae_lens.constants import SAE_CFG_FILENAME
 from torch import Tensor
+
+from aen_lightning.files import read_json
+from aen_lightning.runs.dictionary import read_activation_scale, read_log_sparsity
 
 _ELEMENTS_PER_CHUNK = 2**25  # of a (tokens, d_sae) matrix of activations: 128 MiB in float32
 
@@ -35,10 +36,10 @@ def load_dictionary(reference: str | Path, *, device: str = "cpu", dtype: str | 
         ValueError: If it is a training checkpoint, a transcoder, or needs a scale that is not there.
     """
     folder = Path(reference)
-    if (folder / "cfg.json").is_file():
+    if (folder / SAE_CFG_FILENAME).is_file():
         sae = _load_folder(folder, device, dtype)
     elif folder.is_dir():
-        found = sorted(str(p.parent) for p in folder.glob("**/cfg.json"))
+        found = sorted(str(p.parent) for p in folder.rglob(SAE_CFG_FILENAME))
         hint = f"; give one of {', '.join(found[:5])}" if found else ""
         raise FileNotFoundError(f"{folder} holds no dictionary (no cfg.json){hint}")
     elif ":" in str(reference):
@@ -63,7 +64,7 @@ def load_dictionary(reference: str | Path, *, device: str = "cpu", dtype: str | 
 
 
 def _load_folder(folder: Path, device: str, dtype: str | None) -> SAE[Any]:
-    cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+    cfg = read_json(folder / SAE_CFG_FILENAME)
     try:
         sae = SAE.load_from_disk(folder, device=device, dtype=dtype)
     except (RuntimeError, KeyError, AssertionError) as err:
@@ -71,17 +72,16 @@ def _load_folder(folder: Path, device: str, dtype: str | None) -> SAE[Any]:
             f"{folder} holds no dictionary for inference ({cfg.get('architecture', 'no architecture')}: {err}); if it is a "
             "training checkpoint, export it with save_inference_model"
         ) from err
-    scaler = folder / "activation_scaler.json"
-    if sae.cfg.normalize_activations == "expected_average_only_in" and scaler.is_file():
-        factor = json.loads(scaler.read_text(encoding="utf-8"))["scaling_factor"]
-        sae.fold_activation_norm_scaling_factor(float(factor))
+    if sae.cfg.normalize_activations == "expected_average_only_in":
+        scale = read_activation_scale(folder)
+        if scale is not None:
+            sae.fold_activation_norm_scaling_factor(scale)
     return sae
 
 
 def log_sparsity(reference: str | Path) -> Tensor | None:
     """``log10`` of each feature's firing rate as stored beside a dictionary in a folder, shape (d_sae,); None if not."""
-    path = Path(reference) / SPARSITY_FILENAME
-    return load_file(path)["sparsity"] if path.is_file() else None
+    return read_log_sparsity(Path(reference))
 
 
 def describe_dictionary(sae: SAE[Any], reference: str | Path) -> dict[str, Any]:

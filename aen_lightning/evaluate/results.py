@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from aen_lightning.files import write_json
 
 SCHEMA = 1
 _PACKAGES = ("aen-lightning", "sae-lens", "torch", "transformers")
@@ -37,13 +37,7 @@ def write_result(result: dict[str, Any], path: str | Path) -> Path:
     Raises:
         ValueError: If it holds a nan or an infinity, which JSON has not.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=1, allow_nan=False)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
-    return path
+    return write_json(path, result)
 
 
 def result_path(reference: str | Path, given: str | None, file_name: str) -> Path | None:

@@ -7,15 +7,15 @@ from aen_lightning.hub.imports import (
     authors_checkpoint_loader,
     import_checkpoint,
 )
-from aen_lightning.hub.pull import Pulled, Remote, load_pretrained, look_up, pull
-from aen_lightning.hub.push import Plan, Published, plan_push, publish, push
+from aen_lightning.hub.plan import Plan, plan_push
+from aen_lightning.hub.pull import Pulled, load_pretrained, pull
+from aen_lightning.hub.push import Published, publish, push
+from aen_lightning.hub.remote import Remote, look_up
 from aen_lightning.hub.retry import HubError
-from aen_lightning.runs.dictionary import Dictionary, find_dictionaries
 
 __all__ = [
     "AUTHORS_REPO",
     "Checkpoint",
-    "Dictionary",
     "HubError",
     "Plan",
     "Published",
@@ -23,7 +23,6 @@ __all__ = [
     "Remote",
     "authors_checkpoint_disk_loader",
     "authors_checkpoint_loader",
-    "find_dictionaries",
     "import_checkpoint",
     "load_pretrained",
     "look_up",

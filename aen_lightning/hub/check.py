@@ -9,9 +9,10 @@ from sae_lens import SAE
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.util import str_to_dtype
-from safetensors import SafetensorError, safe_open
 
-_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+from aen_lightning.files import SAFETENSORS_NAMES, read_safetensors_header
+
+_DTYPE_NAMES = {name: str(dtype).removeprefix("torch.") for dtype, name in SAFETENSORS_NAMES.items()}
 _IGNORED_BY_SAELENS = ("scaling_factor",)  # ones, in dictionaries saved before version 6
 
 
@@ -46,13 +47,9 @@ def check_weights(cfg: dict[str, Any], weights: Path) -> None:
         ValueError: If they disagree, or the file is no safetensors; it says in what.
     """
     wanted = expected_shapes(cfg)
-    try:
-        with safe_open(weights, framework="pt") as file:
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-            shapes = {name: tuple(s.get_shape()) for name, s in found.items()}
-            dtypes = {_DTYPE_NAMES.get(s.get_dtype(), s.get_dtype()) for s in found.values()}
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is damaged, or no safetensors file: {error}") from error
+    found = read_safetensors_header(weights)
+    shapes = {name: info.shape for name, info in found.items()}
+    dtypes = {_DTYPE_NAMES.get(info.dtype, info.dtype) for info in found.values()}
     problems = [f"{name} is missing" for name in wanted if name not in shapes]
     problems += [f"{name} does not belong there" for name in shapes if name not in (*wanted, *_IGNORED_BY_SAELENS)]
     problems += [

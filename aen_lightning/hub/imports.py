@@ -7,7 +7,6 @@ token to norm sqrt(d_in). That scaling and its inverse become SAELens's ``consta
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +16,12 @@ import torch
 from huggingface_hub import HfApi
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.util import str_to_dtype
-from safetensors.torch import save_file
 from torch import Tensor
 
+from aen_lightning.files import Transposed, save_tensors, set_default_mode, stream_tensors, write_json
 from aen_lightning.hub.check import check_weights
 from aen_lightning.hub.checkpoint import Checkpoint, Kind, read_checkpoint
 from aen_lightning.hub.retry import hub_errors, with_retries
-from aen_lightning.hub.safetensors_stream import Transposed, write_safetensors
 from aen_lightning.saes.aen import AENTrainingSAE, AENTrainingSAEConfig
 from aen_lightning.saes.export import ADAPTIVE_STATE_FILENAME
 
@@ -114,7 +112,7 @@ def import_checkpoint(
     cfg = _config(checkpoint, metadata, input_scaling)
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / SAE_WEIGHTS_FILENAME
-    write_safetensors(
+    stream_tensors(
         weights,
         {
             "W_enc": Transposed(checkpoint.encoder),
@@ -126,8 +124,8 @@ def import_checkpoint(
     check_weights(cfg, weights)
     state = _adaptive_state(checkpoint)
     if state:
-        save_file(state, folder / ADAPTIVE_STATE_FILENAME)
-    (folder / SAE_CFG_FILENAME).write_text(json.dumps(cfg, indent=2), encoding="utf-8")
+        save_tensors(folder / ADAPTIVE_STATE_FILENAME, state)
+    write_json(folder / SAE_CFG_FILENAME, cfg)
     return folder
 
 
@@ -288,5 +286,6 @@ def _write_for_training(checkpoint: Checkpoint, folder: Path, metadata: dict[str
             getattr(sae, name).copy_(tensor)
         sae.set_ramp(sae.scheduled_ramp(int(sae.n_observed_steps)))
         sae.refresh_weights()
-    sae.save_model(folder)
+    weights, _ = sae.save_model(folder)
+    set_default_mode(weights)
     return folder

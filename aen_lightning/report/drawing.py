@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from aen_lightning.report.runs import Dictionary
+from aen_lightning.report.trained import TrainedSAE
 
 MAX_POINTS = 1000
 """Most points of a curve; a longer one is thinned evenly, its last point kept."""
@@ -43,6 +44,11 @@ def floats(values: Iterable[Any]) -> list[float | None]:
     """For traces: plain numbers, None where there is none."""
     # lists, not arrays: plotly would write those as base64, which nobody can read or search
     return [float(v) if np.isfinite(v) else None for v in values]
+
+
+def plain(text: str) -> str:
+    """``text`` for a trace, to be shown as it is: plotly reads names and texts as a kind of HTML, with links."""
+    return escape(text, quote=False)
 
 
 def thin(series: pd.Series[Any]) -> pd.Series[Any]:
@@ -78,14 +84,15 @@ def log_axis(values: Iterable[float | None]) -> dict[str, Any]:
 
 
 def add_histogram(
-    figure: go.Figure, d: Dictionary, colour: str, values: NDArray[Any], edges: NDArray[Any], note: str, **at: int
+    figure: go.Figure, d: TrainedSAE, colour: str, values: NDArray[Any], edges: NDArray[Any], note: str, **at: int
 ) -> None:
-    """Percent of all values in each bin, as a line through the middles of the bins, which many dictionaries can share."""
+    """Percent of all values in each bin, as a line through the middles of the bins, which many SAEs can share."""
     share = 100 * np.histogram(values, edges)[0] / max(1, len(values))
     figure.add_trace(
         go.Scatter(
             x=floats((edges[1:] + edges[:-1]) / 2), y=floats(share), mode="lines", line={"color": colour, "width": 1.8},
-            name=d.label, legendgroup=d.label, hovertemplate=f"{d.label}{note}<br>%{{y:.2f}} % of features here<extra></extra>",
+            name=plain(d.label), legendgroup=d.label,
+            hovertemplate=f"%{{fullData.name}}{note}<br>%{{y:.2f}} % of features here<extra></extra>",
         ),
         **at,
     )  # fmt: skip

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from sae_lens import TrainingSAE, TrainingSAEConfig
 from sae_lens.constants import SPARSITY_FILENAME
-from safetensors.torch import save_file
 from torch import Tensor
 
+from aen_lightning.files import save_tensors, set_default_mode
 from aen_lightning.saes.aen import AENTrainingSAE
 from aen_lightning.saes.input_scaling import InputScaling
 
@@ -76,19 +76,20 @@ def export_sae(
         folded = type(sae)(copy.deepcopy(sae.cfg))
         folded.load_state_dict(sae.state_dict())
         folded.fold_activation_norm_scaling_factor(input_scaling.factor)
-        folded.save_inference_model(path)
+        weights, _ = folded.save_inference_model(path)
     elif input_scaling.kind == "per_token":
         own = sae.cfg.normalize_activations
         # the literal of SAELens's field forgets this value; its __post_init__ and run time accept it
         sae.cfg.normalize_activations = "constant_norm_rescale"
         try:
-            sae.save_inference_model(path)
+            weights, _ = sae.save_inference_model(path)
         finally:
             sae.cfg.normalize_activations = own
     else:
-        sae.save_inference_model(path)
+        weights, _ = sae.save_inference_model(path)
+    set_default_mode(weights)
     if isinstance(sae, AENTrainingSAE):
-        save_file(sae.adaptive_state(), path / ADAPTIVE_STATE_FILENAME)
+        save_tensors(path / ADAPTIVE_STATE_FILENAME, sae.adaptive_state())
     if log_sparsity is not None:
-        save_file({"sparsity": log_sparsity.float().cpu().contiguous()}, path / SPARSITY_FILENAME)
+        save_tensors(path / SPARSITY_FILENAME, {"sparsity": log_sparsity.float().cpu().contiguous()})
     return path

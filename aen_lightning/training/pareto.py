@@ -9,9 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pandas as pd
 
+from aen_lightning.runs.curves import METRICS
+from aen_lightning.runs.layout import PARETO_FILE, SWEEP_FILE, SWEEP_PARQUET_FILE
 from aen_lightning.training.module import SweepModule
-
-_METRICS = ("l0", "explained_variance", "mse", "shrinkage_ratio", "dead_features_pct")
 
 
 def sweep_table(trainer: pl.Trainer, module: SweepModule, datamodule: pl.LightningDataModule) -> pd.DataFrame:
@@ -28,7 +28,7 @@ def sweep_table(trainer: pl.Trainer, module: SweepModule, datamodule: pl.Lightni
     rows = []
     for member, tracked in zip(module.members, module.tracked, strict=True):
         row: dict[str, Any] = {"name": member.name, "architecture": tracked.sae.cfg.architecture(), **member.varied}
-        row |= {metric: values[f"{member.name}/val/metrics/{metric}"] for metric in _METRICS}
+        row |= {metric: values[f"{member.name}/val/metrics/{metric}"] for metric in METRICS}
         row |= {"d_in": tracked.sae.cfg.d_in, "d_sae": tracked.sae.cfg.d_sae, "seed": member.seed}
         row |= {"n_training_samples": module.n_training_samples}
         rows.append(row)
@@ -42,7 +42,7 @@ def write_table(table: pd.DataFrame, folder: Path) -> list[Path]:
     architecture the points that no other of that architecture beats in both, sorted by L0, with their names.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    csv, parquet, pareto = folder / "sweep.csv", folder / "sweep.parquet", folder / "pareto.json"
+    csv, parquet, pareto = folder / SWEEP_FILE, folder / SWEEP_PARQUET_FILE, folder / PARETO_FILE
     table.to_csv(csv, index=False)
     # a column may hold numbers for one architecture and strings for another, which parquet cannot
     mixed = [column for column in table if table[column].map(type).nunique() > 1 and table[column].dtype == object]

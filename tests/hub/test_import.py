@@ -18,7 +18,6 @@ from torch.testing import assert_close
 
 from aen_lightning.cli.hub import import_command
 from aen_lightning.hub import authors_checkpoint_disk_loader, import_checkpoint, read_checkpoint
-from aen_lightning.hub.safetensors_stream import Transposed, write_safetensors
 
 D_IN, D_SAE = 6, 10
 AEN = "checkpoints/llama8b/regularization/seed0/adaptive_elastic_net/lambda1_0p002_lambda2_0p0001_gamma_0p5.pt"
@@ -44,11 +43,14 @@ def checkpoint(*, adaptive: bool = True, dtype: torch.dtype = torch.bfloat16, **
         state |= {"ema_abs_activations": rand(D_SAE).abs(), "_step_count": torch.tensor(100_000)}
     return {
         "model_state_dict": state,
-        "optimizer_state_dict": {"state": {0: {"exp_avg": rand(D_SAE, D_IN)}}, "param_groups": [{"lr": 5e-4}]},
+        "optimizer_state_dict": {
+            "state": {0: {"exp_avg": rand(D_SAE, D_IN)}},
+            "param_groups": [{"lr": 5e-4}],
+        },
         "trainer_config": {"lr": 5e-4, "batch_size": 4096},
         "run_name": "a-run",
         "run_metadata": {"seed": 0},
-        "metrics_history": [{"l0": 40.0}, {"l0": np.float64(33.5), "ev": 0.5}],
+        "metrics_history": [{"l0": 40.0}, {"l0": np.float64(33.5), "ev": 0.5, "loss": float("nan")}],
         **changes,
     }
 
@@ -123,6 +125,16 @@ def test_adaptive_state_is_kept_beside_an_inference_dictionary(tmp_path: Path) -
     assert int(state["n_observed_steps"]) == 100_000
     plain = import_checkpoint(save(tmp_path, L1, checkpoint(adaptive=False)), tmp_path / "l1")
     assert not (plain / "adaptive_state.safetensors").exists()
+
+
+@pytest.mark.parametrize("for_training", [False, True])
+def test_imported_files_may_be_read_as_the_umask_says(tmp_path: Path, for_training: bool) -> None:
+    before = os.umask(0o022)
+    try:
+        folder = import_checkpoint(save(tmp_path, AEN, checkpoint()), tmp_path / "out", for_training=for_training)
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"0o644"}
 
 
 def test_import_for_training_can_be_trained_on(tmp_path: Path) -> None:
@@ -268,16 +280,6 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
     path.write_bytes({"cut": data[: len(data) // 2], "text": b"hello, this is text", "empty": b""}[damage])
     with pytest.raises(ValueError, match="is refused"):
         read_checkpoint(path)
-
-
-def test_slices_make_the_same_file_as_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aen_lightning.hub.safetensors_stream._SLICE_BYTES", 100)  # a few rows a slice
-    a, b = torch.randn(37, 11), torch.randn(5).to(torch.bfloat16)
-    write_safetensors(tmp_path / "x.safetensors", {"a": Transposed(a), "plain": a, "b": b})
-    found = load_file(tmp_path / "x.safetensors")
-    assert torch.equal(found["a"], a.T)
-    assert torch.equal(found["plain"], a)
-    assert torch.equal(found["b"], b)
 
 
 def test_command_and_its_refusal_to_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

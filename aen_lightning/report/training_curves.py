@@ -10,9 +10,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from aen_lightning.report.drawing import Figure, finish, floats, log_axis, thin
+from aen_lightning.report.drawing import Figure, finish, floats, log_axis, plain, thin
 from aen_lightning.report.naming import colours, has_own_weights
-from aen_lightning.report.runs import Dictionary
+from aen_lightning.report.trained import TrainedSAE
 
 _PANEL_PX = 300
 
@@ -20,7 +20,7 @@ _PANEL_PX = 300
 @dataclass(frozen=True)
 class _Panel:
     title: str
-    unit: str
+    y_title: str
     keys: tuple[str, ...]  # the first that a dictionary has is a line; one with val/ is drawn as points
     log: bool = False
     factor: float = 1.0
@@ -77,14 +77,14 @@ _CURVES = (
 )  # fmt: skip
 
 
-def curve_figures(dictionaries: Sequence[Dictionary]) -> list[Figure]:
+def curve_figures(dictionaries: Sequence[TrainedSAE]) -> list[Figure]:
     """Training, dead features and adaptive weights over the steps; panels nobody logged are left out."""
     figures = [_curves(dictionaries, *spec) for spec in _CURVES]
     return [f for f in figures if f is not None]
 
 
 def _curves(
-    dictionaries: Sequence[Dictionary], id: str, section: str, title: str, panels: Sequence[_Panel], caption: str
+    dictionaries: Sequence[TrainedSAE], id: str, section: str, title: str, panels: Sequence[_Panel], caption: str
 ) -> Figure | None:
     panels = [p for p in panels if any(_series(d, key, p) is not None for d in dictionaries for key in p.keys)]
     if not panels:
@@ -119,8 +119,8 @@ def _curves(
                         "line": {"color": colour[d.label], "width": 1.8, "shape": "hv" if panel.stairs else "linear"},
                     }
                 )
-                name = f"{d.label} (validation)" if held_out else d.label
-                hover = f"{name}<br>step %{{x:,}}: %{{y:.4g}}<extra></extra>"
+                name = plain(f"{d.label} (validation)" if held_out else d.label)
+                hover = "%{fullData.name}<br>step %{x:,}: %{y:.4g}<extra></extra>"
                 trace = go.Scatter(
                     x=[int(s) for s in series.index],
                     y=floats(series),
@@ -130,7 +130,7 @@ def _curves(
                     **style,
                 )
                 figure.add_trace(trace, **at)
-        figure.update_yaxes(title_text=panel.unit, title_standoff=6, **at)
+        figure.update_yaxes(title_text=panel.y_title, title_standoff=6, **at)
         drawn = [v for t in figure.data[n_traces:] for v in t.y if v is not None]
         if panel.log:
             figure.update_yaxes(**log_axis(drawn), **at)
@@ -142,10 +142,10 @@ def _curves(
     return Figure(id, section, title, caption, finish(figure, _PANEL_PX * rows + 40))
 
 
-def _series(d: Dictionary, key: str, panel: _Panel) -> pd.Series[Any] | None:
+def _series(d: TrainedSAE, key: str, panel: _Panel) -> pd.Series[Any] | None:
     if key not in d.curves or (key in _ADAPTIVE_KEYS and not has_own_weights(d.settings)):
         return None
-    series = d.curves[key].dropna()
+    series = d.curves[key]
     if panel.per_feature:
         if d.d_sae is None:
             return None
