@@ -202,7 +202,7 @@ def _read_checkpoint(folder: Path, dictionaries: list[Dictionary], run: str, not
     newest = max(files, key=lambda f: (f.stat().st_mtime, f.name == "last.ckpt"))
     state = torch.load(newest, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     for i, d in enumerate(dictionaries):
-        weights = state.get(f"units.{i}.sae.l1_weights")
+        weights = state.get(f"tracked.{i}.sae.l1_weights")
         if any(d is w for w in wanted) and weights is None:
             notes.append(f"{newest} has no adaptive weights of {d.name or run}: they are not shown.")
         elif any(d is w for w in wanted):

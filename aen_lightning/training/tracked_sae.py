@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from torchmetrics import Metric, MetricCollection
 
 from aen_lightning.metrics import L0, MSE, DeadFeatures, ExplainedVariance, ShrinkageRatio, firing_counts
 from aen_lightning.saes.aen import AENTrainingSAE
+from aen_lightning.saes.step_schedule import StepSchedule
 
 
 def new_sae(cfg: TrainingSAEConfig, seed: int | None) -> TrainingSAE[Any]:
@@ -22,7 +24,7 @@ def new_sae(cfg: TrainingSAEConfig, seed: int | None) -> TrainingSAE[Any]:
         return cast("TrainingSAE[Any]", TrainingSAE.from_dict(cfg.to_dict()))
 
 
-class SAEUnit(nn.Module):
+class TrackedSAE(nn.Module):
     """One SAE with what its training needs besides its weights.
 
     Args:
@@ -43,6 +45,7 @@ class SAEUnit(nn.Module):
         self.train_metrics = _metrics(cfg.d_in)
         self.val_metrics = _metrics(cfg.d_in, cfg.d_sae)
         self.test_metrics = _metrics(cfg.d_in, cfg.d_sae)
+        self._compiled_forward_pass: Callable[..., TrainStepOutput] | None = None
 
     @property
     def dead_neuron_mask(self) -> Tensor:
@@ -59,17 +62,28 @@ class SAEUnit(nn.Module):
             values[name] = scheduler.value
         return values
 
-    def training_forward_pass(self, x: Tensor, *, n_training_steps: int, is_logging_step: bool) -> TrainStepOutput:
+    def compile(self, *, mode: str | None, backend: str) -> None:
+        """Compile the training forward pass; a second call does nothing. The SAE itself stays as it is."""
+        if self._compiled_forward_pass is None:
+            self._compiled_forward_pass = torch.compile(self._forward_pass, mode=mode, backend=backend)
+
+    def training_forward_pass(
+        self, x: Tensor, schedule: StepSchedule, *, n_training_steps: int, is_logging_step: bool
+    ) -> TrainStepOutput:
         """SAELens's training forward pass on a batch (batch, d_in)."""
-        return self.sae.training_forward_pass(
-            TrainStepInput(
-                sae_in=x,
-                coefficients=self.coefficients(n_training_steps),
-                dead_neuron_mask=self.dead_neuron_mask,
-                n_training_steps=n_training_steps,
-                is_logging_step=is_logging_step,
-            )
+        step_input = TrainStepInput(
+            sae_in=x,
+            coefficients=self.coefficients(n_training_steps),
+            dead_neuron_mask=self.dead_neuron_mask,
+            n_training_steps=n_training_steps,
+            is_logging_step=is_logging_step,
         )
+        return (self._compiled_forward_pass or self._forward_pass)(step_input, schedule)
+
+    def _forward_pass(self, step_input: TrainStepInput, schedule: StepSchedule) -> TrainStepOutput:
+        if isinstance(self.sae, AENTrainingSAE):
+            return self.sae.scheduled_forward_pass(step_input, schedule)
+        return self.sae.training_forward_pass(step_input)
 
     def firing_counts(self, output: TrainStepOutput) -> Tensor:
         """How often each feature fired in this batch, on this rank, shape (d_sae,), int64."""

@@ -203,9 +203,9 @@ def test_the_table_and_the_fronts_are_those_of_the_sweep(sweep: tuple[Path, Swee
 def test_adaptive_weights_are_those_of_the_module_and_others_have_none(sweep: tuple[Path, SweepModule]):
     folder, module = sweep
     found = collect([folder]).dictionaries
-    for d, unit in zip(found[:2], module.units, strict=False):
+    for d, tracked in zip(found[:2], module.tracked, strict=False):
         assert d.l1_weights is not None
-        assert_close(torch.from_numpy(d.l1_weights), unit.sae.l1_weights)
+        assert_close(torch.from_numpy(d.l1_weights), tracked.sae.l1_weights)
         assert d.l1_weights.max() > 1.2  # the ramp has begun
     assert [d.l1_weights for d in found[2:]] == [None] * 3
     traces = written([folder]).traces("weights")
@@ -229,7 +229,7 @@ def test_density_accounts_for_every_feature(sweep: tuple[Path, SweepModule], tmp
 
 def test_the_geometry_is_that_of_the_dictionary(sweep: tuple[Path, SweepModule]):
     folder, module = sweep
-    W = torch.nn.functional.normalize(module.units[3].sae.W_dec.detach().double(), dim=-1)
+    W = torch.nn.functional.normalize(module.tracked[3].sae.W_dec.detach().double(), dim=-1)
     nearest = (W @ W.T).fill_diagonal_(0).abs().max(dim=-1).values
     expected = 100 * np.histogram(nearest.numpy(), np.linspace(0, 1, 51))[0] / 24
     assert written([folder]).traces("geometry")[3]["y"] == pytest.approx(list(expected))

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from sae_lens import TrainingSAE
 
 from aen_lightning.saes.aen import AENTrainingSAE
+from aen_lightning.saes.step_schedule import StepSchedule
 
 
 def training_saes(pl_module: pl.LightningModule, callback: pl.Callback) -> dict[str, TrainingSAE[Any]]:
@@ -39,6 +40,20 @@ def adaptive_saes(pl_module: pl.LightningModule, callback: pl.Callback) -> list[
             "does not have: remove the callback, or train architecture 'aen'"
         )
     return adaptive
+
+
+def step_schedule(pl_module: pl.LightningModule, callback: pl.Callback) -> StepSchedule:
+    """The schedule that ``pl_module`` hands to its SAEs with the next batch; a callback may change it before.
+
+    Raises:
+        TypeError: If it has none.
+    """
+    schedule = getattr(pl_module, "step_schedule", None)
+    if not isinstance(schedule, StepSchedule):
+        raise TypeError(
+            f"{type(callback).__name__} needs a module with a StepSchedule as `step_schedule`, got {type(pl_module).__name__}"
+        )
+    return schedule
 
 
 def prefixed(name: str, key: str) -> str:
