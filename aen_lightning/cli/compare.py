@@ -36,7 +36,7 @@ def compare(
     from aen_lightning.evaluate.results import head, short_names, write_result
 
     if len(dictionary) < 2:
-        raise ValueError(f"aen compare needs at least two dictionaries, got {dictionary[0]} alone")
+        raise ValueError(f"at least two dictionaries are needed, got {dictionary[0]} alone")
     names = short_names(dictionary)
     atoms: dict[str, Tensor] = {}
     live: dict[str, Tensor] = {}

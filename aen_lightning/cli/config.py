@@ -11,7 +11,7 @@ import yaml
 from aen_lightning.cli.errors import UsageError, one_line
 from aen_lightning.cli.recipes import find_config
 
-_OPTIONS = ("--config", "-c")
+_OPTION = "--config"  # `normalized` has made it of -c
 
 
 def with_configs_found(args: Sequence[str]) -> list[str]:
@@ -21,16 +21,21 @@ def with_configs_found(args: Sequence[str]) -> list[str]:
         UsageError: If there is no such file or recipe, or it holds no settings.
     """
     found: list[str] = []
-    expects_config = False
-    for arg in args:
+    for arg, previous in zip(args, ["", *args], strict=False):
         option, equals, value = arg.partition("=")
-        if expects_config:
+        if previous == _OPTION:
             arg = str(_checked(arg))
-        elif option in _OPTIONS and equals:
+        elif option == _OPTION and equals:
             arg = f"{option}={_checked(value)}"
-        expects_config = arg in _OPTIONS
         found.append(arg)
     return found
+
+
+def configs_in(args: Sequence[str]) -> list[Path]:
+    """The files that the arguments name, in order."""
+    found = with_configs_found(args)
+    after = [Path(arg) for arg, previous in zip(found, ["", *found], strict=False) if previous == _OPTION]
+    return after + [Path(arg.partition("=")[2]) for arg in found if arg.startswith(f"{_OPTION}=")]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -42,7 +47,9 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {one_line(error)}") from error
+        mark = getattr(error, "problem_mark", None)
+        what = f"{error.problem} in line {mark.line + 1}" if mark else one_line(error)  # type: ignore[union-attr]
+        raise UsageError(f"{path} is not valid YAML: {what}") from error
     if config is None:
         raise UsageError(f"{path} is empty")
     if not isinstance(config, dict):

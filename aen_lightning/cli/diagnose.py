@@ -24,7 +24,7 @@ def diagnose(
     l1_coefficient: float | None = None,
     l2_coefficient: float | None = None,
     l1_weights: str | None = None,
-    inputs: EvaluationInputs = EvaluationInputs(),
+    inputs: EvaluationInputs = EvaluationInputs(),  # noqa: B008  # frozen
 ) -> None:
     """What ails a dictionary.
 

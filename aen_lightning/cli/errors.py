@@ -6,7 +6,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterable, Iterator
-from textwrap import dedent
+from textwrap import dedent, shorten
 
 from aen_lightning.spelling import nearest, suggest
 
@@ -32,7 +32,7 @@ def explain(message: str, options: Iterable[str]) -> str:
         word = m[1].partition("=")[0]
         if not word.startswith("-"):
             return f"unexpected argument {m[1]!r}"
-        return f"no option {word}{_nearest_option(word.lstrip('-'), options, '--')}"
+        return f"no option {word}{_nearest_option(word.lstrip('-'), options, prefix='--')}"
     if m := re.match(r"(?:Subcommand '\w+'|Group '([^']+)') does not accept option '([^']+)'", message):
         return _unknown_key(f"{m[1]}.{m[2]}" if m[1] else m[2], options)
     if m := re.match(r"Option '([^']+)' is not accepted", message):
@@ -51,29 +51,29 @@ def _unknown_key(key: str, options: list[str]) -> str:
     roots = {option.partition(".")[0] for option in options}
     if root not in roots:
         return f"no section {root!r} in the config{suggest(root, roots)}"
-    return f"no key {key!r} in the config{_nearest_option(key, options, '')}"
+    return f"no key {key!r} in the config{_nearest_option(key, options)}"
 
 
-def _nearest_option(word: str, options: list[str], prefix: str) -> str:
-    """By the whole name; else by its last part, for those who left out the section."""
-    if found := suggest(prefix + word, [prefix + option for option in options]):
-        return found
-    by_leaf = {option.rpartition(".")[2]: prefix + option for option in options}
-    near = nearest(word.rpartition(".")[2], by_leaf)
-    return f" (did you mean {by_leaf[near]!r}?)" if near else ""
+def _nearest_option(word: str, options: list[str], *, prefix: str = "") -> str:
+    """The option with the same last part, for those who left out its section; else the most similar one."""
+    same = [option for option in options if "." in option and option.rpartition(".")[2] == word]
+    near = same[0] if same else nearest(word, options)
+    return f" (did you mean {prefix + near!r}?)" if near else ""
 
 
 def _explain_value(text: str) -> str:
     text = dedent(text).strip()
     if m := re.match(r'Parser key "(.+?)"( element \d+)?:\n(.+)', text, re.DOTALL):
-        return f"{m[1]}{m[2] or ''}: {_explain_value(m[3])}"
+        # a key that another one is filled from is not asked for as missing, but found to be None
+        is_missing = re.fullmatch(r"\s*Expected an? .+\. Got value: None", m[3])
+        return f"missing {m[1]}" if is_missing else f"{m[1]}: {_explain_value(m[3])}"
     if m := re.match(r"Problem with given class_path '([^']+)':\n?(.+)", text, re.DOTALL):
         return _explain_class(m[1], dedent(m[2]).strip())
     if "Does not validate against any of the Union subtypes" in text:
         return _explain_union(text)
     if m := re.match(r"Expected an? (.+)\. Got value: (.*)", text, re.DOTALL):
         wanted, value = _type_name(m[1]), one_line(m[2])
-        return f"expected {wanted}, got {value!r}{suggest(value, _quoted(wanted))}"
+        return f"expected {wanted}, got {shorten(value, 80)!r}{suggest(value, _quoted(wanted))}"
     return one_line(text)
 
 
@@ -85,22 +85,25 @@ def _explain_class(class_path: str, reason: str) -> str:
         return f"{name} lacks {m[1]}"
     if reason.startswith("Parser key"):
         return f"{name}.{_explain_value(reason)}"
+    if _resolve(class_path) is None:
+        return f"no class {class_path!r}: {one_line(reason)}"
     return f"{name}: {_explain_value(reason)}"
 
 
 def _explain_union(text: str) -> str:
-    """The member of the union that was meant: the class if one was given, else all that may stand here."""
+    """What the member of the union says that was meant: the class if one was given, else all that may stand here."""
     members = list(_bullets(text))
-    if meant := next((m for m in members if m.startswith("Problem with given class_path")), None):
-        return _explain_value(meant)
     value = one_line(m[1]) if (m := re.search(r"^Given value: (.*)", text, re.MULTILINE)) else ""
-    types = m[1] if (m := re.search(r"^\s*Subtypes: \[(.*)\]$", text, re.MULTILINE)) else ""
     if any("Expected a dot import path string" in m for m in members):
+        types = m[1] if (m := re.search(r"^\s*Subtypes: \[(.*)\]$", text, re.MULTILINE)) else ""
         return f"no class {value!r}{suggest(value, _subclasses(types))}"
+    if meant := next((m for m in members if not m.startswith("Expected")), None):
+        was_word = "Given value type: <class 'str'>" in text and value not in meant
+        return _explain_value(meant) + (f", got {value!r}" if was_word else "")
     wanted = " or ".join(
         dict.fromkeys(_type_name(m.removeprefix("Expected a ").partition(". Got")[0]) for m in members)
     )
-    return f"expected {wanted}, got {value!r}{suggest(value, _quoted(wanted))}"
+    return f"expected {wanted}, got {shorten(value, 80)!r}{suggest(value, _quoted(wanted))}"
 
 
 def _bullets(text: str) -> Iterator[str]:
@@ -122,6 +125,7 @@ def _type_name(text: str) -> str:
     """``<class 'int'>`` as ``int``, ``typing.Literal['a', 'b']`` as ``'a' or 'b'``."""
     text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text)
     text = re.sub(r"(?:typing\.)?Literal\[([^\]]*)\]", lambda m: m[1].replace(", ", " or "), text)
+    text = re.sub(r"\bbool\b", "true or false", text)
     return one_line(text.replace("NoneType", "null").replace("typing.", ""))
 
 

@@ -17,7 +17,7 @@ def evaluate(
     downstream_batch_size_prompts: int = 4,
     ablate: Literal["all", "counted"] = "all",
     per_feature: bool = False,
-    inputs: EvaluationInputs = EvaluationInputs(),
+    inputs: EvaluationInputs = EvaluationInputs(),  # noqa: B008  # frozen
 ) -> None:
     """How good dictionaries are on held-out data.
 

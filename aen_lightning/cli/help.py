@@ -71,6 +71,7 @@ def options_in_source(module: str, class_name: str) -> tuple[str, list[Option]]:
     (cls,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
     docs = docstring_parser.parse(ast.get_docstring(cls) or "")
     meanings = {p.arg_name: plain(p.description or "") for p in docs.params}
+    found: list[tuple[str, ast.expr | None, ast.expr | None]]
     init = next((n for n in cls.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
     if init is None:
         fields = [(n.target, n.annotation, n.value) for n in cls.body if isinstance(n, ast.AnnAssign)]
@@ -116,11 +117,11 @@ def page(
 
 
 def _brief(text: str, room: int) -> str:
-    """The text up to the last clause that fits."""
+    """As many whole clauses as fit, or else the beginning."""
     if len(text) <= room:
         return text
-    ends = [m.start() for m in re.finditer(r"[.;:,] ", text) if m.start() <= room]
-    return text[: ends[-1]] + "." if ends else textwrap.shorten(text, room, placeholder=" ...")
+    ends = [m.start() for m in re.finditer(r"(?<!e\.g)[.;] ", text) if 20 <= m.start() < room]
+    return f"{text[: ends[-1]]}." if ends else textwrap.shorten(text, room, placeholder=" ...")
 
 
 def plain(text: str) -> str:

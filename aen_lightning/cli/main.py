@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from aen_lightning import __version__
@@ -58,6 +58,10 @@ COMMANDS = {
 }
 
 
+_HELP = ("-h", "--help")
+_OPTIONS = (*_HELP, "--version")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``aen COMMAND ...`` and return the exit code.
 
@@ -84,11 +88,14 @@ def run(args: Sequence[str]) -> None:
     Raises:
         UsageError: For wrong use, with one line that says what was expected.
     """
-    if not args or args[0] in ("-h", "--help"):
-        print(_usage())
+    if not args or args[0] in _HELP:
+        print(_usage(COMMANDS))
         return
     if args[0] == "--version":
         print(f"aen-lightning {__version__}")
+        return
+    if (members := _members(args[0])) and args[1:2] and args[1] in _HELP:
+        print(_usage(members.values()))
         return
     name, rest = _split(args)
     command = COMMANDS[name]
@@ -108,7 +115,7 @@ def run(args: Sequence[str]) -> None:
 
 def _short_help(name: str, args: Sequence[str]) -> str | None:
     """The page that ``--help`` or ``--model.sae.help ARCHITECTURE`` asks for."""
-    if "-h" in args or "--help" in args:
+    if any(word in args for word in _HELP):
         return training_help(name)
     for word, following in zip(args, [*args[1:], ""], strict=False):
         option, _, value = word.partition("=")
@@ -122,19 +129,24 @@ def _split(args: Sequence[str]) -> tuple[str, list[str]]:
     first, rest = args[0], list(args[1:])
     if first in COMMANDS:
         return first, rest
-    members = {name.partition(" ")[2]: name for name in COMMANDS if name.startswith(f"{first} ")}
+    members = _members(first)
     if not members:
-        raise UsageError(f"no command {first!r}{suggest(first, {name.split()[0] for name in COMMANDS})}")
-    if rest and rest[0] in members:
-        return members[rest[0]], rest[1:]
+        kind = "option" if first.startswith("-") else "command"
+        known = _OPTIONS if first.startswith("-") else {name.split()[0] for name in COMMANDS}
+        raise UsageError(f"no {kind} {first!r}{suggest(first, known)}")
     if first == "recipes" and not rest:
         return "recipes list", rest
-    if not rest or rest[0] in ("-h", "--help"):
-        lines = [f"aen {name}: {COMMANDS[name].help}" for name in members.values()]
-        raise UsageError(f"{'; '.join(lines)}")
-    raise UsageError(
-        f"no command '{first} {rest[0]}'{suggest(rest[0], members)}; there are {', '.join(members.values())}"
-    )
+    if not rest:
+        raise UsageError(f"{first} what? There are {', '.join(members.values())}")
+    if rest[0] not in members:
+        near = suggest(rest[0], members) or f"; there are {', '.join(members.values())}"
+        raise UsageError(f"no command '{first} {rest[0]}'{near}")
+    return members[rest[0]], rest[1:]
+
+
+def _members(group: str) -> dict[str, str]:
+    """The commands of a group such as ``shards``, by their second word."""
+    return {name.partition(" ")[2]: name for name in COMMANDS if name.startswith(f"{group} ")}
 
 
 def _name(args: Sequence[str]) -> str:
@@ -144,9 +156,9 @@ def _name(args: Sequence[str]) -> str:
     return f"aen {known}" if known in COMMANDS else "aen"
 
 
-def _usage() -> str:
+def _usage(names: Iterable[str]) -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<{width}}  {COMMANDS[name].help}" for name in names]
     return "\n".join(
         [
             "usage: aen COMMAND [options]",

@@ -25,11 +25,20 @@ _SHORT = {"-o": "--out", "-c": "--config"}
 class OneLineErrors:
     """Lets a jsonargparse parser raise :class:`UsageError` with one line, instead of printing its usage and exiting."""
 
+    usage_line = ""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Called by jsonargparse; the parsers of nested classes, whose errors it collects itself, keep theirs."""
         if not self.exit_on_error:  # type: ignore[attr-defined]
             super().error(message, ex)  # type: ignore[misc]
-        raise UsageError(explain(message, self.get_defaults().keys())) from ex  # type: ignore[attr-defined]
+        line = explain(message, self.option_names(getattr(ex, "subcommand_parser", None) or self))
+        if line.startswith(("missing", "unexpected")):
+            line += f"; usage: {self.usage_line}"
+        raise UsageError(line) from ex
+
+    def option_names(self, parser: Any) -> list[str]:
+        """What a misspelt option may have meant."""
+        return list(parser.get_defaults().keys())
 
 
 class CommandParser(OneLineErrors, ArgumentParser):
@@ -37,7 +46,7 @@ class CommandParser(OneLineErrors, ArgumentParser):
 
     page = ""
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """See base class."""
         return self.page + "\n"
 
@@ -63,7 +72,7 @@ def run_function(function: Callable[..., None], args: Sequence[str], *, prog: st
 def make_parser(function: Callable[..., None], prog: str) -> CommandParser:
     """The parser of a command; ``prog`` is how it is called, as ``aen shards verify``."""
     parser = CommandParser(prog=prog, allow_abbrev=False)
-    parser.page = _help(function, prog)
+    parser.usage_line, parser.page = _usage_and_help(function, prog)
     _add_arguments(parser, function)
     for hint in _hints(function).values():
         if dataclasses.is_dataclass(hint):
@@ -71,31 +80,30 @@ def make_parser(function: Callable[..., None], prog: str) -> CommandParser:
     return parser
 
 
-def _help(function: Callable[..., None], prog: str) -> str:
-    hints, signature = _hints(function), inspect.signature(function)
-    required = {name: p.default is p.empty for name, p in signature.parameters.items() if _is_positional(p)}
-    words = {name: f"{name.upper()}{'...' if _element(hints[name]) else ''}" for name in required}
-    positionals, options = [], []
+def _usage_and_help(function: Callable[..., None], prog: str) -> tuple[str, str]:
+    hints, parameters = _hints(function), inspect.signature(function).parameters
+    groups = [hint for hint in hints.values() if dataclasses.is_dataclass(hint)]
+    words, positionals, options = [prog], [], []
     for option in options_of(function):
-        if option.name in words:
-            positionals.append(dataclasses.replace(option, name=words[option.name], type="bool"))
-        elif not dataclasses.is_dataclass(hints[option.name]):
-            options.append(option)
-    sections = [("", positionals), ("[value]: default. A flag is --FLAG or --no_FLAG.", _dashed(options))]
-    for hint in hints.values():
-        if dataclasses.is_dataclass(hint):
-            sections.append(
-                (plain(docstring_parser.parse(hint.__doc__ or "").short_description or ""), _dashed(options_of(hint)))
-            )
-    usage = [prog, *(word if required[name] else f"[{word}]" for name, word in words.items())]
-    description = plain(docstring_parser.parse(function.__doc__ or "").description or "")
-    sections = [section for section in sections if section[1]]
-    usage += ["[options]"] if sections != sections[:1] or not words else []
-    return page(" ".join(usage), description, sections)
+        if _is_positional(parameters[option.name]):
+            word = option.name.upper() + ("..." if _element(hints[option.name]) else "")
+            words.append(word if option.default is None else f"[{word}]")
+            positionals.append(dataclasses.replace(option, name=word, type=""))
+        elif hints[option.name] not in groups:
+            options.append(_dashed(option))
+    usage = " ".join([*words, "[options]"] if options or groups else words)
+    sections = [("", positionals), ("[value]: default. A flag is --FLAG or --no_FLAG.", options)]
+    sections += [(_docs(group).short_description or "", [_dashed(o) for o in options_of(group)]) for group in groups]
+    text = page(usage, plain(_docs(function).description or ""), [section for section in sections if section[1]])
+    return usage, text
 
 
-def _dashed(options: list[Option]) -> list[Option]:
-    return [dataclasses.replace(option, name=f"--{option.name}") for option in options]
+def _docs(source: Any) -> docstring_parser.Docstring:
+    return docstring_parser.parse(source.__doc__ or "")
+
+
+def _dashed(option: Option) -> Option:
+    return dataclasses.replace(option, name=f"--{option.name}")
 
 
 def _is_positional(parameter: inspect.Parameter) -> bool:

@@ -27,7 +27,9 @@ def find_config(name: str) -> Path:
     stem = path.name.removesuffix(".yaml")
     if stem in known and path.parent in (Path(), Path("recipes")):
         return known[stem]
-    raise FileNotFoundError(f"no config file or recipe {name!r}{suggest(stem, known)}; recipes: {', '.join(known)}")
+    raise FileNotFoundError(
+        f"no config file or recipe {name!r}{suggest(stem, known) or '; recipes: ' + ', '.join(known)}"
+    )
 
 
 def summary(path: Path) -> str:

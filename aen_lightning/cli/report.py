@@ -47,7 +47,7 @@ def report(
     png: str | None = None,
     browser: str | None = None,
     pages: FeaturePages = FeaturePages(),
-    inputs: EvaluationInputs = EvaluationInputs(),
+    inputs: EvaluationInputs = EvaluationInputs(),  # noqa: B008  # frozen
 ) -> None:
     """One self-contained HTML file about one or more runs.
 

@@ -29,8 +29,7 @@ class SweepCLI(AENCLI):
 
     def before_fit(self) -> None:
         """Called by LightningCLI."""
-        if self.trainer.limit_val_batches == 0 or self.trainer.fast_dev_run:
+        if self.trainer.limit_val_batches == 0:
             raise ValueError(
-                "a sweep compares its SAEs on the validation split: it needs trainer.limit_val_batches above 0, "
-                "and no trainer.fast_dev_run"
+                "a sweep compares its SAEs on the validation split: trainer.limit_val_batches must be above 0"
             )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
 import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +20,22 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import aen_lightning.data  # noqa: F401  # lets a config name our data modules by class name alone
 from aen_lightning.cli.config import with_configs_found
-from aen_lightning.cli.errors import UsageError
+from aen_lightning.cli.errors import UsageError, explain
 from aen_lightning.cli.parser import OneLineErrors, normalized
+from aen_lightning.saes.aen_config import AENTrainingSAEConfig
 from aen_lightning.training.module import SAEModule
 
 
 class TrainingParser(OneLineErrors, LightningArgumentParser):
     """LightningCLI's parser, with one line for an error."""
+
+    usage_line = "--config FILE_OR_RECIPE [--KEY VALUE ...]"
+
+    def option_names(self, parser: Any) -> list[str]:
+        """The SAE's fields too, which to the parser are keys of a dict."""
+        names = super().option_names(parser)
+        fields = [f.name for f in dataclasses.fields(AENTrainingSAEConfig)] if "model.sae" in names else []
+        return names + [f"model.sae.{name}" for name in fields]
 
 
 @contextmanager
@@ -34,11 +46,14 @@ def errors_of_use(cli: LightningCLI) -> Iterator[None]:
     """
     try:
         yield
+    except UsageError:
+        raise
     except (ValueError, TypeError, OSError, MisconfigurationException) as error:
         trainer = getattr(cli, "trainer", None)
         if trainer is not None and trainer.global_step > 0:
             raise
-        raise UsageError(str(error)) from error
+        hint = " (trainer.accelerator=auto takes what is there)" if "No supported gpu backend" in str(error) else ""
+        raise UsageError(explain(str(error), []) + hint) from error
 
 
 class OneLineCLI(LightningCLI):
@@ -46,7 +61,7 @@ class OneLineCLI(LightningCLI):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with errors_of_use(self):
-            super().__init__(*args, parser_class=TrainingParser, **kwargs)
+            super().__init__(*args, **{"parser_class": TrainingParser, **kwargs})
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """As LightningCLI's, without abbreviations: a misspelt option must not be taken for another."""
@@ -60,6 +75,9 @@ class OneLineCLI(LightningCLI):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
             super().parse_arguments(parser, with_configs_found(normalized(args)))
+        path = self.config.get(str(self.config.get("subcommand")), self.config).get("ckpt_path")
+        if path is not None and Path(path).is_file() and not zipfile.is_zipfile(path):  # what torch.save writes is one
+            raise UsageError(f"{path} is no checkpoint, or was cut off while it was written")
 
 
 class AENCLI(OneLineCLI):
@@ -103,6 +121,11 @@ class AENCLI(OneLineCLI):
         return super().instantiate_trainer(**kwargs)
 
 
+def _worth_reading(record: logging.LogRecord) -> bool:
+    """Keeps Lightning's advertisements, and what it says of hardware that is not there, off the screen."""
+    return not record.getMessage().startswith(("💡 Tip", "TPU available: False", "GPU available: False", "Seed set to"))
+
+
 def fit(args: Sequence[str]) -> None:
     """``aen fit ...``; the word comes first in ``args``, as LightningCLI wants it, also ``validate`` and ``test``."""
     AENCLI(SAEModule, args)
@@ -111,5 +134,7 @@ def fit(args: Sequence[str]) -> None:
 def prepare_process() -> None:
     """What a process that trains or harvests wants of the libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(_worth_reading)
     # Lightning's own pytree helper trips a deprecation in torch 2.13; nothing a user could do about it
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")

@@ -11,7 +11,9 @@ from aen_lightning.cli.help import Option, annotation, meaning, options_in_sourc
 
 Section: TypeAlias = tuple[str, Sequence[Option]]
 
-_MODEL = ("lr", "lr_warm_up_steps", "lr_decay_steps", "optimizer", "dead_feature_window", "seed")
+_TRAINING = ("lr", "lr_warm_up_steps", "lr_decay_steps", "optimizer", "dead_feature_window", "seed")
+_REFIT = ("dictionary", *_TRAINING[:-1])
+_TRAINING_CLASSES = ("training.optimizer:OptimizerSettings", "training.base:SAETrainingModule")
 _DATA = (
     ("synthetic", "SpikedDataModule"),
     ("activations", "ActivationsDataModule"),
@@ -62,15 +64,9 @@ def training_help(command: str) -> str:
     return page(usage, f"{description} {note}", sections(), one_line=True)
 
 
-def _sae() -> Section:
-    _, fields = options_in_source("saes.aen_config", "AENTrainingSAEConfig")
-    title = "The SAE, --model.sae.KEY, here of architecture aen (of another: aen fit --model.sae.help jumprelu):"
-    return title, [*_SAE, *fields]
-
-
-def _model() -> Section:
-    _, options = options_in_source("training.module", "SAEModule")
-    return "Its training, --model.KEY:", [o for o in options if o.name in _MODEL]
+def _options(*classes: str) -> list[Option]:
+    """The options of classes as ``training.module:SAEModule``, one after the other."""
+    return [option for name in classes for option in options_in_source(*name.split(":"))[1]]
 
 
 def _data() -> Section:
@@ -79,24 +75,27 @@ def _data() -> Section:
 
 
 def _fit() -> list[Section]:
-    return [_sae(), _model(), _data(), ("The run:", [*_RUN, _CKPT_PATH])]
+    training = _options(*_TRAINING_CLASSES, "training.module:SAEModule")
+    sae = "The SAE, --model.sae.KEY, here of architecture aen (of another: aen fit --model.sae.help jumprelu):"
+    return [
+        (sae, [*_SAE, *_options("saes.aen_config:AENTrainingSAEConfig")]),
+        ("Its training, --model.KEY:", [o for o in training if o.name in _TRAINING]),
+        _data(),
+        ("The run:", [*_RUN, _CKPT_PATH]),
+    ]
 
 
 def _refit() -> list[Section]:
-    _, options = options_in_source("training.refit", "RefitModule")
-    return [("The refit, --model.KEY:", options), _data(), ("The run:", _RUN)]
+    model = [o for o in _options("training.refit:RefitModule", *_TRAINING_CLASSES) if o.name in _REFIT]
+    return [("The refit, --model.KEY:", model), _data(), ("The run:", _RUN)]
 
 
 def _harvest() -> list[Section]:
-    _, model = options_in_source("harvest.module", "HarvestModule")
-    _, data = options_in_source("harvest.data", "HarvestDataModule")
-    _, shards = options_in_source("harvest.writer", "ShardWriter")
-    run = [o for o in _RUN if o.name in ("--config", "--trainer.devices")]
     return [
-        ("The language model, --model.KEY:", model),
-        ("The text, --data.KEY:", data),
-        ("The set of activations, --shards.KEY:", shards),
-        ("The run:", run),
+        ("The language model, --model.KEY:", _options("harvest.module:HarvestModule")),
+        ("The text, --data.KEY:", _options("harvest.data:HarvestDataModule")),
+        ("The set of activations, --shards.KEY:", _options("harvest.writer:ShardWriter")),
+        ("The run:", [o for o in _RUN if o.name in ("--config", "--trainer.devices")]),
     ]
 
 

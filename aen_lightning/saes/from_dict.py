@@ -44,10 +44,8 @@ def build_sae_config(sae: dict[str, Any]) -> TrainingSAEConfig:
     allowed = [*known, *(_PAPER_KEYS if is_aen else ())]
     unknown = [key for key in fields if key not in allowed]
     if unknown:
-        raise ValueError(
-            f"sae has no key {unknown[0]!r} for architecture {architecture!r}{suggest(unknown[0], allowed)}; "
-            f"it takes {', '.join(sorted(allowed))}"
-        )
+        near = suggest(unknown[0], allowed) or f"; it takes {', '.join(sorted(allowed))}"
+        raise ValueError(f"sae has no key {unknown[0]!r} for architecture {architecture!r}{near}")
     missing = [
         name
         for name, field in known.items()
@@ -59,6 +57,9 @@ def build_sae_config(sae: dict[str, Any]) -> TrainingSAEConfig:
     for key, value in fields.items():
         if not _fits(value, hints[key]):
             raise ValueError(f"sae.{key} must be {_type_name(hints[key])}, got {value!r}")
+    k = fields.get("k", known["k"].default if "k" in known else 0)
+    if k > fields["d_sae"]:
+        raise ValueError(f"sae.k must be at most d_sae={fields['d_sae']}, got {k} (architecture {architecture!r})")
     if is_aen:
         _convert_paper_lambdas(fields)
     return cfg_class.from_dict({**fields, "architecture": architecture})
@@ -71,10 +72,9 @@ def config_class(architecture: str) -> type[TrainingSAEConfig]:
         ValueError: If SAELens can train none of that name.
     """
     if architecture not in SAE_TRAINING_CLASS_REGISTRY:
-        raise ValueError(
-            f"unknown SAE architecture {architecture!r}{suggest(architecture, SAE_TRAINING_CLASS_REGISTRY)}; "
-            f"SAELens can train {', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}"
-        )
+        near = suggest(architecture, SAE_TRAINING_CLASS_REGISTRY)
+        known = ", ".join(sorted(SAE_TRAINING_CLASS_REGISTRY))
+        raise ValueError(f"unknown SAE architecture {architecture!r}{near}; SAELens can train {known}")
     return SAE_TRAINING_CLASS_REGISTRY[architecture][1]
 
 

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from aen_lightning import AENTrainingSAE, AENTrainingSAEConfig
-from aen_lightning.cli.hub import import_command, pull_command, push_command
 from aen_lightning.hub import (
     HubError,
     authors_checkpoint_loader,
@@ -34,6 +33,7 @@ from aen_lightning.hub import (
 from aen_lightning.runs.provenance import collect, scrub
 from aen_lightning.saes.export import export_sae
 from aen_lightning.saes.input_scaling import InputScaling
+from tests.support.commands import import_command, pull_command, push_command
 from tests.support.hub_server import TOKEN, HubServer, running_hub
 
 REPO = "tester/saes"

@@ -22,9 +22,8 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from aen_lightning.cli.compare import compare_command
-from aen_lightning.cli.evaluate import evaluate_command
-from aen_lightning.cli.report import report_command
+from aen_lightning.cli.inputs import EvaluationInputs
+from aen_lightning.cli.opening import InputOpener
 from aen_lightning.data.synthetic import SpikedDataModule
 from aen_lightning.evaluate import ShardInputs, load_dictionary
 from aen_lightning.report import collect, feature_pages, make_figures, render_report
@@ -34,6 +33,7 @@ from aen_lightning.report.features import collect_activations, load_unembedding,
 from aen_lightning.report.naming import family_of, has_own_weights
 from aen_lightning.training.module import SAEModule, SweepModule
 from aen_lightning.training.pareto import pareto_fronts, sweep_table, write_table
+from tests.support.commands import compare_command, evaluate_command, report_command
 from tests.support.shard_sets import HOOK as SHARD_HOOK
 from tests.support.shard_sets import write_set
 from tests.support.tiny_models import D_MODEL, EOS, save_tiny_model, tiny_model, tiny_tokenizer
@@ -278,7 +278,7 @@ def test_results_of_other_commands_find_their_dictionary(
     evaluate_command(
         [
             str(dictionary),
-            "--json",
+            "--out",
             str(result),
             "--n-rows",
             "6",
@@ -308,7 +308,7 @@ def test_several_comparisons_are_told_apart(sweep: tuple[Path, SweepModule], tmp
     members = [str(d.folder) for d in collect([sweep[0]]).dictionaries]
     results = [tmp_path / "first.json", tmp_path / "second.json"]
     for result, pair in zip(results, (members[:2], members[2:4]), strict=True):
-        compare_command([*pair, "--json", str(result), "--with-dead"])
+        compare_command([*pair, "--out", str(result), "--with-dead"])
     report = collect([sweep[0]], results)
     text = render_report(report, make_figures(report))
     ids = re.findall(r'<(?:section|h2|div)[^>]* id="([^"]+)"', text)
@@ -343,15 +343,10 @@ def reference(dictionary: Path, inputs: Any) -> tuple[torch.Tensor, torch.Tensor
     return codes, inputs.rows != EOS
 
 
-def opened(dictionary: Path, *extra: str) -> tuple[Any, Any]:
-    from argparse import ArgumentParser
-
-    from aen_lightning.cli.inputs import InputOpener, add_input_arguments
-
-    parser = ArgumentParser()
-    add_input_arguments(parser, n_rows=12)
+def opened(dictionary: Path, **options: Any) -> tuple[Any, Any]:
     sae = load_dictionary(dictionary)
-    return sae, InputOpener(parser.parse_args(["--held-out-documents", "20", *extra]), whole_lm=False).open(sae)
+    inputs = EvaluationInputs(n_rows=12, held_out_documents=20, **options)
+    return sae, InputOpener(inputs, whole_lm=False).open(sae)
 
 
 def test_features_agree_with_the_whole_language_model(dictionary: Path):
@@ -443,7 +438,7 @@ def test_the_unembedding_is_that_of_the_whole_model(family: str, tmp_path: Path)
 
 def test_the_command_says_whose_features_it_needs(sweep: tuple[Path, SweepModule], dictionary: Path, tmp_path: Path):
     out = str(tmp_path / "r.html")
-    with pytest.raises(ValueError, match=r"5 dictionaries: say whose features, by --features-of 'AEN λ₁=0.0025'"):
+    with pytest.raises(ValueError, match=r"5 dictionaries: say whose features, by --features_of 'AEN λ₁=0.0025'"):
         report_command([str(sweep[0]), "--features", "-o", out])
     with pytest.raises(ValueError, match="no dictionary 'nobody' in the report"):
         report_command([str(sweep[0]), "--features-of", "nobody", "-o", out])
