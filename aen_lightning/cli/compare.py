@@ -2,84 +2,70 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from aen_lightning.diagnostics.stability import compare_dictionaries
-from aen_lightning.evaluate.dictionary import describe_dictionary, load_dictionary, log_sparsity
-from aen_lightning.evaluate.results import head, number, short_names, table, write_result
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="aen compare",
-        description="Match the features of two or more dictionaries (seeds, runs, releases) by cosine with the best one-to-one "
-        "assignment, and say which share is found again.",
-    )
-    parser.add_argument("dictionary", nargs="+", help="two or more: folder with cfg.json, or RELEASE:ID")
-    parser.add_argument("--json", metavar="FILE", help="write the result here")
-    parser.add_argument(
-        "--threshold", type=float, nargs="+", default=[0.7, 0.9], metavar="C",
-        help="cosines from which a pair is the same feature (default: 0.7 0.9)",
-    )  # fmt: skip
-    parser.add_argument("--with-dead", action="store_true", help="count features that never fire, too")
-    parser.add_argument("--no-baseline", action="store_true", help="do not match with random directions")
-    parser.add_argument(
-        "--neighbours",
-        type=int,
-        default=32,
-        metavar="N",
-        help="candidates a feature where there are many (default: 32)",
-    )
-    parser.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
-    return parser
+def compare(
+    dictionary: list[str],
+    *,
+    out: str | None = None,
+    threshold: list[float] = [0.7, 0.9],  # noqa: B006  # jsonargparse shows it; nothing changes it
+    with_dead: bool = False,
+    baseline: bool = True,
+    neighbours: int = 32,
+    device: str = "cpu",
+) -> None:
+    """Which features two or more dictionaries (seeds, runs, releases) share.
 
+    Features are matched by cosine with the best one-to-one assignment.
 
-def compare_command(args: Sequence[str]) -> int:
-    """``aen compare DICTIONARY DICTIONARY... [options]``; returns the exit code.
-
-    Raises:
-        ValueError: Or OSError, with one clear line, for what cannot be compared.
+    Args:
+        dictionary: Two or more: folder with cfg.json, or RELEASE:ID.
+        out: File for the result.
+        threshold: Cosines from which a pair is the same feature.
+        with_dead: Count features that never fire, too.
+        baseline: Match with random directions, too.
+        neighbours: Candidates a feature where there are many.
+        device: Where to compute.
     """
-    options = _parser().parse_args(args)
-    if len(options.dictionary) < 2:
-        raise ValueError(f"aen compare needs at least two dictionaries, got {options.dictionary[0]} alone")
-    names = short_names(options.dictionary)
+    from aen_lightning.diagnostics.stability import compare_dictionaries
+    from aen_lightning.evaluate.dictionary import describe_dictionary, load_dictionary, log_sparsity
+    from aen_lightning.evaluate.results import head, short_names, write_result
+
+    if len(dictionary) < 2:
+        raise ValueError(f"at least two dictionaries are needed, got {dictionary[0]} alone")
+    names = short_names(dictionary)
     atoms: dict[str, Tensor] = {}
     live: dict[str, Tensor] = {}
     described = {}
-    for name, reference in zip(names, options.dictionary, strict=True):
-        sae = load_dictionary(reference, device=options.device)
+    for name, reference in zip(names, dictionary, strict=True):
+        sae = load_dictionary(reference, device=device)
         atoms[name] = sae.W_dec.detach()
         described[name] = describe_dictionary(sae, reference)
-        sparsity = None if options.with_dead else log_sparsity(reference)
+        sparsity = None if with_dead else log_sparsity(reference)
         if sparsity is not None:
             live[name] = alive(sparsity)
-    found = compare_dictionaries(
-        atoms,
-        live=live,
-        thresholds=options.threshold,
-        baseline=not options.no_baseline,
-        n_neighbours=options.neighbours,
-    )
+    found = compare_dictionaries(atoms, live=live, thresholds=threshold, baseline=baseline, n_neighbours=neighbours)
     result: dict[str, Any] = head("compare") | {"dictionaries": described} | found
-    if options.json is not None:
-        print(f"wrote {write_result(result, options.json)}")
+    if out is not None:
+        print(f"wrote {write_result(result, out)}")
     print(comparison_table(result))
-    return 0
 
 
 def alive(log_sparsity: Tensor) -> Tensor:
     """Features that fired at all, from SAELens's ``log10(rate + 1e-10)``; bool, shape (d_sae,)."""
+    import torch
+
     return torch.isfinite(log_sparsity) & (log_sparsity > -9.5)
 
 
 def comparison_table(result: dict[str, Any]) -> str:
     """The table on screen: a row a pair, then chance."""
+    from aen_lightning.evaluate.results import number, table
+
     thresholds = list(result["pairs"][0]["found_again"])
     rows = [
         [

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import time
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-import torch
-from lightning.pytorch.loggers import CSVLogger
-from sae_lens import SAE
-
-from aen_lightning.callbacks import DeadFeatureTracker, ExportSAE
-from aen_lightning.data.synthetic import SpikedDataModule
-from aen_lightning.metrics import L0, DeadFeatures, ExplainedVariance, ShrinkageRatio, matched_cosine
-from aen_lightning.training.module import SAEModule
+if TYPE_CHECKING:
+    from aen_lightning.data.synthetic import SpikedDataModule
 
 _D_IN, _D_SAE, _K = 128, 256, 8
 
 
 def _variants(n_steps: int, l1_warmup: float) -> dict[str, dict[str, Any]]:
-    # the published delay and ramp, 10 000 and 2 000 of 50 000 steps, shortened with the run; the paper has no warm-up of the
-    # L1 term, which here is a quarter of the run for both: without it twice as many features die (--l1-warmup 0 shows it)
+    # the published delay and ramp, 10 000 and 2 000 of 50 000 steps, shortened with the run; the paper has no warm-up of
+    # the L1 term, which here is a quarter of the run for both: without it twice as many features die (--l1_warmup 0
+    # shows it)
     schedule = {
         "warmup_delay_steps": n_steps // 5,
         "warmup_ramp_steps": n_steps // 25,
@@ -40,26 +32,27 @@ def _variants(n_steps: int, l1_warmup: float) -> dict[str, dict[str, Any]]:
     }
 
 
-def main(args: Sequence[str]) -> int:
-    """Train the SAEs, print the comparison, and load AEN's dictionary back through SAELens."""
-    parser = argparse.ArgumentParser(
-        prog="aen demo", description="AEN beside L1 and TopK on one stream of synthetic activations."
-    )
-    parser.add_argument("--steps", type=int, default=6000, help="training steps of each SAE (default 6000)")
-    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for logs and dictionaries")
-    parser.add_argument(
-        "--l1-warmup", type=float, default=0.25, help="share of the run over which L1 rises (default 0.25)"
-    )
-    parser.add_argument("--progress", action="store_true", help="show a progress bar per SAE")
-    options = parser.parse_args(args)
-    if options.steps < 100:
-        parser.error(f"--steps must be at least 100 for the table to mean anything, got {options.steps}")
-    if not 0 <= options.l1_warmup <= 1:
-        parser.error(f"--l1-warmup must be in [0, 1], got {options.l1_warmup}")
+def demo(*, steps: int = 6000, out: str = "demo-output", l1_warmup: float = 0.25, progress: bool = False) -> None:
+    """AEN, with and without a starvation guard, beside L1 and TopK on one stream of synthetic activations.
+
+    Trains the four SAEs, prints the comparison, and loads AEN's dictionary back through SAELens. Downloads nothing.
+
+    Args:
+        steps: Training steps of each SAE, at least 100.
+        out: Folder for logs and dictionaries.
+        l1_warmup: Share of the run over which the L1 term rises, in [0, 1].
+        progress: Show a progress bar per SAE.
+    """
+    if steps < 100:
+        raise ValueError(f"--steps must be at least 100 for the table to mean anything, got {steps}")
+    if not 0 <= l1_warmup <= 1:
+        raise ValueError(f"--l1_warmup must be in [0, 1], got {l1_warmup}")
+    import torch
+    from sae_lens import SAE
 
     print(
-        f"Spiked synthetic data: {_D_SAE} features in {_D_IN} dimensions, {_K} active per sample, expected cosine 0.3.\n"
-        f"Each SAE sees the same {options.steps} batches of 256 samples.\n"
+        f"Spiked synthetic data: {_D_SAE} features in {_D_IN} dimensions, {_K} active per sample, expected cosine "
+        f"0.3.\nEach SAE sees the same {steps} batches of 256 samples.\n"
     )
     header = f"{'SAE':<11}{'L0':>8}{'EV':>9}{'dead %':>9}{'shrinkage':>11}{'matched cosine':>16}{'seconds':>9}"
     print(header + "\n" + "-" * len(header))
@@ -67,9 +60,9 @@ def main(args: Sequence[str]) -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.set_num_threads(1)  # matrices this small only lose by a second thread
     folders = {}
-    for name, sae in _variants(options.steps, options.l1_warmup).items():
+    for name, sae in _variants(steps, l1_warmup).items():
         start = time.perf_counter()
-        folders[name] = _train(name, {"d_in": _D_IN, "d_sae": _D_SAE, **sae}, options)
+        folders[name] = _train({"d_in": _D_IN, "d_sae": _D_SAE, **sae}, steps, Path(out) / name.lower(), progress)
         row = _evaluate(folders[name])
         print(
             f"{name:<11}{row['l0']:>8.1f}{row['ev']:>9.3f}{row['dead']:>9.2f}{row['shrinkage']:>11.3f}"
@@ -77,8 +70,9 @@ def main(args: Sequence[str]) -> int:
             flush=True,
         )
     print(
-        "\nL0: active features per sample (the truth is 8). EV: explained variance. dead %: features silent on 8192 held-out\n"
-        "samples. shrinkage: |reconstruction| / |input|. matched cosine: to the true dictionary, 1 is every feature found.\n"
+        "\nL0: active features per sample (the truth is 8). EV: explained variance. dead %: features silent on 8192 "
+        "held-out\nsamples. shrinkage: |reconstruction| / |input|. matched cosine: to the true dictionary, 1 is every "
+        "feature found.\n"
         "The guard (starvation_guard 0.1) is not in the paper.\n"
     )
     loaded = SAE.load_from_disk(folders["AEN"])
@@ -86,29 +80,35 @@ def main(args: Sequence[str]) -> int:
     print("Dictionaries (SAELens folders) and metrics.csv of each run:")
     for name, folder in folders.items():
         print(f"  {name:<11}{folder}")
-    return 0
 
 
 def _data() -> SpikedDataModule:
+    from aen_lightning.data.synthetic import SpikedDataModule
+
     return SpikedDataModule(d_in=_D_IN, n_features=_D_SAE, k=_K, rho=0.3, train_batch_size_tokens=256, seed=0)
 
 
-def _train(name: str, sae: dict[str, Any], options: argparse.Namespace) -> Path:
+def _train(sae: dict[str, Any], steps: int, folder: Path, progress: bool) -> Path:
+    import lightning.pytorch as pl
+    from lightning.pytorch.loggers import CSVLogger
+
+    from aen_lightning.callbacks import DeadFeatureTracker, ExportSAE
+    from aen_lightning.training.module import SAEModule
+
     pl.seed_everything(0, verbose=False)
-    logger = CSVLogger(options.out, name=name.lower(), version="")
-    export = ExportSAE(dirpath=str(options.out / name.lower() / "sae"))
+    export = ExportSAE(dirpath=str(folder / "sae"))
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
-        max_steps=options.steps,
+        max_steps=steps,
         gradient_clip_val=float(_D_IN),  # the published clip of 1.0 is in the paper's units, 1/d_in of SAELens's
-        logger=logger,
+        logger=CSVLogger(folder.parent, name=folder.name, version=""),
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=options.progress,
+        enable_progress_bar=progress,
         limit_val_batches=0,
         log_every_n_steps=100,
-        callbacks=[export, DeadFeatureTracker(window_steps=max(1, options.steps // 5))],
+        callbacks=[export, DeadFeatureTracker(window_steps=max(1, steps // 5))],
     )
     with warnings.catch_warnings():
         # said by Lightning and pointless here: the stream needs no workers, and CSVLogger reuses a folder by design
@@ -119,14 +119,19 @@ def _train(name: str, sae: dict[str, Any], options: argparse.Namespace) -> Path:
     return export.last_path
 
 
-@torch.no_grad()
 def _evaluate(folder: Path) -> dict[str, float]:
     """Metrics of the dictionary as it lies on disk, on the held-out split."""
+    import torch
+    from sae_lens import SAE
+
+    from aen_lightning.metrics import L0, DeadFeatures, ExplainedVariance, ShrinkageRatio, matched_cosine
+
     data, sae = _data(), SAE.load_from_disk(folder)
     l0, ev, dead, shrinkage = L0(), ExplainedVariance(_D_IN), DeadFeatures(_D_SAE), ShrinkageRatio()
     for x in data.test_dataloader():
-        feature_acts = sae.encode(x)
-        x_hat = sae.decode(feature_acts)
+        with torch.no_grad():
+            feature_acts = sae.encode(x)
+            x_hat = sae.decode(feature_acts)
         l0.update(feature_acts)
         dead.update(feature_acts)
         ev.update(x, x_hat)

@@ -2,88 +2,90 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from safetensors import safe_open
-from torch import Tensor
+from aen_lightning.cli.inputs import EvaluationInputs
 
-from aen_lightning.cli.inputs import InputOpener, add_input_arguments, device_of
-from aen_lightning.diagnostics.diagnose import RESULT_FILE, SECTIONS, diagnose_dictionary
-from aen_lightning.evaluate.dictionary import load_dictionary
-from aen_lightning.evaluate.results import number, result_path, table, write_result
-from aen_lightning.saes.export import ADAPTIVE_STATE_FILENAME
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Section = Literal["coherence", "active_gram", "lipschitz", "coding_gap", "composition"]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="aen diagnose",
-        description="What ails a dictionary: coherence of its atoms, geometry of those active together, how far a small change of the "
-        "input moves the code, how far the encoder is from the exact code, and what becomes of features that are active together. "
-        "Writes diagnosis.json into the dictionary's folder.",
-    )
-    parser.add_argument("dictionary", help="folder with cfg.json, or RELEASE:ID as for SAE.from_pretrained")
-    parser.add_argument("--json", metavar="FILE", help="write the result here")
-    parser.add_argument(
-        "--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"some of: {', '.join(SECTIONS)}"
-    )
-    parser.add_argument("--no-inputs", action="store_true", help="only what needs no data: the coherence")
-    parser.add_argument("--n-sample", type=int, default=128, metavar="N", help="tokens to solve exactly (default: 128)")
-    parser.add_argument(
-        "--n-lipschitz", type=int, default=32, metavar="N", help="of these, for Lipschitz constants (default: 32)"
-    )
-    parser.add_argument(
-        "--l1-coefficient", type=float, help="of the coding problem, in SAELens's form (default: as trained)"
-    )
-    parser.add_argument(
-        "--l2-coefficient", type=float, help="of the coding problem, in SAELens's form (default: as trained)"
-    )
-    parser.add_argument(
-        "--l1-weights", metavar="FILE",
-        help="safetensors file with the adaptive weights l1_weights, e.g. sae_weights.safetensors of a training checkpoint "
-        "(default: adaptive_state.safetensors beside the dictionary, else computed anew from mean activations)",
-    )  # fmt: skip
-    add_input_arguments(parser, n_rows=256)
-    return parser
+def diagnose(
+    dictionary: str,
+    *,
+    out: str | None = None,
+    only: list[Section] | None = None,
+    no_inputs: bool = False,
+    n_sample: int = 128,
+    n_lipschitz: int = 32,
+    l1_coefficient: float | None = None,
+    l2_coefficient: float | None = None,
+    l1_weights: str | None = None,
+    inputs: EvaluationInputs = EvaluationInputs(),  # noqa: B008  # frozen
+) -> None:
+    """What ails a dictionary.
 
+    Coherence of its atoms, geometry of those active together, how far a small change of the input moves the code, how
+    far the encoder is from the exact code, and what becomes of features that are active together. Writes
+    diagnosis.json into the dictionary's folder.
 
-def diagnose_command(args: Sequence[str]) -> int:
-    """``aen diagnose DICTIONARY [options]``; returns the exit code.
-
-    Raises:
-        ValueError: Or OSError, with one clear line, for what cannot be diagnosed.
+    Args:
+        dictionary: Folder with cfg.json, or RELEASE:ID as for SAE.from_pretrained.
+        out: File for the result. null: diagnosis.json in the dictionary's folder.
+        only: These sections alone: coherence, active_gram, lipschitz, coding_gap, composition.
+        no_inputs: Only what needs no data: the coherence.
+        n_sample: Tokens to solve exactly.
+        n_lipschitz: Of these, so many for Lipschitz constants.
+        l1_coefficient: Of the coding problem, in SAELens's form. null: as trained.
+        l2_coefficient: Of the coding problem, in SAELens's form. null: as trained.
+        l1_weights: safetensors file with the adaptive weights l1_weights, e.g. sae_weights.safetensors of a training
+            checkpoint. null: adaptive_state.safetensors beside the dictionary, else computed anew from mean
+            activations.
+        inputs: What to diagnose on.
     """
-    options = _parser().parse_args(args)
-    sections = tuple(options.only or SECTIONS)
-    for name in ("n_sample", "n_lipschitz"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    sae = load_dictionary(options.dictionary, device=device_of(options), dtype=options.dtype)
-    needs_inputs = not options.no_inputs and set(sections) != {"coherence"}
+    from aen_lightning.cli.opening import InputOpener, device_of
+    from aen_lightning.diagnostics.diagnose import RESULT_FILE, SECTIONS, diagnose_dictionary
+    from aen_lightning.evaluate.dictionary import load_dictionary
+    from aen_lightning.evaluate.results import result_path, write_result
+
+    for name, value in (("n_sample", n_sample), ("n_lipschitz", n_lipschitz)):
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    sections = tuple(only or SECTIONS)
+    sae = load_dictionary(dictionary, device=device_of(inputs), dtype=inputs.dtype)
+    needs_inputs = not no_inputs and set(sections) != {"coherence"}
     result = diagnose_dictionary(
         sae,
-        InputOpener(options, whole_lm=False).open(sae) if needs_inputs else None,
-        reference=options.dictionary,
+        InputOpener(inputs, whole_lm=False).open(sae) if needs_inputs else None,
+        reference=dictionary,
         sections=sections,
-        n_sample=options.n_sample,
-        n_lipschitz=options.n_lipschitz,
-        l1_coefficient=options.l1_coefficient,
-        l2_coefficient=options.l2_coefficient,
-        l1_weights=_weights_of(options.dictionary, options.l1_weights),
+        n_sample=n_sample,
+        n_lipschitz=n_lipschitz,
+        l1_coefficient=l1_coefficient,
+        l2_coefficient=l2_coefficient,
+        l1_weights=_weights_of(dictionary, l1_weights),
     )
-    if (path := result_path(options.dictionary, options.json, RESULT_FILE)) is not None:
+    if (path := result_path(dictionary, out, RESULT_FILE)) is not None:
         write_result(result, path)
         print(f"wrote {path}")
     print(diagnosis_table(result))
-    return 0
 
 
 def _weights_of(dictionary: str, given: str | None) -> Tensor | None:
     """The adaptive weights from the file given, or from the state that our exports keep beside a dictionary."""
+    from safetensors import safe_open
+
+    from aen_lightning.saes.export import ADAPTIVE_STATE_FILENAME
+
     if given is not None:
-        return _read_weights(given)
+        with safe_open(given, framework="pt") as f:
+            names = list(f.keys())
+            if "l1_weights" not in names:
+                raise ValueError(f"{given} has no tensor l1_weights; it has {', '.join(names)}")
+            return f.get_tensor("l1_weights")
     beside = Path(dictionary) / ADAPTIVE_STATE_FILENAME
     if not beside.is_file():
         return None
@@ -92,16 +94,10 @@ def _weights_of(dictionary: str, given: str | None) -> Tensor | None:
         return f.get_tensor("l1_weights") if "l1_weights" in f.keys() else None  # noqa: SIM118  # no __contains__
 
 
-def _read_weights(path: str) -> Tensor:
-    with safe_open(path, framework="pt") as f:
-        names = list(f.keys())
-        if "l1_weights" not in names:
-            raise ValueError(f"{path} has no tensor l1_weights; it has {', '.join(names)}")
-        return f.get_tensor("l1_weights")
-
-
 def diagnosis_table(result: dict[str, Any]) -> str:
     """The table on screen, with a word on what each number means."""
+    from aen_lightning.evaluate.results import number, table
+
     rows: list[list[str]] = []
 
     def spread(label: str, s: dict[str, Any], meaning: str = "") -> None:

@@ -2,76 +2,65 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from aen_lightning.cli.inputs import InputOpener, add_input_arguments, device_of
-from aen_lightning.evaluate.dictionary import load_dictionary
-from aen_lightning.evaluate.evaluate import RESULT_FILE, evaluate_dictionary
-from aen_lightning.evaluate.results import number, result_path, short_names, table, write_result
+from aen_lightning.cli.inputs import EvaluationInputs
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="aen evaluate",
-        description="How good a SAELens dictionary is on held-out data: sparsity, reconstruction, dead features, how evenly they are "
-        "used, and what splicing it in costs the language model. Writes evaluation.json into the dictionary's folder.",
-    )
-    parser.add_argument("dictionary", nargs="+", help="folder with cfg.json, or RELEASE:ID as for SAE.from_pretrained")
-    parser.add_argument("--json", metavar="FILE", help="write the result here (one dictionary only)")
-    parser.add_argument(
-        "--no-downstream", action="store_true", help="no CE and KL; the language model is cut after the hook"
-    )
-    parser.add_argument(
-        "--n-downstream-rows", type=int, default=64, metavar="N",
-        help="rows for CE and KL, which take four passes of the whole model each (default: 64; 0: as many as for the rest)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--downstream-batch-size-prompts",
-        type=int,
-        default=4,
-        metavar="N",
-        help="rows a call of the whole model (default: 4)",
-    )
-    parser.add_argument(
-        "--ablate", choices=("all", "counted"), default="all",
-        help="ablations replace every position, as in SAELens (all), or those the dictionary replaces (counted)",
-    )  # fmt: skip
-    parser.add_argument("--per-feature", action="store_true", help="add every feature's density to the JSON")
-    add_input_arguments(parser, n_rows=256)
-    return parser
+def evaluate(
+    dictionary: list[str],
+    *,
+    out: str | None = None,
+    downstream: bool = True,
+    n_downstream_rows: int = 64,
+    downstream_batch_size_prompts: int = 4,
+    ablate: Literal["all", "counted"] = "all",
+    per_feature: bool = False,
+    inputs: EvaluationInputs = EvaluationInputs(),  # noqa: B008  # frozen
+) -> None:
+    """How good dictionaries are on held-out data.
 
+    Sparsity, reconstruction, dead features, how evenly features are used, and what splicing the dictionary in costs
+    the language model. Writes evaluation.json into each dictionary's folder.
 
-def evaluate_command(args: Sequence[str]) -> int:
-    """``aen evaluate DICTIONARY... [options]``; returns the exit code.
-
-    Raises:
-        ValueError: Or OSError, with one clear line, for what cannot be evaluated.
+    Args:
+        dictionary: Folder with cfg.json, or RELEASE:ID as for SAE.from_pretrained.
+        out: File for the result, of one dictionary only. null: evaluation.json in its folder.
+        downstream: CE and KL of the language model. Without them it is cut after the hook, which is quicker.
+        n_downstream_rows: Rows for CE and KL, which take four passes of the whole model each; 0: as many as for the
+            rest.
+        downstream_batch_size_prompts: Rows a call of the whole model.
+        ablate: Ablations replace every position, as in SAELens (all), or those that the dictionary replaces (counted).
+        per_feature: Add every feature's density to the result.
+        inputs: What to evaluate on.
     """
-    options = _parser().parse_args(args)
-    if options.json is not None and len(options.dictionary) > 1:
-        raise ValueError("--json takes one dictionary; several are written to evaluation.json in their own folders")
-    opener = InputOpener(options, whole_lm=not options.no_downstream)
+    from aen_lightning.cli.opening import InputOpener, device_of
+    from aen_lightning.evaluate.dictionary import load_dictionary
+    from aen_lightning.evaluate.evaluate import RESULT_FILE, evaluate_dictionary
+    from aen_lightning.evaluate.results import result_path, short_names, write_result
+
+    if out is not None and len(dictionary) > 1:
+        raise ValueError("--out takes one dictionary; several are written to evaluation.json in their own folders")
+    opener = InputOpener(inputs, whole_lm=downstream)
     results = []
-    for reference in options.dictionary:
-        sae = load_dictionary(reference, device=device_of(options), dtype=options.dtype)
+    for reference in dictionary:
+        sae = load_dictionary(reference, device=device_of(inputs), dtype=inputs.dtype)
         result = evaluate_dictionary(
             sae,
             opener.open(sae),
             reference=reference,
-            n_downstream_rows=options.n_downstream_rows or None,
-            downstream_batch_size_prompts=options.downstream_batch_size_prompts,
-            ablate=options.ablate,
-            per_feature=options.per_feature,
+            n_downstream_rows=n_downstream_rows or None,
+            downstream_batch_size_prompts=downstream_batch_size_prompts,
+            ablate=ablate,
+            per_feature=per_feature,
         )
         results.append(result)
         # one by one, so that an error in the next takes nothing away
-        if (path := result_path(reference, options.json, RESULT_FILE)) is not None:
+        if (path := result_path(reference, out, RESULT_FILE)) is not None:
             write_result(result, path)
             print(f"wrote {path}")
-    print(evaluation_table(results, short_names(options.dictionary)))
-    return 0
+    print(evaluation_table(results, short_names(dictionary)))
 
 
 _SCREEN = (
@@ -105,6 +94,8 @@ _SCREEN = (
 
 def evaluation_table(results: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     """The table on screen: a column a dictionary, value ± standard error; sections no dictionary has are left out."""
+    from aen_lightning.evaluate.results import number, table
+
     rows: list[list[str]] = [
         ["tokens", *(f"{r['features']['n_tokens']:,}" for r in results)],
         ["features", *(f"{r['dictionary']['d_sae']:,}" for r in results)],

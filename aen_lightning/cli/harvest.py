@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 
-from aen_lightning.cli.training import prepare_arguments
+from aen_lightning.cli.training import OneLineCLI, errors_of_use, prepare_process
 from aen_lightning.harvest import HarvestDataModule, HarvestModule, ShardWriter, run_harvest
 
 
-class HarvestCLI(LightningCLI):
+class HarvestCLI(OneLineCLI):
     """LightningCLI with the section ``shards``, and arguments that are given once."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        prepare_process()
+        super().__init__(
+            HarvestModule, HarvestDataModule, run=False, save_config_callback=None, seed_everything_default=0, args=args
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """See the class."""
@@ -20,11 +26,10 @@ class HarvestCLI(LightningCLI):
         parser.link_arguments("model.revision", "data.revision")
 
 
-def harvest_command(args: Sequence[str]) -> int:
+def harvest(args: Sequence[str]) -> None:
     """Harvest activations to disk with a recipe's settings; run again it goes on where it stopped."""
-    prepare_arguments(args)
-    cli = HarvestCLI(HarvestModule, HarvestDataModule, run=False, save_config_callback=None)
-    manifest = run_harvest(cli.trainer, cli.model, cli.datamodule)
+    cli = HarvestCLI(args)
+    with errors_of_use(cli):
+        manifest = run_harvest(cli.trainer, cli.model, cli.datamodule)
     if cli.trainer.is_global_zero:
         print(f"{manifest.n_tokens:,} tokens in {len(manifest.shards)} shards")
-    return 0

@@ -2,84 +2,83 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from typing import Literal
 
-from aen_lightning.hub.checkpoint import KINDS
-from aen_lightning.hub.imports import AUTHORS_REPO, fetch_checkpoint, import_checkpoint
-from aen_lightning.hub.plan import plan_push
-from aen_lightning.hub.pull import listing, pull, usage
-from aen_lightning.hub.push import publish
-from aen_lightning.hub.remote import look_up, read_config
-
-_LOGIN = (
-    "The token is the one `hf auth login` stored, or HF_TOKEN; it is never an argument. HF_ENDPOINT names another Hub."
-)
 _MOST_CONFIGS = 100
 
 
-def push_command(args: Sequence[str]) -> int:
-    """``aen push RUN_OR_FOLDER OWNER/REPO``."""
-    parser = argparse.ArgumentParser(
-        prog="aen push",
-        description="Publish the dictionaries of a run, of several, or of one SAELens folder, in one commit with a model card. "
-        "Run it again after a failure: what arrived is not sent twice.",
-        epilog=_LOGIN,
-    )
-    parser.add_argument("folder", help="a run's folder, a SAELens folder, or a folder of several")
-    parser.add_argument("repo", help="OWNER/REPO on the Hub; made if missing")
-    parser.add_argument("--revision", help="branch to publish to, made if missing (default: main)")
-    parser.add_argument("--private", action="store_true", help="make the repository private")
-    parser.add_argument("--dry-run", action="store_true", help="print the tree, the sizes and the card; no network")
-    parser.add_argument(
-        "--architecture",
-        choices=("standard", "aen"),
-        default="standard",
-        help="what dictionaries trained as aen call themselves: standard loads without this package (default)",
-    )
-    parser.add_argument("--id", help="name of the only dictionary (default: its folder's, or its hook's)")
-    parser.add_argument("--model-name", help="Hub name of the language model, where the run knew only a folder")
-    parser.add_argument("--dataset", help="Hub name of the data set, likewise")
-    parser.add_argument("--license", help="for the card, e.g. mit")
-    options = parser.parse_args(args)
+def push(
+    folder: str,
+    repo: str,
+    *,
+    revision: str | None = None,
+    private: bool = False,
+    dry_run: bool = False,
+    architecture: Literal["standard", "aen"] = "standard",
+    id: str | None = None,
+    model_name: str | None = None,
+    dataset: str | None = None,
+    license: str | None = None,
+) -> None:
+    """Publish dictionaries on the Hugging Face Hub.
+
+    Those of a run, of several, or of one SAELens folder, in one commit with a model card. Run it again after a failure:
+    what arrived is not sent twice. The token is the one that `hf auth login` stored, or HF_TOKEN; it is never an
+    argument. HF_ENDPOINT names another Hub.
+
+    Args:
+        folder: A run's folder, a SAELens folder, or a folder of several.
+        repo: OWNER/REPO on the Hub; made if missing.
+        revision: Branch to publish to, made if missing. null: main.
+        private: Make the repository private.
+        dry_run: Print the tree, the sizes and the card; no network.
+        architecture: What dictionaries trained as aen call themselves: standard loads without this package.
+        id: Name of the only dictionary. null: its folder's, or its hook's.
+        model_name: Hub name of the language model, where the run knew only a folder.
+        dataset: Hub name of the data set, likewise.
+        license: For the card, e.g. mit.
+    """
+    from aen_lightning.hub.plan import plan_push
+    from aen_lightning.hub.push import publish
+
     with plan_push(
-        options.folder, options.repo, architecture=options.architecture, sae_id=options.id, model_name=options.model_name,
-        dataset=options.dataset, license_name=options.license,
-    ) as plan:  # fmt: skip
-        print(f"{plan.repo_id}, {options.revision or 'main'}\n{plan.tree()}")
+        folder, repo, architecture=architecture, sae_id=id, model_name=model_name, dataset=dataset, license_name=license
+    ) as plan:
+        print(f"{plan.repo_id}, {revision or 'main'}\n{plan.tree()}")
         for note in plan.notes:
             print(f"note: {note}")
-        if options.dry_run:
-            print(
-                f"\nREADME.md (dictionaries and text that the repository may hold already will be kept):\n\n{plan.card(revision=options.revision)}"
-            )
-            print("dry run: nothing was published")
-            return 0
-        done = publish(plan, revision=options.revision, private=options.private)
+        if dry_run:
+            print("\nREADME.md (dictionaries and text that the repository may hold already will be kept):")
+            print(f"\n{plan.card(revision=revision)}\ndry run: nothing was published")
+            return
+        done = publish(plan, revision=revision, private=private)
     print(f"published {', '.join(done.sae_ids)} in commit {done.commit}: {done.url}")
-    if options.revision in (None, "main"):
+    if revision in (None, "main"):
         print(f'SAE.from_pretrained("{plan.repo_id}", "{done.sae_ids[0]}")')
     else:
-        print(f"aen pull {plan.repo_id} {done.sae_ids[0]} --revision {options.revision}")
-    return 0
+        print(f"aen pull {plan.repo_id} {done.sae_ids[0]} --revision {revision}")
 
 
-def pull_command(args: Sequence[str]) -> int:
-    """``aen pull OWNER/REPO [ID]``."""
-    parser = argparse.ArgumentParser(
-        prog="aen pull",
-        description="Without ID: list the dictionaries of a repository. With ID: fetch one into huggingface_hub's cache, check "
-        "shapes, types and hashes, and say how to use it. Without a connection the cache answers.",
-        epilog=_LOGIN,
-    )
-    parser.add_argument("repo", help="OWNER/REPO on the Hub")
-    parser.add_argument("id", nargs="?", help="ID of a dictionary")
-    parser.add_argument("--revision", help="branch, tag or commit (default: main)")
-    options = parser.parse_args(args)
-    if options.id is not None:
-        print(usage(pull(options.repo, options.id, revision=options.revision)))
-        return 0
-    remote = look_up(options.repo, options.revision)
+def pull(repo: str, id: str | None = None, *, revision: str | None = None) -> None:
+    """List the dictionaries of a Hub repository, or fetch one.
+
+    With ID: fetch it into huggingface_hub's cache, check shapes, types and hashes, and say how to use it. Without a
+    connection the cache answers. The token is the one that `hf auth login` stored, or HF_TOKEN; HF_ENDPOINT names
+    another Hub.
+
+    Args:
+        repo: OWNER/REPO on the Hub.
+        id: ID of a dictionary.
+        revision: Branch, tag or commit. null: main.
+    """
+    from aen_lightning.hub.pull import listing, usage
+    from aen_lightning.hub.pull import pull as fetch
+    from aen_lightning.hub.remote import look_up, read_config
+
+    if id is not None:
+        print(usage(fetch(repo, id, revision=revision)))
+        return
+    remote = look_up(repo, revision)
     ids = remote.sae_ids
     print(f"{remote.repo_id} at commit {remote.commit}{' (offline: what the cache has)' if remote.offline else ''}")
     rows = listing(remote, [(sae_id, read_config(remote, sae_id)) for sae_id in ids[:_MOST_CONFIGS]])
@@ -89,38 +88,41 @@ def pull_command(args: Sequence[str]) -> int:
     if len(ids) > _MOST_CONFIGS:
         print(f"  and {len(ids) - _MOST_CONFIGS} more: {', '.join(ids[_MOST_CONFIGS:])}")
     print(f"\naen pull {remote.repo_id} ID" if ids else "no SAELens dictionary in it")
-    return 0
 
 
-def import_command(args: Sequence[str]) -> int:
-    """``aen import CHECKPOINT FOLDER``."""
-    parser = argparse.ArgumentParser(
-        prog="aen import",
-        description="Turn one of the paper's authors' checkpoints (.pt) into a SAELens dictionary. Tensors only: a file that carries "
-        "code is refused before any of it runs.",
-        epilog=f"Example: aen import hf://{AUTHORS_REPO}/checkpoints/llama8b/regularization/seed0/adaptive_elastic_net/"
-        "lambda1_0p002_lambda2_0p0001_gamma_0p5.pt llama-aen-l0-32",
-    )
-    parser.add_argument("checkpoint", help="a .pt file, or hf://OWNER/REPO[@REVISION]/PATH.pt")
-    parser.add_argument("folder", help="where the dictionary goes; made if missing")
-    parser.add_argument("--kind", choices=KINDS, help="what was trained, where the path does not say it")
-    parser.add_argument("--k", type=int, help="of a TopK model, where the name does not say it")
-    parser.add_argument(
-        "--input-scaling",
-        choices=("per_token", "none"),
-        help="of the activations it was trained on (default: per_token; none for the authors' synthetic data)",
-    )
-    parser.add_argument("--model-name", help="language model, where the path does not say it")
-    parser.add_argument("--hook-name", help="TransformerLens name of the hook, likewise")
-    parser.add_argument(
-        "--for-training", action="store_true", help="write the training SAE aen, with its adaptive state"
-    )
-    options = parser.parse_args(args)
-    path, name = fetch_checkpoint(options.checkpoint)
-    folder = import_checkpoint(
-        path, options.folder, name=name, kind=options.kind, k=options.k, input_scaling=options.input_scaling,
-        model_name=options.model_name, hook_name=options.hook_name, for_training=options.for_training,
+def import_(
+    checkpoint: str,
+    folder: str,
+    *,
+    kind: Literal["adaptive_elastic_net", "adaptive_lasso", "elastic_net", "l1", "topk"] | None = None,
+    k: int | None = None,
+    input_scaling: Literal["per_token", "none"] | None = None,
+    model_name: str | None = None,
+    hook_name: str | None = None,
+    for_training: bool = False,
+) -> None:
+    """Turn one of the paper's authors' checkpoints (.pt) into a SAELens dictionary.
+
+    Tensors only: a file that carries code is refused before any of it runs. Example: aen import
+    hf://farischaudhry/adaptive-elastic-net-sae/checkpoints/llama8b/regularization/seed0/adaptive_elastic_net/lambda1_0p002_lambda2_0p0001_gamma_0p5.pt
+    llama-aen-l0-32
+
+    Args:
+        checkpoint: A .pt file, or hf://OWNER/REPO[@REVISION]/PATH.pt.
+        folder: Where the dictionary goes; made if missing.
+        kind: What was trained, where the path does not say it.
+        k: Of a TopK model, where the name does not say it.
+        input_scaling: Of the activations it was trained on. null: per_token; none for the authors' synthetic data.
+        model_name: Language model, where the path does not say it.
+        hook_name: TransformerLens name of the hook, likewise.
+        for_training: Write the training SAE aen, with its adaptive state.
+    """
+    from aen_lightning.hub.imports import fetch_checkpoint, import_checkpoint
+
+    path, name = fetch_checkpoint(checkpoint)
+    target = import_checkpoint(
+        path, folder, name=name, kind=kind, k=k, input_scaling=input_scaling, model_name=model_name,
+        hook_name=hook_name, for_training=for_training,
     )  # fmt: skip
-    loader = "TrainingSAE" if options.for_training else "SAE"
-    print(f'written to {folder}\n\nfrom sae_lens import {loader}\nsae = {loader}.load_from_disk("{folder}")')
-    return 0
+    loader = "TrainingSAE" if for_training else "SAE"
+    print(f'written to {target}\n\nfrom sae_lens import {loader}\nsae = {loader}.load_from_disk("{target}")')

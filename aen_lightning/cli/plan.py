@@ -2,35 +2,94 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import Namespace, namespace_to_dict
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from transformers import AutoConfig, PretrainedConfig
 
-from aen_lightning.cli.recipes import find_config
-from aen_lightning.harvest.plan import plan
+from aen_lightning.cli.config import configs_in, read_config
+from aen_lightning.cli.errors import UsageError
+from aen_lightning.cli.harvest import HarvestCLI
+from aen_lightning.cli.parser import normalized
+from aen_lightning.cli.training import AENCLI, OneLineCLI, errors_of_use
+from aen_lightning.harvest.plan import plan as plan_recipe
+from aen_lightning.training.module import SAEModule
+
+_SMOLLM2 = {
+    "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+# the models of our recipes, so that planning them needs no network
+_SHAPES: dict[str, dict[str, Any]] = {
+    "openai-community/gpt2": {"model_type": "gpt2"},
+    "EleutherAI/pythia-70m-deduped": {
+        "model_type": "gpt_neox", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6,
+        "num_attention_heads": 8, "vocab_size": 50304, "max_position_embeddings": 2048,
+    },
+    "meta-llama/Llama-3.1-8B": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+    },
+    "HuggingFaceTB/SmolLM2-135M": _SMOLLM2,
+    "models/smollm2-135m": _SMOLLM2,  # where the recipe expects it
+}  # fmt: skip
 
 
-def plan_command(args: Sequence[str]) -> int:
-    """Print what a recipe takes, without running it."""
-    parser = argparse.ArgumentParser(
-        prog="aen plan",
-        description="Parameters, memory per rank, disk, FLOPs and time of a recipe of `aen fit` or `aen harvest`, without running it.",
+class _Parsed(OneLineCLI):
+    """Parses a recipe as the command that runs it would, and makes nothing."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--tflops_per_s", type=float | None, default=None)
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing to prepare."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing to make."""
+
+
+class _Fit(_Parsed, AENCLI):
+    pass
+
+
+class _Harvest(_Parsed, HarvestCLI):
+    pass
+
+
+def plan(args: Sequence[str]) -> None:
+    """Print what a recipe takes, without running it; the arguments are those of the command that would."""
+    sections: dict[str, Any] = {}
+    for path in configs_in(normalized(args)):
+        sections |= read_config(path)
+    model = sections.get("model") or {}
+    if "hook_names" in model:
+        cli: LightningCLI = _Harvest(args)
+    elif isinstance(model.get("sae"), dict):
+        cli = _Fit(SAEModule, args, run=False)
+    else:
+        raise UsageError(
+            "needs --config with a recipe of `aen fit` (one model.sae) or `aen harvest` (model.hook_names); "
+            f"got the sections {', '.join(sections) or 'none'} with model keys {', '.join(model) or 'none'}"
+        )
+    settings = cli.config.as_dict()
+    settings["trainer"]["devices"] = _counted(settings["trainer"]["devices"])
+    with errors_of_use(cli):
+        print(plan_recipe(settings, tflops_per_s=settings["tflops_per_s"], model_config=_known_model(settings)))
+
+
+def _counted(devices: Any) -> Any:
+    """The Trainer takes a number typed as text for a number; so do we."""
+    return int(devices) if isinstance(devices, str) and devices.isdigit() else devices
+
+
+def _known_model(settings: dict[str, Any]) -> PretrainedConfig | None:
+    name = settings["model"].get("model_name") or ((settings.get("data") or {}).get("init_args") or {}).get(
+        "model_name"
     )
-    parser.add_argument("--config", required=True, help="a config file or the name of a recipe")
-    parser.add_argument("--tflops-per-s", type=float, help="what one rank sustains, in 1e12 operations per second")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value, such as trainer.devices=4"
-    )
-    options = parser.parse_args(args)
-    config = Namespace(yaml.safe_load(find_config(options.config).read_text(encoding="utf-8")))
-    for assignment in options.set:
-        key, equals, value = assignment.partition("=")
-        if not equals:
-            raise ValueError(f"--set takes KEY=VALUE, got {assignment!r}")
-        config[key] = yaml.safe_load(value)
-    settings: dict[str, Any] = namespace_to_dict(config)
-    print(plan(settings, tflops_per_s=options.tflops_per_s))
-    return 0
+    if name not in _SHAPES or Path(name).is_dir():
+        return None
+    return AutoConfig.for_model(**_SHAPES[name])

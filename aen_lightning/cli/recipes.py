@@ -1,8 +1,7 @@
-"""The recipes that ship with the package, and ``aen recipes``."""
+"""The recipes that ship with the package, and ``aen recipes list|show|copy``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -28,7 +27,9 @@ def find_config(name: str) -> Path:
     stem = path.name.removesuffix(".yaml")
     if stem in known and path.parent in (Path(), Path("recipes")):
         return known[stem]
-    raise FileNotFoundError(f"no config file or recipe {name!r}{suggest(stem, known)}; recipes: {', '.join(known)}")
+    raise FileNotFoundError(
+        f"no config file or recipe {name!r}{suggest(stem, known) or '; recipes: ' + ', '.join(known)}"
+    )
 
 
 def summary(path: Path) -> str:
@@ -37,20 +38,33 @@ def summary(path: Path) -> str:
     return first.lstrip("# ").strip()
 
 
-def recipes_command(args: Sequence[str]) -> int:
-    """``aen recipes [list | show NAME]``."""
-    if list(args) in (["-h"], ["--help"]):
-        print(
-            "usage: aen recipes [list]        the recipes, a line each\n       aen recipes show NAME    one recipe's text"
-        )
-        return 0
-    if not args or list(args) == ["list"]:
-        known = recipes()
-        width = max(map(len, known))
-        for name, path in known.items():
-            print(f"{name:<{width}}  {summary(path)}")
-        return 0
-    if len(args) == 2 and args[0] == "show":
-        print(find_config(args[1]).read_text(encoding="utf-8"), end="")
-        return 0
-    raise ValueError(f"expected 'aen recipes [list]' or 'aen recipes show NAME', got {' '.join(args)!r}")
+def list_() -> None:
+    """List the recipes, a line each."""
+    known = recipes()
+    width = max(map(len, known))
+    for name, path in known.items():
+        print(f"{name:<{width}}  {summary(path)}")
+
+
+def show(name: str) -> None:
+    """Print a recipe.
+
+    Args:
+        name: As `aen recipes list` has it.
+    """
+    print(find_config(name).read_text(encoding="utf-8"), end="")
+
+
+def copy(name: str, file: str | None = None) -> None:
+    """Copy a recipe to a file of your own, to be edited.
+
+    Args:
+        name: As `aen recipes list` has it.
+        file: Where to; must not exist. null: NAME.yaml in this folder.
+    """
+    source = find_config(name)
+    target = Path(file or source.name)
+    if target.exists():
+        raise FileExistsError(f"{target} exists already: give another FILE")
+    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    print(target)

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pandas as pd
 
-from aen_lightning.cli.training import AENCLI, TRAINING_OPTIONS, prepare_arguments
+from aen_lightning.cli.training import AENCLI, errors_of_use
 from aen_lightning.training.refit import RefitModule
 
 
-def refit_command(args: Sequence[str]) -> int:
-    """Refit a dictionary; the arguments are those of ``aen fit`` without the word, with ``--model.dictionary``."""
-    prepare_arguments(args)
-    cli = AENCLI(RefitModule, pl.LightningDataModule, run=False, **TRAINING_OPTIONS)
-    before = _held_out(cli)
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+def refit(args: Sequence[str]) -> None:
+    """Refit a dictionary; the arguments are those of ``aen fit``, with ``--model.dictionary``."""
+    cli = AENCLI(RefitModule, args, run=False)
+    with errors_of_use(cli):
+        before = _held_out(cli)
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     after = _held_out(cli)
     if cli.trainer.is_global_zero and after:
         table = pd.DataFrame({"before": before, "after": after})
@@ -25,7 +24,6 @@ def refit_command(args: Sequence[str]) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(path, index_label="metric")
         print(f"{table.to_string(float_format=lambda value: f'{value:.4g}')}\n{path}")
-    return 0
 
 
 def _held_out(cli: AENCLI) -> dict[str, float]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import aen_lightning  # noqa: F401  # registers the architecture
 
 
-def saelens_command(args: Sequence[str]) -> int:
+def saelens(args: Sequence[str]) -> None:
     """SAELens's training command, in a process where ``aen`` is registered."""
     module = "sae_lens.llm_sae_training_runner"
     before = sys.argv
@@ -22,4 +22,3 @@ def saelens_command(args: Sequence[str]) -> int:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         sys.argv = before
-    return 0

@@ -2,48 +2,50 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-
-from aen_lightning.files import DTYPES
-from aen_lightning.shards.convert import convert
-from aen_lightning.shards.read import info, verify
+from typing import Literal
 
 
-def add_shards_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the subcommands of ``aen shards``; ``run_shards`` acts on what it parsed."""
-    commands = parser.add_subparsers(dest="shards_command", required=True)
-    for name, text in (
-        ("verify", "check every shard against the manifest: SHA-256, shapes, dtypes"),
-        ("info", "say what a set of activations is"),
-    ):
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("path", help="folder of the set")
-    text = "convert shards to SAELens's cached-activation dataset, or that to shards"
-    sub = commands.add_parser("convert", help=text, description=text)
-    sub.add_argument("path", help="folder of shards, or of a dataset that SAELens cached")
-    sub.add_argument("target", help="new folder")
-    sub.add_argument("--dtype", choices=list(DTYPES), help="of the new set (SAELens's has no bfloat16)")
-    sub.add_argument("--force-disk", action="store_true", help="begin even if the disk seems too small")
+def verify(path: str) -> None:
+    """Check every shard against the manifest: SHA-256, shapes, dtypes.
+
+    Args:
+        path: Folder of the set.
+    """
+    from aen_lightning.shards import verify as verified
+
+    manifest = verified(path)
+    print(f"{path}: {len(manifest.shards)} shards, {manifest.n_tokens:,} tokens: all as the manifest says")
 
 
-def run_shards(args: argparse.Namespace) -> None:
-    """Do what ``aen shards`` was asked; raises ``ShardError`` for a damaged set."""
-    if args.shards_command == "verify":
-        manifest = verify(args.path)
-        print(f"{args.path}: {len(manifest.shards)} shards, {manifest.n_tokens:,} tokens: all as the manifest says")
-    elif args.shards_command == "info":
-        print(info(args.path))
-    else:
-        done = convert(args.path, args.target, dtype=args.dtype, force_disk=args.force_disk)
-        print(f"{done.path}: {done.n_tokens:,} tokens in {done.dtype}")
-        for note in done.notes:
-            print(f"note: {note}")
+def info(path: str) -> None:
+    """Say what a set of activations is.
+
+    Args:
+        path: Folder of the set.
+    """
+    from aen_lightning.shards import info as describe
+
+    print(describe(path))
 
 
-def shards_command(args: Sequence[str]) -> int:
-    """``aen shards verify|info|convert``."""
-    parser = argparse.ArgumentParser(prog="aen shards", description="Look after sets of activations on disk.")
-    add_shards_arguments(parser)
-    run_shards(parser.parse_args(args))
-    return 0
+def convert(
+    path: str,
+    target: str,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    force_disk: bool = False,
+) -> None:
+    """Convert shards to SAELens's cached-activation dataset, or that to shards.
+
+    Args:
+        path: Folder of shards, or of a dataset that SAELens cached.
+        target: New folder.
+        dtype: Of the new set; SAELens's has no bfloat16. null: the same.
+        force_disk: Begin even if the disk seems too small.
+    """
+    from aen_lightning.shards import convert as converted
+
+    done = converted(path, target, dtype=dtype, force_disk=force_disk)
+    print(f"{done.path}: {done.n_tokens:,} tokens in {done.dtype}")
+    for note in done.notes:
+        print(f"note: {note}")

@@ -5,24 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import lightning.pytorch as pl
-
-from aen_lightning.cli.training import AENCLI, TRAINING_OPTIONS, prepare_arguments
+from aen_lightning.cli.training import AENCLI
 from aen_lightning.training.module import SweepModule
 from aen_lightning.training.pareto import sweep_table, write_table
 
 
-def sweep_command(args: Sequence[str]) -> int:
+def sweep(args: Sequence[str]) -> None:
     """Expand the lists in a config into a grid, train all of it on one stream, and write one table.
 
     The arguments are those of ``aen fit``; ``model.sae`` may hold lists, or be a list of dicts.
     """
-    prepare_arguments(["fit", *args])
-    cli = AENCLI(SweepModule, pl.LightningDataModule, **TRAINING_OPTIONS)
+    cli = SweepCLI(SweepModule, ["fit", *args])
     table = sweep_table(cli.trainer, cli.model, cli.datamodule)
     if cli.trainer.is_global_zero:
         folder = Path(cli.trainer.log_dir or cli.trainer.default_root_dir)
         for path in write_table(table, folder):
             print(path)
         print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
-    return 0
+
+
+class SweepCLI(AENCLI):
+    """Refuses before training what cannot be compared after it."""
+
+    def before_fit(self) -> None:
+        """Called by LightningCLI."""
+        if self.trainer.limit_val_batches == 0:
+            raise ValueError(
+                "a sweep compares its SAEs on the validation split: trainer.limit_val_batches must be above 0"
+            )

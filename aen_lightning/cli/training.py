@@ -2,34 +2,98 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
-import sys
 import warnings
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import aen_lightning.data  # noqa: F401  # lets a config name our data modules by class name alone
-from aen_lightning.cli.recipes import find_config
+from aen_lightning.cli.config import with_configs_found
+from aen_lightning.cli.errors import UsageError, explain
+from aen_lightning.cli.parser import OneLineErrors, normalized
+from aen_lightning.saes.aen_config import AENTrainingSAEConfig
 from aen_lightning.training.module import SAEModule
 
 
-class AENCLI(LightningCLI):
-    """LightningCLI with a CSV and a TensorBoard log by default, both in one folder per run."""
+class TrainingParser(OneLineErrors, LightningArgumentParser):
+    """LightningCLI's parser, with one line for an error."""
+
+    usage_line = "--config FILE_OR_RECIPE [--KEY VALUE ...]"
+
+    def option_names(self, parser: Any) -> list[str]:
+        """The SAE's fields too, which to the parser are keys of a dict."""
+        names = super().option_names(parser)
+        fields = [f.name for f in dataclasses.fields(AENTrainingSAEConfig)] if "model.sae" in names else []
+        return names + [f"model.sae.{name}" for name in fields]
+
+
+@contextmanager
+def errors_of_use(cli: LightningCLI) -> Iterator[None]:
+    """Turns what is wrong with a config into a :class:`UsageError`, until the first step is taken.
+
+    After that an error is no longer one of use: it keeps its traceback.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ValueError, TypeError, OSError, MisconfigurationException) as error:
+        trainer = getattr(cli, "trainer", None)
+        if trainer is not None and trainer.global_step > 0:
+            raise
+        hint = " (trainer.accelerator=auto takes what is there)" if "No supported gpu backend" in str(error) else ""
+        raise UsageError(explain(str(error), []) + hint) from error
+
+
+class OneLineCLI(LightningCLI):
+    """LightningCLI that takes recipe names for configs and says what is wrong in one line."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            super().__init__(*args, **kwargs)
-        except (ValueError, TypeError, OSError) as error:
-            trainer = getattr(self, "trainer", None)
-            # once steps were taken an error is no longer one of use: the command then shows where it came from
-            error.aen_work_begun = trainer is not None and trainer.global_step > 0  # type: ignore[union-attr]
-            raise
+        with errors_of_use(self):
+            super().__init__(*args, **{"parser_class": TrainingParser, **kwargs})
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """As LightningCLI's, without abbreviations: a misspelt option must not be taken for another."""
+        return super().init_parser(**kwargs, allow_abbrev=False)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse what was typed after ``aen``.
+
+        ``sys.argv`` stays as it is, since Lightning starts the other ranks of a run from it; LightningCLI would warn of that.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+            super().parse_arguments(parser, with_configs_found(normalized(args)))
+        path = self.config.get(str(self.config.get("subcommand")), self.config).get("ckpt_path")
+        if path is not None and Path(path).is_file() and not zipfile.is_zipfile(path):  # what torch.save writes is one
+            raise UsageError(f"{path} is no checkpoint, or was cut off while it was written")
+
+
+class AENCLI(OneLineCLI):
+    """LightningCLI with a CSV and a TensorBoard log by default, both in one folder per run."""
+
+    def __init__(self, model_class: type[pl.LightningModule], args: Sequence[str], *, run: bool = True) -> None:
+        prepare_process()
+        super().__init__(
+            model_class,
+            pl.LightningDataModule,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            args=args,
+            run=run,
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Settings of the process that are no business of the model's."""
@@ -37,7 +101,7 @@ class AENCLI(LightningCLI):
             "--num_threads",
             type=int | None,
             default=None,
-            help="CPU threads torch uses in this process. None: torch's default. One thread is often faster on shared cores.",
+            help="CPU threads torch uses in this process. null: torch's default. One is often faster on shared cores.",
         )
 
     def before_instantiate_classes(self) -> None:
@@ -57,38 +121,20 @@ class AENCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def run(args: Sequence[str]) -> int:
-    """Run ``fit``, ``validate`` or ``test`` with LightningCLI's arguments; ``--config`` takes recipe names too."""
-    prepare_arguments(args)
-    AENCLI(SAEModule, pl.LightningDataModule, **TRAINING_OPTIONS)
-    return 0
+def _worth_reading(record: logging.LogRecord) -> bool:
+    """Keeps Lightning's advertisements, and what it says of hardware that is not there, off the screen."""
+    return not record.getMessage().startswith(("💡 Tip", "TPU available: False", "GPU available: False", "Seed set to"))
 
 
-TRAINING_OPTIONS: dict[str, Any] = {
-    "subclass_mode_data": True,
-    "seed_everything_default": 0,
-    "save_config_kwargs": {"overwrite": True},
-}
+def fit(args: Sequence[str]) -> None:
+    """``aen fit ...``; the word comes first in ``args``, as LightningCLI wants it, also ``validate`` and ``test``."""
+    AENCLI(SAEModule, args)
 
 
-def prepare_arguments(args: Sequence[str]) -> None:
-    """Put the arguments, recipes resolved, where LightningCLI reads them."""
+def prepare_process() -> None:
+    """What a process that trains or harvests wants of the libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(_worth_reading)
     # Lightning's own pytree helper trips a deprecation in torch 2.13; nothing a user could do about it
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
-    # through sys.argv, since Lightning starts the other ranks of a DDP run from it
-    sys.argv[1:] = _resolve_configs(args)
-
-
-def _resolve_configs(args: Sequence[str]) -> list[str]:
-    resolved: list[str] = []
-    expects_config = False
-    for arg in args:
-        if expects_config:
-            arg = str(find_config(arg))
-        elif arg.startswith(("--config=", "-c=")):
-            option, _, value = arg.partition("=")
-            arg = f"{option}={find_config(value)}"
-        expects_config = arg in ("--config", "-c")
-        resolved.append(arg)
-    return resolved

@@ -18,8 +18,6 @@ from torch.nn.functional import normalize
 from torch.testing import assert_close
 
 from aen_lightning import AENTrainingSAE, AENTrainingSAEConfig
-from aen_lightning.cli.compare import compare_command
-from aen_lightning.cli.diagnose import diagnose_command
 from aen_lightning.data.synthetic import SpikedDataModule
 from aen_lightning.diagnostics import (
     CodingProblem,
@@ -42,6 +40,7 @@ from aen_lightning.evaluate import SyntheticInputs, load_dictionary, scaled_spac
 from aen_lightning.evaluate.results import write_result
 from aen_lightning.metrics import match_features
 from aen_lightning.saes.penalty import adaptive_weights
+from tests.support.commands import compare_command, diagnose_command
 
 F64 = torch.float64
 
@@ -442,7 +441,7 @@ def test_diagnose_command_writes_all_sections(trained: Path, capsys: pytest.Capt
 def test_diagnose_command_takes_weights_from_a_training_checkpoint_and_only_what_is_asked(trained: Path):
     weights = str(trained / "training" / "sae_weights.safetensors")
     out = trained / "gap.json"
-    args = [str(trained / "a"), "--only", "coding_gap", "--n-tokens", "64", "--n-sample", "4", "--json", str(out)]
+    args = [str(trained / "a"), "--only", "coding_gap", "--n-tokens", "64", "--n-sample", "4", "--out", str(out)]
     assert diagnose_command([*args, "--l1-weights", weights]) == 0
     result = json.loads(out.read_text())
     assert result["coding_gap"]["source"].endswith("adaptive weights given")
@@ -508,7 +507,7 @@ def test_every_architecture_of_saelens_is_diagnosed_or_refused_with_a_reason(arc
 
 def test_compare_command(trained: Path, capsys: pytest.CaptureFixture[str]):
     out = trained / "compare.json"
-    assert compare_command([str(trained / "a"), str(trained / "b"), "--json", str(out)]) == 0
+    assert compare_command([str(trained / "a"), str(trained / "b"), "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     assert set(result["dictionaries"]) == {"a", "b"}
     assert result["pairs"][0]["exact"]

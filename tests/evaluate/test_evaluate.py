@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM
 
 from aen_lightning import SAEModule
 from aen_lightning.callbacks import EvaluateDictionaries
-from aen_lightning.cli.evaluate import evaluate_command
 from aen_lightning.data.synthetic import SpikedDataModule
 from aen_lightning.data.text import TextActivationsDataModule
 from aen_lightning.evaluate import (
@@ -54,6 +53,7 @@ from aen_lightning.metrics import (
     jackknife_metric,
     utilisation,
 )
+from tests.support.commands import evaluate_command
 from tests.support.shard_sets import HOOK as SHARD_HOOK
 from tests.support.shard_sets import write_set
 from tests.support.tiny_models import D_MODEL, EOS, save_tiny_model, tiny_model, tiny_tokenizer
@@ -575,7 +575,7 @@ def test_evaluate_command_needs_nothing_but_the_folder(
         "24",
         "--no-downstream",
         "--per-feature",
-        "--json",
+        "--out",
         str(out),
         "--split",
         "validation",
@@ -609,14 +609,14 @@ def test_evaluate_command_on_shards_and_on_synthetic_data(tmp_path: Path, capsys
 
 def test_evaluate_command_refuses_what_does_not_fit(model_path: str, rows: list[list[int]], tmp_path: Path):
     folder = save_for_command(model_path, tmp_path, rows)
-    with pytest.raises(ValueError, match="--json takes one dictionary"):
-        evaluate_command([str(folder), str(folder), "--json", "x.json"])
+    with pytest.raises(ValueError, match="--out takes one dictionary"):
+        evaluate_command([str(folder), str(folder), "--out", "x.json"])
     with pytest.raises(ValueError, match=r"the dictionary has d_in=16, but the inputs are 24 wide"):
         evaluate_command(
             [str(folder), "--held-out-documents", "24", "--no-downstream", "--hook-name", "blocks.1.mlp.hook_post"]
         )
     dictionary("standard").save_model(tmp_path / "bare")
-    with pytest.raises(ValueError, match="give --dataset-path"):
+    with pytest.raises(ValueError, match="give --dataset_path"):
         evaluate_command([str(tmp_path / "bare")])
     with pytest.raises(ValueError, match="metadata has no synthetic_data"):
         evaluate_command([str(folder), "--synthetic"])

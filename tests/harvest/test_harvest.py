@@ -504,13 +504,7 @@ def test_lightning_cli_wires_a_harvest(tmp_path: Path, llama: str, text: str):
         "shards": {"path": str(tmp_path / "set")},
     }
     (tmp_path / "config.yaml").write_text(json.dumps(config))
-    cli = HarvestCLI(
-        HarvestModule,
-        HarvestDataModule,
-        run=False,
-        save_config_callback=None,
-        args=["--config", str(tmp_path / "config.yaml")],
-    )
+    cli = HarvestCLI(["--config", str(tmp_path / "config.yaml")])
     assert run_harvest(cli.trainer, cli.model, cli.datamodule).counts["read"] == 100
     assert cli.datamodule.model_name == llama
 
@@ -526,6 +520,6 @@ def test_recipes_parse(recipe: str, monkeypatch: pytest.MonkeyPatch):
     ]
     if recipe.startswith("llama"):
         cli_args.append("--trainer.strategy.init_args.data_parallel_size=1")
-    cli = HarvestCLI(HarvestModule, HarvestDataModule, run=False, save_config_callback=None, args=cli_args)
+    cli = HarvestCLI(cli_args)
     assert cli.datamodule.model_name == cli.model.model_name
     assert cli.datamodule.n_tokens is not None

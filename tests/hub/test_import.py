@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from aen_lightning.cli.hub import import_command
 from aen_lightning.hub import authors_checkpoint_disk_loader, import_checkpoint, read_checkpoint
+from tests.support.commands import import_command
 
 D_IN, D_SAE = 6, 10
 AEN = "checkpoints/llama8b/regularization/seed0/adaptive_elastic_net/lambda1_0p002_lambda2_0p0001_gamma_0p5.pt"

@@ -10,7 +10,6 @@ import pytest
 import torch
 from sae_lens import SAE
 
-from aen_lightning.cli.hub import import_command, pull_command
 from aen_lightning.hub import (
     HubError,
     authors_checkpoint_loader,
@@ -18,6 +17,7 @@ from aen_lightning.hub import (
     pull,
     push,
 )
+from tests.support.commands import import_command, pull_command
 from tests.support.hub_client import new_cache, use_endpoint
 from tests.support.hub_server import HubServer
 from tests.support.runs import D_IN, D_SAE, make_run

@@ -16,7 +16,6 @@ from sae_lens import SAE, StandardTrainingSAE, StandardTrainingSAEConfig
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from aen_lightning.cli.hub import push_command
 from aen_lightning.hub import (
     HubError,
     load_pretrained,
@@ -26,6 +25,7 @@ from aen_lightning.hub import (
     push,
 )
 from aen_lightning.runs import scrub
+from tests.support.commands import push_command
 from tests.support.hub_client import new_cache
 from tests.support.hub_server import TOKEN, HubServer
 from tests.support.runs import D_IN, D_SAE, make_run, trained

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from aen_lightning.cli.report import report_command
 from aen_lightning.report.browser import dump_dom, find_browser, measure, take_pictures
 from aen_lightning.training.module import SweepModule
+from tests.support.commands import report_command
 from tests.support.report_pages import Page
 
 BROWSER = find_browser()
@@ -26,7 +26,7 @@ def page_of_everything(
     arguments = [
         str(sweep[0]),
         str(dictionary),
-        "--features-of",
+        "--features_of",
         str(dictionary),
         "--n-rows",
         "8",

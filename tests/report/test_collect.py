@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from aen_lightning.cli.evaluate import evaluate_command
 from aen_lightning.data.synthetic import SpikedDataModule
 from aen_lightning.report import collect, make_figures, render_report
 from aen_lightning.report.drawing import MAX_POINTS
 from aen_lightning.report.naming import family_of, has_own_weights
 from aen_lightning.training.module import SAEModule, SweepModule
+from tests.support.commands import evaluate_command
 from tests.support.report_pages import GRID, Page, make_run_trainer
 
 
@@ -58,7 +58,7 @@ def test_results_of_other_commands_find_their_dictionary(
     evaluate_command(
         [
             str(dictionary),
-            "--json",
+            "--out",
             str(result),
             "--n-rows",
             "6",

@@ -9,12 +9,14 @@ from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from aen_lightning.cli.report import report_command
+from aen_lightning.cli.inputs import EvaluationInputs
+from aen_lightning.cli.opening import InputOpener
 from aen_lightning.evaluate import ShardInputs, load_dictionary
 from aen_lightning.report import feature_pages
 from aen_lightning.report.activations import collect_activations
 from aen_lightning.report.vocabulary import load_unembedding, token_texts
 from aen_lightning.training.module import SweepModule
+from tests.support.commands import report_command
 from tests.support.report_pages import CONTEXT, D_SAE, HOOK
 from tests.support.shard_sets import HOOK as SHARD_HOOK
 from tests.support.shard_sets import write_set
@@ -32,15 +34,10 @@ def reference(dictionary: Path, inputs: Any) -> tuple[torch.Tensor, torch.Tensor
     return codes, inputs.rows != EOS
 
 
-def opened(dictionary: Path, *extra: str) -> tuple[Any, Any]:
-    from argparse import ArgumentParser
-
-    from aen_lightning.cli.inputs import InputOpener, add_input_arguments
-
-    parser = ArgumentParser()
-    add_input_arguments(parser, n_rows=12)
+def opened(dictionary: Path, **options: Any) -> tuple[Any, Any]:
     sae = load_dictionary(dictionary)
-    return sae, InputOpener(parser.parse_args(["--held-out-documents", "20", *extra]), whole_lm=False).open(sae)
+    inputs = EvaluationInputs(n_rows=12, held_out_documents=20, **options)
+    return sae, InputOpener(inputs, whole_lm=False).open(sae)
 
 
 def test_features_agree_with_the_whole_language_model(dictionary: Path):
@@ -132,11 +129,11 @@ def test_the_unembedding_is_that_of_the_whole_model(family: str, tmp_path: Path)
 
 def test_the_command_says_whose_features_it_needs(sweep: tuple[Path, SweepModule], dictionary: Path, tmp_path: Path):
     out = str(tmp_path / "r.html")
-    with pytest.raises(ValueError, match=r"5 dictionaries: say whose features, by --features-of 'AEN λ₁=0.0025'"):
+    with pytest.raises(ValueError, match=r"5 dictionaries: say whose features, by --features_of 'AEN λ₁=0.0025'"):
         report_command([str(sweep[0]), "--features", "-o", out])
     with pytest.raises(ValueError, match="no dictionary 'nobody' in the report"):
-        report_command([str(sweep[0]), "--features-of", "nobody", "-o", out])
+        report_command([str(sweep[0]), "--features_of", "nobody", "-o", out])
     with pytest.raises(ValueError, match="synthetic data has neither"):
-        report_command([str(sweep[0]), "--features-of", "TopK k=2", "-o", out])
+        report_command([str(sweep[0]), "--features_of", "TopK k=2", "-o", out])
     with pytest.raises(FileNotFoundError, match="no browser 'nonesuch'"):
         report_command([str(dictionary), "--png", str(tmp_path), "--browser", "nonesuch", "-o", out])

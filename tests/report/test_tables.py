@@ -10,18 +10,18 @@ import torch
 from sae_lens import SAE
 from safetensors.torch import save_file
 
-from aen_lightning.cli.compare import compare_command
 from aen_lightning.report import collect, make_figures, render_report
 from aen_lightning.report.result_tables import comparison_tables
 from aen_lightning.report.tables import Table, summary_table
 from aen_lightning.training.module import SweepModule
+from tests.support.commands import compare_command
 
 
 def test_several_comparisons_are_told_apart(sweep: tuple[Path, SweepModule], tmp_path: Path):
     members = [str(d.folder) for d in collect([sweep[0]]).dictionaries]
     results = [tmp_path / "first.json", tmp_path / "second.json"]
     for result, pair in zip(results, (members[:2], members[2:4]), strict=True):
-        compare_command([*pair, "--json", str(result), "--with-dead"])
+        compare_command([*pair, "--out", str(result), "--with-dead"])
     report = collect([sweep[0]], results)
     text = render_report(report, make_figures(report))
     ids = re.findall(r'<(?:section|h2|div)[^>]* id="([^"]+)"', text)

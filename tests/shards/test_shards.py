@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from aen_lightning.cli.shards import shards_command
 from aen_lightning.shards import (
     Manifest,
     SAELensCache,
@@ -36,6 +35,7 @@ from aen_lightning.shards import (
     to_saelens,
     verify,
 )
+from tests.support.commands import shards_command
 from tests.support.shard_sets import HOOK, flip_byte, write_set
 
 
