@@ -65,7 +65,7 @@ class OneLineCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """As LightningCLI's, without abbreviations: a misspelt option must not be taken for another."""
-        return super().init_parser(**kwargs, allow_abbrev=False)
+        return super().init_parser(**{"prog": "aen", **kwargs}, allow_abbrev=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was typed after ``aen``.
@@ -104,9 +104,13 @@ class AENCLI(OneLineCLI):
             help="CPU threads torch uses in this process. null: torch's default. One is often faster on shared cores.",
         )
 
+    def _setting(self, config: Any, key: str) -> Any:
+        """A value that is in the subcommand's section if there are subcommands."""
+        return config.get(str(self.subcommand), config).get(key)
+
     def before_instantiate_classes(self) -> None:
         """Apply process-wide settings before any tensor is made."""
-        n_threads = self._get(self.config, "num_threads")
+        n_threads = self._setting(self.config, "num_threads")
         if n_threads is not None:
             if n_threads < 1:
                 raise ValueError(f"num_threads must be >= 1, got {n_threads}")
@@ -114,8 +118,8 @@ class AENCLI(OneLineCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Give the Trainer both loggers where the config names none."""
-        if self._get(self.config_init, "trainer.logger") in (None, True) and "logger" not in kwargs:
-            root = self._get(self.config_init, "trainer.default_root_dir") or str(Path.cwd())
+        if self._setting(self.config_init, "trainer.logger") in (None, True) and "logger" not in kwargs:
+            root = self._setting(self.config_init, "trainer.default_root_dir") or str(Path.cwd())
             csv = CSVLogger(root, name="")
             kwargs["logger"] = [csv, TensorBoardLogger(root, name="", version=csv.version)]
         return super().instantiate_trainer(**kwargs)

@@ -112,14 +112,6 @@ def test_errors_of_use_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("key", ["--model.lrr=1", "--trainer.max_stepps=1", "--data.init_args.kk=1"])
-def test_misspelt_keys_outside_the_sae_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str):
-    with pytest.raises(SystemExit) as exit_info:
-        fit(tmp_path, key)
-    assert exit_info.value.code == 2
-    assert key.split("=")[0].rpartition(".")[2] in capsys.readouterr().err
-
-
 def test_unknown_recipe_and_command_are_named(capsys: pytest.CaptureFixture[str]):
     assert main(["fit", "--config", "spikd"]) == 2
     assert "no config file or recipe 'spikd' (did you mean 'spiked'?)" in capsys.readouterr().err
