@@ -155,7 +155,7 @@ def set_default_mode(path: str | Path) -> None:
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> Path:
-    """Write a safetensors file, whole or not at all, with the permissions of any new file. Returns the path."""
+    """Write a safetensors file, whole or not at all, readable as the umask says. Returns the path."""
     path = Path(path)
     with replacing(path) as temporary:
         save_file(dict(tensors), temporary)
@@ -180,8 +180,8 @@ class Transposed:
 def stream_tensors(path: str | Path, tensors: Mapping[str, Tensor | Transposed]) -> Path:
     """Write floating-point tensors that should not be in memory twice, whole or not at all. Returns the path.
 
-    safetensors's own ``save_file`` wants every tensor contiguous and in memory. Here two copies of a slice of 32 MB
-    are, and of a mapped source the pages that were read.
+    safetensors's own ``save_file`` wants every tensor contiguous and in memory. Here two copies of a slice of
+    32 MB are, and of a mapped source the pages that were read.
 
     Args:
         path: The safetensors file.
@@ -207,7 +207,9 @@ def stream_tensors(path: str | Path, tensors: Mapping[str, Tensor | Transposed])
             for piece in _slices(item):
                 # many times faster than isfinite of all
                 if not all(bool(extreme.isfinite()) for extreme in piece.aminmax()):
-                    raise ValueError(f"{name} holds numbers that are not finite: the checkpoint is damaged or diverged")
+                    raise ValueError(
+                        f"{name} holds numbers that are not finite: the checkpoint is damaged or diverged"
+                    )
                 file.write(piece.view(torch.uint8).numpy().data)
     return path
 

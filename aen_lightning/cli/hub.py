@@ -5,12 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from aen_lightning.hub.checkpoint import KINDS
-from aen_lightning.hub.imports import AUTHORS_REPO, fetch_checkpoint, import_checkpoint
-from aen_lightning.hub.plan import plan_push
-from aen_lightning.hub.pull import listing, pull, usage
-from aen_lightning.hub.push import publish
-from aen_lightning.hub.remote import look_up, read_config
+from aen_lightning.hub import (
+    AUTHORS_REPO,
+    KINDS,
+    fetch_checkpoint,
+    import_checkpoint,
+    listing,
+    look_up,
+    plan_push,
+    publish,
+    pull,
+    read_config,
+    usage,
+)
 
 _LOGIN = (
     "The token is the one `hf auth login` stored, or HF_TOKEN; it is never an argument. HF_ENDPOINT names another Hub."

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pandas as pd
 
 from aen_lightning.cli.training import AENCLI, TRAINING_OPTIONS, prepare_arguments
+from aen_lightning.runs.layout import REFIT_FILE
 from aen_lightning.training.refit import RefitModule
 
 
@@ -21,7 +22,7 @@ def refit_command(args: Sequence[str]) -> int:
     after = _held_out(cli)
     if cli.trainer.is_global_zero and after:
         table = pd.DataFrame({"before": before, "after": after})
-        path = Path(cli.trainer.log_dir or cli.trainer.default_root_dir) / "refit.csv"
+        path = Path(cli.trainer.log_dir or cli.trainer.default_root_dir) / REFIT_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(path, index_label="metric")
         print(f"{table.to_string(float_format=lambda value: f'{value:.4g}')}\n{path}")

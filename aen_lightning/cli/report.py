@@ -13,14 +13,19 @@ from transformers import AutoTokenizer
 from aen_lightning.cli.inputs import InputOpener, add_input_arguments, device_of
 from aen_lightning.evaluate.dictionary import load_dictionary
 from aen_lightning.evaluate.inputs import TextInputs
-from aen_lightning.report.activations import collect_activations
-from aen_lightning.report.browser import find_browser, take_pictures
-from aen_lightning.report.collect import Report, collect
-from aen_lightning.report.features import feature_pages
-from aen_lightning.report.figures import make_figures
-from aen_lightning.report.html import render_report
-from aen_lightning.report.trained import TrainedSAE
-from aen_lightning.report.vocabulary import load_unembedding, token_texts
+from aen_lightning.report import (
+    Report,
+    TrainedSAE,
+    collect,
+    collect_activations,
+    feature_pages,
+    find_browser,
+    load_unembedding,
+    make_figures,
+    render_report,
+    take_pictures,
+    token_texts,
+)
 
 
 def _parser() -> argparse.ArgumentParser:
