@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -46,12 +47,17 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
         path: The file; its folder must exist.
         durable: Wait until the content and its name are on the disk.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         put_in_place(temporary, path, durable=durable)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """Where a file is written before it gets its name: hidden, in the same folder, another one for each process."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def put_in_place(temporary: Path, path: Path, *, durable: bool = True) -> None:
@@ -125,6 +131,30 @@ def read_safetensors_header(path: str | Path) -> dict[str, TensorInfo]:
             return {name: TensorInfo(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from error
+
+
+def safetensors_header(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    *,
+    length: int | None = None,
+) -> bytes:
+    """The beginning of a safetensors file, for files too large for safetensors to write: it takes tensors in memory only.
+
+    Args:
+        tensors: Dtype and shape of each, in the order in which their bytes follow.
+        metadata: Strings to keep beside them.
+        length: Bytes of the header, to replace one that is as long; None: as many as it needs.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    padded = -(-len(text) // 8) * 8 if length is None else length - 8  # tensors begin at a multiple of 8
+    return padded.to_bytes(8, "little") + text.ljust(padded)
 
 
 def read_tensor(path: str | Path, name: str) -> torch.Tensor | None:

@@ -123,9 +123,9 @@ def main() -> None:
     sweep = SweepModule({**sae, "lambda_1": list(LAMBDAS)}, seed=list(SEEDS))
     together = fit(sweep)
     run_alone(grid[4:])
-    for member, unit in zip(sweep.members, sweep.units, strict=True):
+    for member, tracked in zip(sweep.members, sweep.tracked, strict=True):
         alone = separate[member.sae["lambda_1"], member.seed].sae
-        if not torch.equal(alone.W_dec, unit.sae.W_dec):
+        if not torch.equal(alone.W_dec, tracked.sae.W_dec):
             raise SystemExit(f"{member.name} differs between the sweep and its own run")
     total = sum(seconds)
     tokens = options.steps * options.batch

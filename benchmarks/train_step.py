@@ -37,7 +37,8 @@ from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
-from aen_lightning import AENTrainingSAE, AENTrainingSAEConfig, penalty, sparse
+from aen_lightning import AENTrainingSAE, AENTrainingSAEConfig, sparse
+from aen_lightning.saes import penalty
 
 SHAPES = ((4096, 512, 4096), (2048, 576, 18432), (1024, 1024, 32768))
 L0S = (16, 32, 64, 128)
@@ -136,14 +137,13 @@ class ProductStep:
             for name, value in problem.parameters().items():
                 getattr(self.sae, name).copy_(value)
         sparse.feature_major_(self.sae.W_enc)
-        self.sae.scheduled_externally = True
         self.sae.density_switch.sparse = True
         self.optimizer = sparse.FusedAdam(self.sae.parameters(), lr=0.0)
 
     def step(self) -> Tensor:
         """One training step; returns its loss."""
         with self.problem.precision():
-            output = self.sae.training_forward_pass(
+            output = self.sae.scheduled_forward_pass(
                 TrainStepInput(
                     sae_in=self.problem.x,
                     coefficients={"l1": L1, "l2": L2},

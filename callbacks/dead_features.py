@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from aen_lightning.callbacks._modules import prefixed, training_saes
+from aen_lightning.callbacks.modules import prefixed, training_saes
 
 
 class DeadFeatureTracker(pl.Callback):

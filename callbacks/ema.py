@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from aen_lightning.callbacks._modules import adaptive_saes
+from aen_lightning.callbacks.modules import adaptive_saes, step_schedule
 
 
 class EMAWeightRefresh(pl.Callback):
@@ -27,10 +27,10 @@ class EMAWeightRefresh(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a module without adaptive weights before any work."""
         adaptive_saes(pl_module, self)
+        step_schedule(pl_module, self)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Say whether the step that begins refreshes the weights."""
-        for sae in adaptive_saes(pl_module, self):
-            sae.refresh_due = trainer.global_step % self.every_n_steps == 0
+        step_schedule(pl_module, self).refresh_weights = trainer.global_step % self.every_n_steps == 0

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from transformers import AutoModelForCausalLM
 
 from aen_lightning.data.activations import ActivationsDataModule
 from aen_lightning.data.synthetic import SpikedDataModule
@@ -16,7 +15,6 @@ from aen_lightning.evaluate.dictionary import load_dictionary
 from aen_lightning.evaluate.evaluate import RESULT_FILE, evaluate_dictionary
 from aen_lightning.evaluate.inputs import Inputs, ShardInputs, SyntheticInputs, TextInputs
 from aen_lightning.evaluate.results import write_result
-from aen_lightning.language_model.cut_model import DTYPES
 
 _LOGGED = {
     "downstream/ce_increase": ("downstream", "ce_increase", "spliced", "value"),
@@ -97,15 +95,7 @@ class EvaluateDictionaries(pl.Callback):
                 exclude_token_ids=data.exclude_token_ids,
             )  # fmt: skip
         if isinstance(data, TextActivationsDataModule):
-            lm: Any = None
-            if self.downstream and data.given_model is not None and hasattr(data.given_model, "base_model"):
-                lm = data.given_model
-            elif self.downstream and data.model_name and data.model_class_name == "AutoModelForCausalLM":
-                lm = AutoModelForCausalLM.from_pretrained(
-                    data.model_name, revision=data.revision or "main", dtype=DTYPES[data.model_dtype],
-                    **data.model_from_pretrained_kwargs,
-                )  # fmt: skip
-                lm = lm if "device_map" in data.model_from_pretrained_kwargs else lm.to(device)
+            lm = data.source.whole_model(device) if self.downstream else None
             return TextInputs(data, n_rows=self.n_rows, batch_size_prompts=self.batch_size_prompts, lm=lm)
         raise TypeError(
             "EvaluateDictionaries knows SpikedDataModule, ActivationsDataModule and TextActivationsDataModule, got "

@@ -10,8 +10,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from aen_lightning.callbacks._modules import training_saes
 from aen_lightning.callbacks.dead_features import DeadFeatureTracker
+from aen_lightning.callbacks.modules import training_saes
 from aen_lightning.runs.layout import DICTIONARIES_FOLDER, FINAL_FOLDER, step_folder
 
 

@@ -6,8 +6,8 @@ import lightning.pytorch as pl
 from huggingface_hub import HfApi, get_token
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from aen_lightning.callbacks._modules import training_saes
 from aen_lightning.callbacks.export import ExportSAE
+from aen_lightning.callbacks.modules import training_saes
 from aen_lightning.hub.push import push
 from aen_lightning.hub.retry import HubError, hub_errors, with_retries
 from aen_lightning.hub.staging import PublishedArchitecture

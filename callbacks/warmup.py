@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from aen_lightning.callbacks._modules import adaptive_saes
+from aen_lightning.callbacks.modules import adaptive_saes
 from aen_lightning.saes.penalty import warmup_ramp
 
 

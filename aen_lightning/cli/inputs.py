@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aen_lightning.data.synthetic import SpikedDataModule
 from aen_lightning.data.text import TextActivationsDataModule
 from aen_lightning.evaluate.inputs import Inputs, ShardInputs, SyntheticInputs, TextInputs
-from aen_lightning.language_model.cut_model import DTYPES
+from aen_lightning.files import DTYPES
 
 
 def add_input_arguments(parser: argparse.ArgumentParser, *, n_rows: int) -> None:

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from aen_lightning import __version__
 from aen_lightning.cli import allocator
+from aen_lightning.spelling import suggest
 
 _TRAINING = ("fit", "validate", "test")
 
@@ -77,14 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0
     if args[0] == "--version":
-        from aen_lightning import __version__
-
         print(f"aen-lightning {__version__}")
         return 0
     name, rest = args[0], args[1:]
     if name not in COMMANDS:
-        from aen_lightning.saes.from_dict import suggest
-
         print(f"aen: error: no command {name!r}{suggest(name, COMMANDS)}\n\n{_usage()}", file=sys.stderr)
         return 2
     allocator.keep_freed_memory()

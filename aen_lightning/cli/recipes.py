@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from aen_lightning.saes.from_dict import suggest
+from aen_lightning.spelling import suggest
 
 
 def recipes() -> dict[str, Path]:

@@ -129,7 +129,7 @@ def _features(report: Report, options: argparse.Namespace) -> list[dict[str, Any
         if not model_name:
             raise ValueError("nothing says which language model the token ids belong to: give --model-name")
         revision = options.revision or metadata["revision"]
-        kwargs = inputs.data.model_from_pretrained_kwargs if isinstance(inputs, TextInputs) else {}
+        kwargs = (inputs.data.options.model_from_pretrained_kwargs or {}) if isinstance(inputs, TextInputs) else {}
         unembedding: torch.Tensor | None = None
         if not options.no_output_tokens:
             hook_name = options.hook_name or described["hook_name"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from aen_lightning.files import DTYPES
 from aen_lightning.shards.convert import convert
-from aen_lightning.shards.manifest import STORED_DTYPES
 from aen_lightning.shards.read import info, verify
 
 
@@ -23,7 +23,7 @@ def add_shards_arguments(parser: argparse.ArgumentParser) -> None:
     sub = commands.add_parser("convert", help=text, description=text)
     sub.add_argument("path", help="folder of shards, or of a dataset that SAELens cached")
     sub.add_argument("target", help="new folder")
-    sub.add_argument("--dtype", choices=list(STORED_DTYPES), help="of the new set (SAELens's has no bfloat16)")
+    sub.add_argument("--dtype", choices=list(DTYPES), help="of the new set (SAELens's has no bfloat16)")
     sub.add_argument("--force-disk", action="store_true", help="begin even if the disk seems too small")
 
 

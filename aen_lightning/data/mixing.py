@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from aen_lightning.data.token_filter import TokenFilter
 from aen_lightning.language_model.cut_model import ActivationModel
 from aen_lightning.language_model.hook_points import Hook
 
@@ -64,18 +65,16 @@ class ActivationReader:
     Args:
         language_model: Gives the model; called at the first read.
         hooks: Hooks of the model, whose activations are put side by side.
-        excluded: Token ids to leave out.
-        norm_outlier_multiple: Tokens whose norm is above this multiple of the median of their model call, at any hook,
-            are left out; None: none.
+        token_filter: Which tokens to keep; medians of norms are over a model call.
         autocast: Run the model under bfloat16 autocast.
     """
 
     def __init__(
-        self, language_model: Callable[[], ActivationModel], hooks: tuple[Hook, ...], *, excluded: Tensor,
-        norm_outlier_multiple: float | None, autocast: bool,
+        self, language_model: Callable[[], ActivationModel], hooks: tuple[Hook, ...], *, token_filter: TokenFilter,
+        autocast: bool,
     ) -> None:  # fmt: skip
-        self.language_model, self.hooks, self.excluded = language_model, hooks, excluded
-        self.norm_outlier_multiple, self.autocast = norm_outlier_multiple, autocast
+        self.language_model, self.hooks = language_model, hooks
+        self.token_filter, self.autocast = token_filter, autocast
         self.widths = [h.d_in for h in hooks]
         self.reset_counts()
 
@@ -91,7 +90,7 @@ class ActivationReader:
 
     def kept_positions(self, tokens: Tensor) -> Tensor:
         """Positions in the flattened tokens that are not excluded by token id."""
-        return (~torch.isin(tokens.flatten(), self.excluded)).nonzero().squeeze(-1)
+        return self.token_filter.by_id(tokens.flatten()).nonzero().squeeze(-1)
 
     def read(self, tokens: Tensor, *, count: bool = False) -> tuple[Tensor, Tensor]:
         """One model call on tokens (prompts, context).
@@ -106,10 +105,8 @@ class ActivationReader:
         n_not_special = len(kept)
         flat = [activations[h.hook_name].flatten(0, 1) for h in self.hooks]
         rows = torch.cat([part[kept.to(part.device)].to(model.device).float() for part in flat], dim=-1)
-        if self.norm_outlier_multiple is not None and n_not_special:
-            norms = torch.stack([part.norm(dim=-1) for part in rows.split(self.widths, dim=-1)])
-            medians = norms.median(dim=1, keepdim=True).values
-            inliers = (norms <= self.norm_outlier_multiple * medians).all(dim=0)
+        inliers = self.token_filter.by_norm(rows.split(self.widths, dim=-1))
+        if inliers is not None:
             rows, kept = rows[inliers], kept[inliers]
         if count:
             self.count(tokens, n_not_special, len(kept))
@@ -143,7 +140,7 @@ def shuffled_batches(
         skip: Batches to leave out at the beginning; those that follow are the same, bit for bit, as without ``skip``.
             Without a norm filter this needs the model only for what is still in the buffer then.
     """
-    if skip and reader.norm_outlier_multiple is None:
+    if skip and reader.token_filter.norm_outlier_multiple is None:
         yield from _replay(reader, calls, buffer, skip)
         skip = 0
     elif skip:

@@ -92,8 +92,8 @@ class TextInputs(Inputs):
         rows = data.held_out_rows(split)[:n_rows]
         if not rows:
             raise ValueError(
-                f"the {split} documents give no row of {data.context_size} tokens: hold out more documents "
-                f"({data.options['held_out_documents']} now) or lower context_size"
+                f"the {split} documents give no row of {data.options.context_size} tokens: hold out more documents "
+                f"({data.options.held_out_documents} now) or lower context_size"
             )
         self.data, self.split, self.batch_size_prompts, self.lm = data, split, batch_size_prompts, lm
         self.rows = torch.stack(rows)
@@ -103,12 +103,9 @@ class TextInputs(Inputs):
 
     def keep(self, tokens: Tensor, x: Tensor) -> Tensor:
         """Which tokens (rows, context) count, given raw activations (rows, context, d_in), as in training."""
-        keep = ~torch.isin(tokens.to(x.device), self.data.reader.excluded.to(x.device))
-        multiple = self.data.norm_outlier_multiple
-        if multiple is not None and keep.any():
-            norms = x.float().norm(dim=-1)
-            keep &= norms <= multiple * norms[keep].median()
-        return keep
+        keep = self.data.token_filter.by_id(tokens.to(x.device))
+        usual = self.data.token_filter.by_norm([x[keep]])
+        return keep if usual is None else keep.masked_scatter(keep, usual)
 
     def __iter__(self) -> Iterator[InputBatch]:
         model, first = self.data.language_model, 0
@@ -128,8 +125,8 @@ class TextInputs(Inputs):
             "kind": "text",
             "split": self.split,
             "n_rows": self.n_units,
-            "held_out_documents": self.data.options["held_out_documents"],
-            "excluded_token_ids": self.data.reader.excluded.tolist(),
+            "held_out_documents": self.data.options.held_out_documents,
+            "excluded_token_ids": list(self.data.token_filter.token_ids),
             **{key: metadata.get(key) for key in keys},
         }
 

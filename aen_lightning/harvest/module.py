@@ -10,16 +10,16 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from aen_lightning.data.token_filter import TokenFilter
+from aen_lightning.files import DTYPES, ModelDtype
 from aen_lightning.language_model.cut_model import (
     CutModel,
     Hook,
-    ModelDtype,
     cut_model,
     load_config,
     load_cut_model,
     resolve_hooks,
 )
-from aen_lightning.shards.manifest import STORED_DTYPES
 
 
 class HarvestModule(pl.LightningModule):
@@ -54,13 +54,11 @@ class HarvestModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         for name, value in (("model_dtype", model_dtype), ("dtype", dtype or model_dtype)):
-            if value not in STORED_DTYPES:
-                raise ValueError(f"{name} must be one of {', '.join(STORED_DTYPES)}, got {value!r}")
-        if norm_outlier_multiple is not None and not norm_outlier_multiple > 1:
-            raise ValueError(f"norm_outlier_multiple must be above 1 (or None), got {norm_outlier_multiple}")
+            if value not in DTYPES:
+                raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {value!r}")
         self.model_name, self.hook_names, self.revision = model_name, list(hook_names), revision
         self.model_dtype, self.stored_dtype = model_dtype, dtype or model_dtype
-        self.norm_outlier_multiple = norm_outlier_multiple
+        self.token_filter = TokenFilter(norm_outlier_multiple=norm_outlier_multiple)
         self.model_from_pretrained_kwargs = dict(model_from_pretrained_kwargs or {})
         self._given: PreTrainedModel | None = None
         self._hooks: tuple[Hook, ...] | None = None
@@ -106,7 +104,7 @@ class HarvestModule(pl.LightningModule):
             "hook_names": [h.hook_name for h in self.hooks],
             "model_dtype": self.model_dtype,
             "dtype": self.stored_dtype,
-            "norm_outlier_multiple": self.norm_outlier_multiple,
+            "norm_outlier_multiple": self.token_filter.norm_outlier_multiple,
             "model_from_pretrained_kwargs": {
                 k: v if isinstance(v, (str, int, float, bool, list, dict, type(None))) else str(v)
                 for k, v in sorted(self.model_from_pretrained_kwargs.items())
@@ -174,15 +172,10 @@ class HarvestModule(pl.LightningModule):
         if keep is not None:
             activations, ids = {name: x[keep] for name, x in activations.items()}, ids[keep]
         n_outliers = 0
-        if self.norm_outlier_multiple is not None and len(ids):
-            usual = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-            for x in activations.values():
-                norms = x.float().norm(dim=-1)
-                usual &= norms <= self.norm_outlier_multiple * norms.median()
-            n_outliers = len(usual) - int(usual.sum())
-            if n_outliers:
-                activations, ids = {name: x[usual] for name, x in activations.items()}, ids[usual]
-        stored = STORED_DTYPES[self.stored_dtype]
+        usual = self.token_filter.by_norm(list(activations.values()))
+        if usual is not None and (n_outliers := len(usual) - int(usual.sum())):
+            activations, ids = {name: x[usual] for name, x in activations.items()}, ids[usual]
+        stored = DTYPES[self.stored_dtype]
         return {
             "activations": {n: _fitting(x, stored, n) for n, x in activations.items()},
             "token_ids": ids,

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from aen_lightning.files import DTYPES
 from aen_lightning.language_model.cut_model import build_cut_model, cut_config, layers_of, load_config, resolve_hooks
-from aen_lightning.shards.manifest import STORED_DTYPES
 
 GIB = 2**30
 _DOCUMENT_START_BYTES = 5  # a token waiting to be harvested: int32 and a mark
@@ -113,7 +113,7 @@ def _plan_lm(
     hooks = resolve_hooks(model_config, hook_names)
     deepest = max(h.layer for h in hooks)
     cut = cut_config(model_config, deepest)
-    cut.dtype = STORED_DTYPES[dtype]
+    cut.dtype = DTYPES[dtype]
     with torch.device("meta"):
         base = build_cut_model(cut, hooks)
     blocks = layers_of(base)
@@ -151,7 +151,7 @@ def _plan_harvest(
     model_dtype, context_size = model.get("model_dtype", "float32"), int(data.get("context_size", 128))
     sharded = world_size if _is_sharded(config.get("trainer") or {}) else 1
     widths = _plan_lm(made, model_config, model["hook_names"], model_dtype, context_size, sharded)
-    stored = STORED_DTYPES[model.get("dtype") or model_dtype]
+    stored = DTYPES[model.get("dtype") or model_dtype]
     per_token = sum(widths.values()) * stored.itemsize + 4
     waiting = int((config.get("shards") or {}).get("queue_size", 4)) + 2
     batch = int(data.get("batch_size_prompts", 32)) * context_size

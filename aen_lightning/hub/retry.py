@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -24,6 +23,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from aen_lightning.retry import retry
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -63,18 +64,14 @@ def with_retries(call: Callable[[], _T], what: str, *, n_attempts: int = N_ATTEM
     Raises:
         Exception: The error of the last attempt, or the first one that a repetition cannot mend, as it is.
     """
-    wait = _FIRST_WAIT_SECONDS
-    for attempt in range(1, n_attempts + 1):
-        try:
-            return call()
-        except (HTTPError, OSError) as error:
-            if attempt == n_attempts or not is_transient(error):
-                raise
-            pause = min(max(wait, _asked_wait(error)), _LONGEST_WAIT_SECONDS)
-            _log.warning("%s: %s; again in %.0f s (attempt %d of %d)", what, summary(error), pause, attempt, n_attempts)
-            time.sleep(pause)
-            wait *= 2
-    raise ValueError(f"n_attempts must be at least 1, got {n_attempts}")
+
+    def announce(error: Exception, wait: float, attempt: int) -> None:
+        _log.warning("%s: %s; again in %.0f s (attempt %d of %d)", what, summary(error), wait, attempt, n_attempts)
+
+    return retry(
+        call, attempts=n_attempts, worth_it=is_transient, announce=announce, wait_seconds=_FIRST_WAIT_SECONDS,
+        longest_wait_seconds=_LONGEST_WAIT_SECONDS, asked_wait=_asked_wait,
+    )  # fmt: skip
 
 
 def _asked_wait(error: Exception) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
+from aen_lightning.files import read_json, write_json
 from aen_lightning.language_model.hook_points import after_layers_paths, base_prefix, layers_path
 
 _HUB_KWARGS = ("token", "cache_dir", "local_files_only", "force_download")
@@ -79,7 +79,7 @@ def without_upper_shards(
     if index_file is None:
         yield model_name
         return
-    index = json.loads(Path(index_file).read_text())
+    index = read_json(index_file)
     files = needed_shards(config, layer, index["weight_map"])
     if len(files) == len(set(index["weight_map"].values())):
         yield model_name
@@ -90,6 +90,6 @@ def without_upper_shards(
             assert source is not None  # cached_file raises for a file that the index names and the repository lacks
             (Path(folder) / file).symlink_to(Path(source).resolve())
         index["weight_map"] = {k: f for k, f in index["weight_map"].items() if f in files}
-        (Path(folder) / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index))
+        write_json(Path(folder) / SAFE_WEIGHTS_INDEX_NAME, index)
         config.save_pretrained(folder)
         yield folder

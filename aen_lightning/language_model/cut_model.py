@@ -10,12 +10,13 @@ import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
+from aen_lightning.files import DTYPES, ModelDtype
 from aen_lightning.language_model.batch_threads import RowParallel
 from aen_lightning.language_model.checkpoint_files import checkpoint_keys, needed_shards, without_upper_shards
 from aen_lightning.language_model.hook_points import (
@@ -30,13 +31,10 @@ from aen_lightning.language_model.hook_points import (
 )
 
 __all__ = [
-    "DTYPES", "FAMILIES", "ActivationModel", "CutModel", "Hook", "ModelDtype", "build_cut_model", "checkpoint_keys",
+    "FAMILIES", "ActivationModel", "CutModel", "Hook", "build_cut_model", "checkpoint_keys",
     "cut_config", "cut_model", "layers_of", "load_config", "load_cut_model", "needed_shards", "resolve_hook",
     "resolve_hooks",
 ]  # fmt: skip
-
-ModelDtype = Literal["float32", "bfloat16", "float16"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class ActivationModel(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from aen_lightning.files import DTYPES, ModelDtype, read_json, read_safetensors_header
 from aen_lightning.language_model.cut_model import (
     CutModel,
-    ModelDtype,
     build_cut_model,
     checkpoint_keys,
     layers_of,
@@ -29,7 +28,6 @@ from aen_lightning.language_model.cut_model import (
     resolve_hooks,
 )
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WHERE = ("token", "cache_dir", "local_files_only", "subfolder")
 
 
@@ -87,7 +85,7 @@ def load_sharded_cut_model(
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{model_name} is quantized, which FSDP2 cannot shard here: take strategy ddp")
     hooks = resolve_hooks(config, hook_names)
-    config.dtype = _DTYPES[dtype]  # casting afterwards would also cast buffers that have to stay float32
+    config.dtype = DTYPES[dtype]  # casting afterwards would also cast buffers that have to stay float32
     with torch.device("meta"):
         base = build_cut_model(config, hooks)
     files = _checkpoint_files(model_name, revision, where)
@@ -123,10 +121,9 @@ class _Files(dict[str, str]):
 def _checkpoint_files(model_name: str, revision: str | None, where: dict[str, Any]) -> _Files:
     files = _Files(model_name, revision, where)
     if (index := files.find("model.safetensors.index.json")) is not None:
-        files.update(json.loads(index.read_text())["weight_map"])
+        files.update(read_json(index)["weight_map"])
     elif (whole := files.find("model.safetensors")) is not None:
-        with safe_open(whole, framework="pt") as f:
-            files.update(dict.fromkeys(f.keys(), "model.safetensors"))
+        files.update(dict.fromkeys(read_safetensors_header(whole), "model.safetensors"))
     else:
         raise ValueError(
             f"{model_name} has no safetensors files, of which each rank could read its part: take strategy ddp"

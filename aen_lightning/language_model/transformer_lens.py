@@ -12,7 +12,7 @@ from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from aen_lightning.language_model.cut_model import DTYPES, ModelDtype
+from aen_lightning.files import DTYPES, ModelDtype
 from aen_lightning.language_model.hook_points import Hook
 
 TLClassName = Literal["HookedTransformer", "TransformerBridge"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sae_lens import StandardSAEConfig, TrainingSAEConfig
 from sae_lens.saes.sae import SAEConfig
 from typing_extensions import override
 
-from aen_lightning.saes.penalty import coefficients_from_paper
+from aen_lightning.saes.penalty import PenaltyName, coefficients_from_paper
 
 ARCHITECTURE = "aen"
 
@@ -47,6 +47,12 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
         starvation_guard: Share of the mean firing rate, ``>= 0``, under which a feature pays less
             (:func:`~aen_lightning.saes.penalty.starvation_guard`); 0.1 is a good value. 0: off, as in the paper. It acts from the first step
             on, whatever the delay, and multiplies the adaptive weights: ``gamma=0`` leaves it alone.
+        penalty: How an activation is penalised: ``l1`` (the paper); ``mcp``, ``scad`` or ``log``, whose slopes fall with the activation,
+            so that strong ones shrink less (:func:`~aen_lightning.saes.penalty.penalty_slopes`). Their scale is the running
+            mean of the activations that are not zero.
+        penalty_shape: Shape a of a concave penalty, dimensionless, ``> 0`` (``scad``: ``> 1``); the larger, the closer to ``l1``.
+        remove_radial_gradient: Leave out the part of the decoder's gradient along its rows, which the projection to unit norm would
+            undo, but Adam's moments would keep. Off in the paper.
         guard_min: Least factor of the guard, in (0, 1]; what a silent feature gets.
         guard_decay: Decay of the running firing rates per training step, in [0, 1).
         decoder_init_norm: None: the published start (torch's default ``nn.Linear`` initialisation for encoder and decoder).
@@ -72,6 +78,9 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
     warmup_ramp_steps: int = 2000
     l1_warmup_steps: int = 0
     starvation_guard: float = 0.0
+    penalty: PenaltyName = "l1"
+    penalty_shape: float = 2.0
+    remove_radial_gradient: bool = False
     guard_min: float = 0.02
     guard_decay: float = 0.99
     decoder_init_norm: float | None = None
@@ -115,6 +124,13 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
             ("warmup_ramp_steps", steps(self.warmup_ramp_steps) and self.warmup_ramp_steps >= 0, "an integer >= 0"),
             ("l1_warmup_steps", steps(self.l1_warmup_steps) and self.l1_warmup_steps >= 0, "an integer >= 0"),
             ("starvation_guard", at_least(self.starvation_guard, 0), "a finite number >= 0"),
+            ("penalty", self.penalty in get_args(PenaltyName), f"one of {', '.join(get_args(PenaltyName))}"),
+            (
+                "penalty_shape",
+                at_least(self.penalty_shape, 0) and self.penalty_shape > (1 if self.penalty == "scad" else 0),
+                "a finite number > 1 for scad, > 0 else",
+            ),
+            ("remove_radial_gradient", isinstance(self.remove_radial_gradient, bool), "true or false"),
             ("guard_min", at_least(self.guard_min, 0) and 0 < self.guard_min <= 1, "in (0, 1]"),
             ("guard_decay", at_least(self.guard_decay, 0) and self.guard_decay < 1, "in [0, 1)"),
             ("decoder_init_norm", norm is None or (at_least(norm, 0) and norm > 0), "None or a number > 0"),

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
-from collections.abc import Iterable
 from typing import Any
 
 from sae_lens import TrainingSAEConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-from aen_lightning.saes.aen import AENTrainingSAEConfig
+from aen_lightning.saes.aen_config import AENTrainingSAEConfig
+from aen_lightning.spelling import suggest
 
 _PAPER_KEYS = ("lambda_1", "lambda_2")
 
@@ -73,9 +72,3 @@ def _convert_paper_lambdas(fields: dict[str, Any]) -> None:
                 f"({ours} = d_in * {paper}): drop one"
             )
         fields[ours] = fields["d_in"] * fields.pop(paper)
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the nearest known word, or nothing."""
-    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
-    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -10,6 +10,8 @@ converts. A gradient clip of c in paper form is a clip of ``c * d_in`` here.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -90,6 +92,60 @@ def starvation_guard(firing_rates: Tensor, *, fraction: float, minimum: float) -
     return torch.where(mean > 0, guarded, torch.ones_like(firing_rates))
 
 
+PenaltyName = Literal["l1", "mcp", "scad", "log"]
+
+
+def penalty_slopes(feature_acts: Tensor, *, penalty: PenaltyName, scale: Tensor, shape: float) -> Tensor:
+    r"""Slopes :math:`\phi'(h)` in [0, 1] of a concave penalty, by which each activation's L1 weight is multiplied.
+
+    Held constant in the gradient, they make the penalty's local linear approximation: a weighted L1 whose weights fall with
+    the activation, so that strong activations shrink less, or not at all. With :math:`\tau` the scale and a the shape::
+
+        l1    1
+        mcp   (1 - h / (a tau))_+
+        scad  1 where h <= tau, then (a tau - h)_+ / ((a - 1) tau)
+        log   a tau / (a tau + h)
+
+    Args:
+        feature_acts: h, any shape, ``>= 0``, activation units.
+        penalty: Which one.
+        scale: tau, a scalar, activation units, ``> 0``.
+        shape: a, dimensionless, ``> 0``, for scad ``> 1``. The larger, the closer to L1.
+
+    Returns:
+        Slopes of the shape of ``feature_acts``, without gradient.
+
+    Source: Zou & Li (2008), Ann. Stat. 36(4) for the approximation; Zhang (2010), Ann. Stat. 38(2) for mcp; Fan & Li (2001),
+    JASA 96 for scad. Not in the paper.
+    """
+    h = feature_acts.detach()
+    tau = scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    if penalty == "mcp":
+        return (1 - h / (shape * tau)).clamp_min(0)
+    if penalty == "scad":
+        return ((shape * tau - h) / ((shape - 1) * tau)).clamp(0, 1)
+    if penalty == "log":
+        return shape * tau / (shape * tau + h)
+    return torch.ones_like(h)
+
+
+def penalty_concavity(*, penalty: PenaltyName, scale: Tensor, shape: float) -> Tensor:
+    r"""The largest :math:`-\phi''(h)` of a penalty, a scalar in inverse activation units.
+
+    Coding stays strongly convex for every dictionary while ``2 l2 > l1 max_j(u_j) penalty_concavity(...)``: then the ridge term
+    bends up more than the penalty bends down.
+
+    Args:
+        penalty: As for :func:`penalty_slopes`, like all that follow.
+        scale: tau.
+        shape: a.
+    """
+    tau = scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    if penalty == "l1":
+        return torch.zeros_like(tau)
+    return 1 / ((shape - 1 if penalty == "scad" else shape) * tau)
+
+
 def warmup_ramp(n_steps: int, *, delay_steps: int, ramp_steps: int) -> float:
     """How far the adaptive weights have been let in: 0 during the delay, then linearly to 1.
 
@@ -112,17 +168,19 @@ def warmup_ramp(n_steps: int, *, delay_steps: int, ramp_steps: int) -> float:
     return min(1.0, (n_steps - delay_steps) / ramp_steps)
 
 
-def elastic_net_terms(feature_acts: Tensor, l1_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The two penalty terms before their coefficients: ``mean_b sum_j u_j h_bj`` and ``mean_b sum_j h_bj^2``.
+def elastic_net_terms(feature_acts: Tensor, l1_weights: Tensor, slopes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The two penalty terms before their coefficients: ``mean_b sum_j u_j s_bj h_bj`` and ``mean_b sum_j h_bj^2``.
 
     Args:
-        feature_acts: ``h``, shape (batch, d_sae), ``>= 0``. Half precision is summed in float32.
+        feature_acts: ``h``, shape (..., d_sae), ``>= 0``. Half precision is summed in float32.
         l1_weights: ``u``, shape (d_sae,); no gradient flows into it.
+        slopes: ``s``, shape of ``feature_acts``, from :func:`penalty_slopes`; None: 1.
 
     Returns:
         Two scalars with gradient to ``feature_acts``.
     """
     h = feature_acts.to(torch.promote_types(feature_acts.dtype, torch.float32))
-    l1 = (h * l1_weights.detach()).sum(dim=-1).mean()
+    weights = l1_weights.detach() if slopes is None else l1_weights.detach() * slopes
+    l1 = (h * weights).sum(dim=-1).mean()
     l2 = h.pow(2).sum(dim=-1).mean()
     return l1, l2

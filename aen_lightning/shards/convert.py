@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aen_lightning.shards.manifest import STORED_DTYPES, Manifest, ShardError, require_disk
+from aen_lightning.files import DTYPES
+from aen_lightning.shards.manifest import Manifest, ShardError, require_disk
 from aen_lightning.shards.read import ShardSet, open_activations, write_stamps
 from aen_lightning.shards.saelens_cache import SAELensCache
 from aen_lightning.shards.source import ActivationSource
@@ -101,7 +102,7 @@ def to_saelens(
     context_size = context_size or source.manifest.context_size
     require_disk(
         Path(target_path),
-        source.n_tokens * (sum(source.d_in.values()) * STORED_DTYPES[dtype].itemsize + 4),
+        source.n_tokens * (sum(source.d_in.values()) * DTYPES[dtype].itemsize + 4),
         force=force_disk,
     )
     target = _new_folder(target_path)
@@ -136,7 +137,7 @@ def to_saelens(
 
 
 def _fit(x: Tensor, dtype: str, where: str) -> Tensor:
-    converted = x.to(STORED_DTYPES[dtype])
+    converted = x.to(DTYPES[dtype])
     if dtype == "float16" and not converted.isfinite().all() and x.isfinite().all():
         raise ShardError(
             f"{where}: a value of {x.abs().max().item():.4g} does not fit float16 (65504): convert to float32"
@@ -166,8 +167,8 @@ def from_saelens(
     source = SAELensCache(source_path)
     stored = str(source.dtype).removeprefix("torch.")
     dtype = dtype or stored
-    if dtype not in STORED_DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(STORED_DTYPES)}, got {dtype!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     assert source.context_size is not None
     hook_names = list(source.d_in)
     manifest = Manifest(
@@ -185,7 +186,7 @@ def from_saelens(
     folder = ShardFolder(_new_folder(target_path))
     folder.begin(manifest)
     per_shard = max(1, shard_size_mib * 2**20 // manifest.bytes_per_token)
-    notes = [f"{stored} was rounded to {dtype}"] if STORED_DTYPES[dtype].itemsize < source.dtype.itemsize else []
+    notes = [f"{stored} was rounded to {dtype}"] if DTYPES[dtype].itemsize < source.dtype.itemsize else []
     if "token_ids" not in source.part(0):
         notes.append("the dataset has no token_ids: written as -1")
     for i, piece in enumerate(_chunks(source, per_shard)):

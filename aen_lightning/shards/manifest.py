@@ -1,24 +1,17 @@
-"""What a set of activation shards is: the records that ``manifest.json`` holds, and how files are put in place."""
+"""What a set of activation shards is: the records that ``manifest.json`` holds."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from aen_lightning.files import DTYPES, read_json, write_json
 
 FORMAT = "aen-lightning-activations"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
-STORED_DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 class ShardError(ValueError):
@@ -82,7 +75,7 @@ class Manifest:
     @property
     def bytes_per_token(self) -> int:
         """On disk: activations of all hooks and the token id."""
-        return sum(self.d_in.values()) * STORED_DTYPES[self.dtype].itemsize + 4
+        return sum(self.d_in.values()) * DTYPES[self.dtype].itemsize + 4
 
     @property
     def counts(self) -> dict[str, int]:
@@ -113,7 +106,7 @@ class Manifest:
         path = folder / MANIFEST_NAME
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no {MANIFEST_NAME}: it is not a set of activation shards")
-        content = read_json(path)
+        content = read_record(path)
         if content.get("format") != FORMAT:
             raise ShardError(
                 f"{path} is not a manifest of activations: its format is {content.get('format')!r}, not {FORMAT!r}"
@@ -128,8 +121,8 @@ class Manifest:
             manifest = cls(shards=records, **known)
         except (KeyError, TypeError) as e:
             raise ShardError(f"{path} is damaged: {e}") from e
-        if manifest.dtype not in STORED_DTYPES:
-            raise ShardError(f"{path} has dtype {manifest.dtype!r}, expected one of {', '.join(STORED_DTYPES)}")
+        if manifest.dtype not in DTYPES:
+            raise ShardError(f"{path} has dtype {manifest.dtype!r}, expected one of {', '.join(DTYPES)}")
         if with_loose_records:
             listed = {s.index for s in manifest.shards}
             loose = [r for r in loose_records(folder) if r.index not in listed]
@@ -149,39 +142,20 @@ def record_path(folder: Path, index: int) -> Path:
 
 def loose_records(folder: Path) -> list[ShardRecord]:
     """Records beside the manifest whose shards are in place, in order."""
-    records = [ShardRecord(**read_json(p)) for p in sorted(folder.glob("shard-*.json"))]
+    records = [ShardRecord(**read_record(p)) for p in sorted(folder.glob("shard-*.json"))]
     return [r for r in records if (folder / r.file).is_file()]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an error names the file."""
+def read_record(path: Path) -> dict[str, Any]:
+    """Read one of a set's JSON files.
+
+    Raises:
+        ShardError: If it is damaged.
+    """
     try:
-        content = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise ShardError(f"{path} is damaged: {e}") from e
-    if not isinstance(content, dict):
-        raise ShardError(f"{path} is damaged: a JSON object was expected, not {type(content).__name__}")
-    return content
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that readers see the old or the new one, whole, even after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as f:
-        json.dump(content, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    put_in_place(temporary, path)
-
-
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Rename a finished file, and make the rename itself durable."""
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        return read_json(path)
+    except ValueError as error:
+        raise ShardError(f"{error}; it is damaged") from error
 
 
 def require_disk(folder: Path, n_bytes: int, *, force: bool = False) -> None:

@@ -11,19 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from aen_lightning.shards.manifest import (
-    MANIFEST_NAME,
-    STORED_DTYPES,
-    Manifest,
-    ShardError,
-    ShardRecord,
-    loose_records,
-    read_json,
-    write_json,
-)
+from aen_lightning.files import DTYPES, write_json
+from aen_lightning.shards.manifest import MANIFEST_NAME, Manifest, ShardError, ShardRecord, loose_records, read_record
 from aen_lightning.shards.saelens_cache import SAELensCache
 from aen_lightning.shards.source import ActivationSource
 
@@ -58,7 +51,7 @@ class ShardSet(ActivationSource):
             )
         if not self.manifest.n_tokens:
             raise ShardError(f"{self.path} holds no activations: its {len(self.manifest.shards)} shards are empty")
-        self.d_in, self.dtype = self.manifest.d_in, STORED_DTYPES[self.manifest.dtype]
+        self.d_in, self.dtype = self.manifest.d_in, DTYPES[self.manifest.dtype]
         self.context_size, self.metadata = self.manifest.context_size, self.manifest.metadata
         self.records = [s for s in self.manifest.shards if s.n_tokens]
         self.part_sizes = [s.n_tokens for s in self.records]
@@ -78,15 +71,14 @@ class ShardSet(ActivationSource):
 def _open_shard(folder: Path, record: ShardRecord, manifest: Manifest) -> dict[str, Tensor]:
     path, names = folder / record.file, ["token_ids", *manifest.d_in]
     try:
-        with safe_open(path, framework="pt") as f:
-            if sorted(f.keys()) != sorted(names):
-                raise ShardError(f"{path} holds {sorted(f.keys())}, expected {sorted(names)}")
-            tensors = {name: f.get_tensor(name) for name in names}
+        tensors = load_file(path)  # mapped: pages are read when they are used
     except (SafetensorError, OSError) as e:
         raise ShardError(f"{path} cannot be read: {e}") from e
+    if sorted(tensors) != sorted(names):
+        raise ShardError(f"{path} holds {sorted(tensors)}, expected {sorted(names)}")
     for name, tensor in tensors.items():
         shape = (record.n_tokens,) if name == "token_ids" else (record.n_tokens, manifest.d_in[name])
-        dtype = torch.int32 if name == "token_ids" else STORED_DTYPES[manifest.dtype]
+        dtype = torch.int32 if name == "token_ids" else DTYPES[manifest.dtype]
         if tensor.shape != shape or tensor.dtype != dtype:
             raise ShardError(
                 f"{path}: {name!r} is {tuple(tensor.shape)} {tensor.dtype}, by the manifest it should be {shape} {dtype}"
@@ -119,7 +111,7 @@ def _check_hash(folder: Path, record: ShardRecord) -> None:
 def _check_hashes(folder: Path, records: Sequence[ShardRecord], *, again: bool) -> None:
     """Compare hashes, several files at a time, and note what was compared."""
     stamps_path = folder / _STAMPS_NAME
-    stamps = read_json(stamps_path) if stamps_path.is_file() else {}
+    stamps = read_record(stamps_path) if stamps_path.is_file() else {}
     due = [r for r in records if again or stamps.get(r.file) != _stamp(folder, r)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for _ in pool.map(lambda r: _check_hash(folder, r), due):

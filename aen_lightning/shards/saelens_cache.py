@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aen_lightning.shards.manifest import STORED_DTYPES, ShardError
+from aen_lightning.files import DTYPES
+from aen_lightning.shards.manifest import ShardError
 from aen_lightning.shards.source import ActivationSource
 
 
@@ -40,7 +41,7 @@ class SAELensCache(ActivationSource):
             raise ShardError(f"{path}: the columns differ in context_size: {sorted(shapes)}")
         self.d_in = {n: f.shape[1] for n, f in columns.items()}
         self.context_size = next(iter(shapes))[0]
-        self.dtype = STORED_DTYPES[next(iter(columns.values())).dtype]
+        self.dtype = DTYPES[next(iter(columns.values())).dtype]
         self.metadata = {}
         self._columns = [*columns, *(["token_ids"] if "token_ids" in dataset.column_names else [])]
         chunks = self._table.column(next(iter(columns))).chunks

@@ -11,20 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from aen_lightning.files import DTYPES, put_in_place, safetensors_header, temporary_beside, write_json
 from aen_lightning.shards.manifest import (
     MANIFEST_NAME,
-    STORED_DTYPES,
     Manifest,
     ShardError,
     ShardRecord,
     loose_records,
-    put_in_place,
     record_path,
     shard_name,
-    write_json,
 )
 
-_SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _COPY_BYTES = 1 << 24
 
 
@@ -47,23 +44,15 @@ class ShardStream:
         self.n_tokens = 0
         self.counts: dict[str, int] = {}
         # int32 first: whatever n_tokens is, every tensor then begins at a multiple of its element size
-        self._row_bytes = {"token_ids": 4} | {h: d * STORED_DTYPES[dtype].itemsize for h, d in self.d_in.items()}
-        self._header = self._make_header(capacity, None)
-        self._temporary = folder / f".{shard_name(index)}.{os.getpid()}.tmp"
+        self._row_bytes = {"token_ids": 4} | {h: d * DTYPES[dtype].itemsize for h, d in self.d_in.items()}
+        self._header = self._make_header(capacity)
+        self._temporary = temporary_beside(folder / shard_name(index))
         self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         self._starts = self._tensor_starts(capacity)
 
-    def _make_header(self, n: int, length: int | None) -> bytes:
-        tensors: dict[str, object] = {"__metadata__": {"format": "pt", "shard": str(self.index)}}
-        offset = 0
-        for name, row_bytes in self._row_bytes.items():
-            shape = [n] if name == "token_ids" else [n, self.d_in[name]]
-            dtype = "I32" if name == "token_ids" else _SAFETENSORS_NAMES[self.dtype]
-            tensors[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + n * row_bytes]}
-            offset += n * row_bytes
-        header = json.dumps(tensors, separators=(",", ":")).encode()
-        padded = length if length is not None else -(-len(header) // 8) * 8
-        return padded.to_bytes(8, "little") + header.ljust(padded, b" ")
+    def _make_header(self, n: int, length: int | None = None) -> bytes:
+        tensors = {"token_ids": (torch.int32, (n,))} | {h: (DTYPES[self.dtype], (n, d)) for h, d in self.d_in.items()}
+        return safetensors_header(tensors, {"format": "pt", "shard": str(self.index)}, length=length)
 
     def _tensor_starts(self, n: int) -> dict[str, int]:
         starts, offset = {}, len(self._header)
@@ -92,7 +81,7 @@ class ShardStream:
                 raise ValueError(
                     f"activations of {hook!r} must have shape {(n, self.d_in[hook])} beside {n} token ids, got {tuple(x.shape)}"
                 )
-            self._write(hook, x.to("cpu", STORED_DTYPES[self.dtype]))
+            self._write(hook, x.to("cpu", DTYPES[self.dtype]))
         self._write("token_ids", token_ids.to("cpu", torch.int32))
         self.n_tokens += n
 
@@ -108,14 +97,13 @@ class ShardStream:
 
     def close(self) -> ShardRecord:
         """Finish: after this the shard exists, and so does its record."""
-        n, length = self.n_tokens, len(self._header) - 8
+        n, length = self.n_tokens, len(self._header)
         starts = self._tensor_starts(n)
         for name in self._row_bytes if n < self.capacity else ():
             _move_down(self._fd, self._starts[name], starts[name], n * self._row_bytes[name])
         n_bytes = len(self._header) + n * sum(self._row_bytes.values())
         _pwrite(self._fd, memoryview(self._make_header(n, length)), 0)
         os.ftruncate(self._fd, n_bytes)
-        os.fsync(self._fd)
         os.close(self._fd)
         self._fd = -1
         with self._temporary.open("rb") as f:

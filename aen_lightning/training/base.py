@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -12,52 +10,74 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sae_lens import TrainingSAE
-from sae_lens.training.optim import get_lr_scheduler
 from torch import Tensor, nn
 
 from aen_lightning import sparse
 from aen_lightning.callbacks import DeadFeatureTracker, DelayedWarmup, EMAWeightRefresh, ExportSAE, Throughput
-from aen_lightning.callbacks._modules import prefixed
+from aen_lightning.callbacks.modules import prefixed
 from aen_lightning.saes.aen import AENTrainingSAE
 from aen_lightning.saes.export import check_scaling, export_sae
 from aen_lightning.saes.input_scaling import InputScaling
-from aen_lightning.training.tracked_sae import SAEUnit
+from aen_lightning.saes.step_schedule import StepSchedule
+from aen_lightning.training.hand_back import HandBack
+from aen_lightning.training.optimizer import OptimizerSettings
+from aen_lightning.training.tracked_sae import TrackedSAE
 
 
 class SAETrainingModule(pl.LightningModule):
     """Trains SAEs on batches of activations, each with its own loss and its gradients clipped on their own.
 
-    A base of the modules in :mod:`aen_lightning.training.module` and :mod:`aen_lightning.training.refit`, which say what ``self.hparams`` must hold.
-
     Args:
-        saes: The SAEs by name.
+        saes: The SAEs by name; the only one of a run has the empty name.
+        dead_feature_window: Training steps without firing after which a feature counts as dead in ``sparsity/dead_features``
+            and, in architectures that revive features, gets the auxiliary loss.
+        compile_sae: Compile the training forward pass with ``torch.compile``; the step is then dense.
+        sae_compilation_mode: ``torch.compile``'s mode.
+        sae_compilation_backend: ``torch.compile``'s backend; ``inductor`` needs a C++ compiler on a CPU.
+        **optimizer: As for :class:`~aen_lightning.training.optimizer.OptimizerSettings`.
+
+    Raises:
+        ValueError: For settings that make no sense.
     """
 
-    def __init__(self, saes: Mapping[str, TrainingSAE[Any]]) -> None:
+    def __init__(
+        self,
+        saes: Mapping[str, TrainingSAE[Any]],
+        dead_feature_window: int = 1000,
+        compile_sae: bool = False,
+        sae_compilation_mode: str | None = None,
+        sae_compilation_backend: str = "inductor",
+        **optimizer: Any,
+    ) -> None:
         super().__init__()
-        h = self.hparams
-        if not h["lr"] > 0:
-            raise ValueError(f"lr must be positive, got {h['lr']}")
-        self.optimizer_class = _optimizer_class(h["optimizer"], h["optimizer_kwargs"] or {})
-        self.units = cast(
-            "Sequence[SAEUnit]",
+        self.optimizer_settings = OptimizerSettings(**optimizer)
+        self.compile_sae = compile_sae
+        self.sae_compilation_mode, self.sae_compilation_backend = sae_compilation_mode, sae_compilation_backend
+        self.tracked = cast(
+            "Sequence[TrackedSAE]",
             nn.ModuleList(
-                SAEUnit(sae, name=name, dead_feature_window=h["dead_feature_window"]) for name, sae in saes.items()
+                TrackedSAE(sae, name=name, dead_feature_window=dead_feature_window) for name, sae in saes.items()
             ),
         )
         self.n_training_samples = 0
         self.input_scaling = InputScaling()
+        self.step_schedule = StepSchedule()
 
     @property
     def saes(self) -> dict[str, TrainingSAE[Any]]:
-        """The SAEs by name; the only one of a run has the empty name."""
-        return {unit.name: unit.sae for unit in self.units}
+        """The SAEs by name."""
+        return {tracked.name: tracked.sae for tracked in self.tracked}
+
+    @property
+    def sparsity_multipliers(self) -> dict[str, Tensor]:
+        """Scalars by which the sparsity coefficient of each SAE is multiplied, by name; 1 unless a callback changes them."""
+        return {tracked.name: tracked.sparsity_multiplier for tracked in self.tracked}
 
     # --- wiring ---------------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """The callbacks training needs; one of the same class (or a subclass) given to the Trainer takes its place."""
-        defaults: list[type[pl.Callback]] = [DeadFeatureTracker, ExportSAE, Throughput]
+        defaults: list[type[pl.Callback]] = [HandBack, DeadFeatureTracker, ExportSAE, Throughput]
         if self._adaptive_saes():
             defaults = [DelayedWarmup, EMAWeightRefresh, *defaults]
         given = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
@@ -72,98 +92,75 @@ class SAETrainingModule(pl.LightningModule):
                 f"{type(self).__name__} trains on one hook, but {type(datamodule).__name__} gives {', '.join(d_in)}: "
                 "set hook_name to one of them"
             )
-        for unit in self.units:
-            if d_in is not None and d_in != unit.sae.cfg.d_in:
+        for sae in self.saes.values():
+            if d_in is not None and d_in != sae.cfg.d_in:
                 raise ValueError(
-                    f"the SAE has d_in={unit.sae.cfg.d_in}, but {type(datamodule).__name__} gives activations of width {d_in}: "
+                    f"the SAE has d_in={sae.cfg.d_in}, but {type(datamodule).__name__} gives activations of width {d_in}: "
                     f"set model.sae.d_in to {d_in}"
                 )
         self._adopt_data_description()
-        for sae in self._adaptive_saes():
-            sae.reduce_mean = self._reduce_mean
-        if self.hparams["compile_sae"] and stage == "fit":
-            for unit in self.units:
-                unit.sae.training_forward_pass = torch.compile(
-                    unit.sae.training_forward_pass,
-                    mode=self.hparams["sae_compilation_mode"],
-                    backend=self.hparams["sae_compilation_backend"],
-                )
+        if self.compile_sae and stage == "fit":
+            for tracked in self.tracked:
+                tracked.compile(mode=self.sae_compilation_mode, backend=self.sae_compilation_backend)
 
     def _adaptive_saes(self) -> list[AENTrainingSAE]:
-        return [unit.sae for unit in self.units if isinstance(unit.sae, AENTrainingSAE)]
+        return [sae for sae in self.saes.values() if isinstance(sae, AENTrainingSAE)]
 
     def _adopt_data_description(self) -> None:
         datamodule = getattr(self.trainer, "datamodule", None)
         scaling = getattr(datamodule, "input_scaling", None)
         if isinstance(scaling, InputScaling):
             self.input_scaling = scaling
-        for unit in self.units:
+        for sae in self.saes.values():
             for key, value in getattr(datamodule, "sae_metadata", {}).items():
-                unit.sae.cfg.metadata[key] = value
-            check_scaling(unit.sae.cfg, self.input_scaling)
-
-    def _reduce_mean(self, tensor: Tensor) -> Tensor:
-        return cast(Tensor, self.trainer.strategy.reduce(tensor, reduce_op="mean"))
+                sae.cfg.metadata[key] = value
+            check_scaling(sae.cfg, self.input_scaling)
 
     def on_fit_start(self) -> None:
-        """Tell the SAEs where Lightning put them, and that callbacks now schedule their adaptive state."""
-        for unit in self.units:
+        """Tell the SAEs where Lightning put them, and settle how their steps are embedded in this run."""
+        for sae in self.saes.values():
             # Module.to reaches parameters only; SAELens keeps device and dtype as plain attributes as well.
-            unit.sae.to(device=self.device)
-            if unit.sae.W_enc.dtype != unit.sae.dtype:
-                unit.sae.to(dtype=unit.sae.W_enc.dtype)
-        for sae in self._adaptive_saes():
-            sae.scheduled_externally = True
-            sae.micro_batches_per_step = self.trainer.accumulate_grad_batches
+            sae.to(device=self.device)
+            if sae.W_enc.dtype != sae.dtype:
+                sae.to(dtype=sae.W_enc.dtype)
+        strategy = self.trainer.strategy
+        self.step_schedule = StepSchedule(
+            n_micro_batches=self.trainer.accumulate_grad_batches,
+            reduce_mean=lambda tensor: cast(Tensor, strategy.reduce(tensor, reduce_op="mean")),
+        )
 
     def on_train_start(self) -> None:
         """Read the data's description again: an average scale is only known once data have been seen."""
         self._adopt_data_description()
 
-    def on_fit_end(self) -> None:
-        """Hand the schedule back, so that the SAEs train as well under SAELens's own trainer."""
+    def hand_back(self) -> None:
+        """Leave the SAEs as if this module had never had them; after every fit, also one that raised."""
+        self.step_schedule = StepSchedule()
         for sae in self._adaptive_saes():
-            sae.scheduled_externally = False
-            sae.micro_batches_per_step = 1
             sae.W_enc.data = sae.W_enc.data.contiguous()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer with a parameter group per SAE, and SAELens's learning-rate schedule, stepped once per optimizer step."""
-        h = self.hparams
-        arguments: dict[str, Any] = {"lr": h["lr"], **(h["optimizer_kwargs"] or {})}
-        # Adam's fused kernel takes the same steps several times faster; Lightning does not clip with it in mixed precision
-        if self.optimizer_class in (torch.optim.Adam, torch.optim.AdamW) and "mixed" not in str(self.trainer.precision):
-            arguments.setdefault("fused", self.device.type in ("cpu", "cuda"))
-        optimizer_class = self.optimizer_class
+        optimizer_class = None
         if self._lays_encoders_feature_by_feature():
             # the layout of the step on the non-zeros, and the Adam that keeps to it; the same numbers as torch's
             for sae in self._adaptive_saes():
                 sparse.feature_major_(sae.W_enc)
             optimizer_class = sparse.FusedAdam
-        groups = [{"params": list(unit.sae.parameters())} for unit in self.units]
-        optimizer = optimizer_class(groups, **arguments)
-        training_steps = self.trainer.estimated_stepping_batches
-        if (h["lr_decay_steps"] or h["lr_scheduler_name"] != "constant") and training_steps == float("inf"):
-            raise ValueError("lr_decay_steps and cosine schedules need to know the end: set trainer.max_steps")
-        scheduler = get_lr_scheduler(
-            h["lr_scheduler_name"],
-            optimizer=optimizer,
-            training_steps=int(training_steps) if training_steps != float("inf") else 0,
-            lr=h["lr"],
-            warm_up_steps=h["lr_warm_up_steps"],
-            decay_steps=h["lr_decay_steps"],
-            lr_end=h["lr"] / 10 if h["lr_end"] is None else h["lr_end"],
-            num_cycles=h["n_restart_cycles"],
+        return self.optimizer_settings.configure(
+            [tracked.sae.parameters() for tracked in self.tracked],
+            training_steps=self.trainer.estimated_stepping_batches,
+            device=self.device,
+            mixed_precision="mixed" in str(self.trainer.precision),
+            optimizer_class=optimizer_class,
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _lays_encoders_feature_by_feature(self) -> bool:
         return (
-            self.optimizer_class is torch.optim.Adam
-            and not self.hparams["optimizer_kwargs"]
+            self.optimizer_settings.is_plain_adam
             and "mixed" not in str(self.trainer.precision)
             and self.trainer.world_size == 1  # DDP and FSDP lay out their buckets before the optimizer is made
-            and not self.hparams["compile_sae"]
+            and not self.compile_sae
             and any(sae.sparse_step_applies() for sae in self._adaptive_saes())
             and sparse.FusedAdam.supported()
         )
@@ -175,14 +172,14 @@ class SAETrainingModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as the Trainer asks, each SAE's gradients by their own norm: as in separate runs."""
-        if len(self.units) == 1 or not gradient_clip_val:
+        if len(self.tracked) == 1 or not gradient_clip_val:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        for unit in self.units:
+        for sae in self.saes.values():
             if gradient_clip_algorithm == "value":
-                nn.utils.clip_grad_value_(unit.sae.parameters(), gradient_clip_val)
+                nn.utils.clip_grad_value_(sae.parameters(), gradient_clip_val)
             else:
-                nn.utils.clip_grad_norm_(unit.sae.parameters(), gradient_clip_val)
+                nn.utils.clip_grad_norm_(sae.parameters(), gradient_clip_val)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The optimizer's step, then the decoder rows back to unit norm."""
@@ -204,22 +201,24 @@ class SAETrainingModule(pl.LightningModule):
         n_tokens = len(batch) * self.trainer.world_size
         self.n_training_samples += n_tokens
         losses, n_firings, logs = [], {}, {}
-        for unit in self.units:
-            self._check_batch(batch, unit)
-            output = unit.training_forward_pass(batch, n_training_steps=n_steps, is_logging_step=is_logging_step)
+        for tracked in self.tracked:
+            self._check_batch(batch, tracked)
+            output = tracked.training_forward_pass(
+                batch, self.step_schedule, n_training_steps=n_steps, is_logging_step=is_logging_step
+            )
             losses.append(output.loss)
             with torch.no_grad():
-                counts = self.trainer.strategy.reduce(unit.firing_counts(output), reduce_op="sum")
-                n_firings[unit.name] = cast(Tensor, counts)
-                unit.note_firings(n_firings[unit.name])
+                counts = self.trainer.strategy.reduce(tracked.firing_counts(output), reduce_op="sum")
+                n_firings[tracked.name] = cast(Tensor, counts)
+                tracked.note_firings(n_firings[tracked.name])
                 if is_logging_step:
-                    logs[unit.name] = unit.log_values(output, n_steps)
+                    logs[tracked.name] = tracked.log_values(output, n_steps)
         if is_logging_step:
             self._log_training(logs)
         return {"loss": torch.stack(losses).sum(), "n_firings": n_firings, "n_tokens": n_tokens}
 
-    def _check_batch(self, batch: Tensor, unit: SAEUnit) -> None:
-        d_in = unit.sae.cfg.d_in
+    def _check_batch(self, batch: Tensor, tracked: TrackedSAE) -> None:
+        d_in = tracked.sae.cfg.d_in
         if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.shape[-1] != d_in:
             got = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
             raise ValueError(
@@ -240,7 +239,7 @@ class SAETrainingModule(pl.LightningModule):
         def mean(key: str) -> Tensor:
             return torch.stack([values[key].float() for values in logs.values()]).mean()
 
-        dead = [logs[unit.name]["sparsity/dead_features"] / unit.sae.cfg.d_sae for unit in self.units]
+        dead = [logs[tracked.name]["sparsity/dead_features"] / tracked.sae.cfg.d_sae for tracked in self.tracked]
         bar = {
             "loss": mean("losses/overall_loss"),
             "l0": mean("metrics/l0"),
@@ -251,15 +250,15 @@ class SAETrainingModule(pl.LightningModule):
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Update the held-out metrics; no SAE's state changes."""
-        for unit in self.units:
-            self._check_batch(batch, unit)
-            unit.evaluate(batch, unit.val_metrics)
+        for tracked in self.tracked:
+            self._check_batch(batch, tracked)
+            tracked.evaluate(batch, tracked.val_metrics)
 
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
         """As :meth:`validation_step`, for the test split."""
-        for unit in self.units:
-            self._check_batch(batch, unit)
-            unit.evaluate(batch, unit.test_metrics)
+        for tracked in self.tracked:
+            self._check_batch(batch, tracked)
+            tracked.evaluate(batch, tracked.test_metrics)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/metrics/...`` over the whole held-out split."""
@@ -270,10 +269,10 @@ class SAETrainingModule(pl.LightningModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, stage: Literal["val", "test"]) -> None:
-        for unit in self.units:
-            metrics = unit.val_metrics if stage == "val" else unit.test_metrics
+        for tracked in self.tracked:
+            metrics = tracked.val_metrics if stage == "val" else tracked.test_metrics
             values = metrics.compute()
-            self.log_dict({prefixed(unit.name, f"{stage}/metrics/{name}"): value for name, value in values.items()})
+            self.log_dict({prefixed(tracked.name, f"{stage}/metrics/{name}"): value for name, value in values.items()})
             metrics.reset()
 
     # --- saving ---------------------------------------------------------------------------------------------------
@@ -283,7 +282,7 @@ class SAETrainingModule(pl.LightningModule):
         checkpoint["aen_lightning"] = {
             "n_training_samples": self.n_training_samples,
             "input_scaling": {"kind": self.input_scaling.kind, "factor": self.input_scaling.factor},
-            "units": [unit.extra_state() for unit in self.units],
+            "tracked": [tracked.extra_state() for tracked in self.tracked],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -291,26 +290,9 @@ class SAETrainingModule(pl.LightningModule):
         state = checkpoint["aen_lightning"]
         self.n_training_samples = state["n_training_samples"]
         self.input_scaling = InputScaling(**state["input_scaling"])
-        for unit, extra in zip(self.units, state["units"], strict=True):
-            unit.load_extra_state(extra)
+        for tracked, extra in zip(self.tracked, state["tracked"], strict=True):
+            tracked.load_extra_state(extra)
 
     def export(self, path: str | Path, log_sparsity: Tensor | None = None, *, name: str = "") -> Path:
         """Write one dictionary as a SAELens folder for raw activations; see :func:`aen_lightning.saes.export.export_sae`."""
         return export_sae(self.saes[name], path, input_scaling=self.input_scaling, log_sparsity=log_sparsity)
-
-
-def _optimizer_class(class_path: str, kwargs: dict[str, Any]) -> type[torch.optim.Optimizer]:
-    module_name, _, name = class_path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"optimizer must be the class path of a torch optimizer such as 'torch.optim.AdamW', got {class_path!r}"
-        ) from error
-    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-        raise ValueError(f"optimizer {class_path!r} is not a torch.optim.Optimizer")
-    accepted = inspect.signature(found).parameters
-    unknown = [key for key in kwargs if key not in accepted]
-    if unknown:
-        raise ValueError(f"{class_path} takes no argument {unknown[0]!r}; it takes {', '.join(accepted)}")
-    return found

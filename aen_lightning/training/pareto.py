@@ -26,10 +26,10 @@ def sweep_table(trainer: pl.Trainer, module: SweepModule, datamodule: pl.Lightni
             f"{type(datamodule).__name__} has no validation split to compare the sweep on: hold some documents or rows out"
         )
     rows = []
-    for member, unit in zip(module.members, module.units, strict=True):
-        row: dict[str, Any] = {"name": member.name, "architecture": unit.sae.cfg.architecture(), **member.varied}
+    for member, tracked in zip(module.members, module.tracked, strict=True):
+        row: dict[str, Any] = {"name": member.name, "architecture": tracked.sae.cfg.architecture(), **member.varied}
         row |= {metric: values[f"{member.name}/val/metrics/{metric}"] for metric in METRICS}
-        row |= {"d_in": unit.sae.cfg.d_in, "d_sae": unit.sae.cfg.d_sae, "seed": member.seed}
+        row |= {"d_in": tracked.sae.cfg.d_in, "d_sae": tracked.sae.cfg.d_sae, "seed": member.seed}
         row |= {"n_training_samples": module.n_training_samples}
         rows.append(row)
     return pd.DataFrame(rows)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning.pytorch as pl
-
 from aen_lightning.evaluate.dictionary import load_dictionary
 from aen_lightning.saes.relaxed import RelaxedTrainingSAE
 from aen_lightning.training.base import SAETrainingModule
@@ -20,34 +18,19 @@ class RefitModule(SAETrainingModule):
     Args:
         dictionary: A SAELens folder, or ``RELEASE:ID`` on the Hub, of architecture ``standard``, ``aen`` or ``jumprelu``. The data must
             be what it was trained on: the same hook, ``input_scaling: per_token`` where it scales each token.
-        lr: Learning rate.
-        lr_decay_steps: Optimizer steps of linear decay to zero at the end; needs ``max_steps`` on the Trainer.
-        optimizer: Class path of a ``torch.optim.Optimizer`` that takes ``params, lr=...``.
-        optimizer_kwargs: Further arguments of the optimizer.
-        dead_feature_window: Training steps without firing after which a feature counts as dead.
+        **training: As for :class:`~aen_lightning.training.base.SAETrainingModule`: ``lr``, ``lr_decay_steps``, ...
 
     Raises:
         FileNotFoundError: If there is no such dictionary.
         ValueError: For an architecture without thresholds; at ``setup``, if the data are not what the dictionary is for.
     """
 
-    def __init__(
-        self,
-        dictionary: str,
-        lr: float = 1e-3,
-        lr_decay_steps: int = 0,
-        optimizer: str = "torch.optim.Adam",
-        optimizer_kwargs: dict[str, Any] | None = None,
-        dead_feature_window: int = 1000,
-    ) -> None:
-        pl.LightningModule.__init__(self)
-        self.save_hyperparameters()
-        schedule = {"lr_scheduler_name": "constant", "lr_warm_up_steps": 0, "lr_end": None, "n_restart_cycles": 1}
-        self.hparams.update({**schedule, "compile_sae": False})
+    def __init__(self, dictionary: str, **training: Any) -> None:
         source = load_dictionary(dictionary)
+        super().__init__({"": RelaxedTrainingSAE.of(source)}, **training)
+        self.save_hyperparameters(logger=False)
         self._scaled_by = "per_token" if source.cfg.normalize_activations == "constant_norm_rescale" else "none"
         self._hook_name = source.cfg.metadata.hook_name
-        super().__init__({"": RelaxedTrainingSAE.of(source)})
 
     def setup(self, stage: str) -> None:
         """Check that the data are those of the dictionary before any work."""

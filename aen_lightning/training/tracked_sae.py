@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from torchmetrics import Metric, MetricCollection
 
 from aen_lightning.metrics import L0, MSE, DeadFeatures, ExplainedVariance, ShrinkageRatio, firing_counts
 from aen_lightning.saes.aen import AENTrainingSAE
+from aen_lightning.saes.step_schedule import StepSchedule
 
 
 def new_sae(cfg: TrainingSAEConfig, seed: int | None) -> TrainingSAE[Any]:
@@ -22,7 +24,7 @@ def new_sae(cfg: TrainingSAEConfig, seed: int | None) -> TrainingSAE[Any]:
         return cast("TrainingSAE[Any]", TrainingSAE.from_dict(cfg.to_dict()))
 
 
-class SAEUnit(nn.Module):
+class TrackedSAE(nn.Module):
     """One SAE with what its training needs besides its weights.
 
     Args:
@@ -32,6 +34,7 @@ class SAEUnit(nn.Module):
     """
 
     n_forward_passes_since_fired: Tensor
+    sparsity_multiplier: Tensor
 
     def __init__(self, sae: TrainingSAE[Any], *, name: str, dead_feature_window: int) -> None:
         super().__init__()
@@ -39,37 +42,53 @@ class SAEUnit(nn.Module):
         self.name = name
         self.dead_feature_window = dead_feature_window
         self.sae = sae
+        self.register_buffer("sparsity_multiplier", torch.ones(()))
         self.register_buffer("n_forward_passes_since_fired", torch.zeros(cfg.d_sae, dtype=torch.int64))
         self.train_metrics = _metrics(cfg.d_in)
         self.val_metrics = _metrics(cfg.d_in, cfg.d_sae)
         self.test_metrics = _metrics(cfg.d_in, cfg.d_sae)
+        self._compiled_forward_pass: Callable[..., TrainStepOutput] | None = None
 
     @property
     def dead_neuron_mask(self) -> Tensor:
         """Features that have not fired for ``dead_feature_window`` training steps, shape (d_sae,), bool."""
         return self.n_forward_passes_since_fired > self.dead_feature_window
 
-    def coefficients(self, n_training_steps: int) -> dict[str, float]:
-        """SAELens's loss coefficients after ``n_training_steps`` finished steps, warm-up included."""
-        values = {}
+    def coefficients(self, n_training_steps: int) -> dict[str, Any]:
+        """SAELens's loss coefficients after ``n_training_steps`` finished steps, warm-up and multiplier included.
+
+        A number each, those of sparsity (``l1``, ``l0``) a scalar tensor, so that a multiplier on a GPU is never waited for.
+        """
+        values: dict[str, Any] = {}
         for name, cfg in self.sae.get_coefficients().items():
             value, warm_up = cfg if isinstance(cfg, TrainCoefficientConfig) else (cfg, 0)
             scheduler = CoefficientScheduler(warm_up_steps=warm_up, final_value=value)
             scheduler.load_state_dict({"current_step": n_training_steps})
-            values[name] = scheduler.value
+            values[name] = scheduler.value * self.sparsity_multiplier if name in ("l1", "l0") else scheduler.value
         return values
 
-    def training_forward_pass(self, x: Tensor, *, n_training_steps: int, is_logging_step: bool) -> TrainStepOutput:
+    def compile(self, *, mode: str | None, backend: str) -> None:
+        """Compile the training forward pass; a second call does nothing. The SAE itself stays as it is."""
+        if self._compiled_forward_pass is None:
+            self._compiled_forward_pass = torch.compile(self._forward_pass, mode=mode, backend=backend)
+
+    def training_forward_pass(
+        self, x: Tensor, schedule: StepSchedule, *, n_training_steps: int, is_logging_step: bool
+    ) -> TrainStepOutput:
         """SAELens's training forward pass on a batch (batch, d_in)."""
-        return self.sae.training_forward_pass(
-            TrainStepInput(
-                sae_in=x,
-                coefficients=self.coefficients(n_training_steps),
-                dead_neuron_mask=self.dead_neuron_mask,
-                n_training_steps=n_training_steps,
-                is_logging_step=is_logging_step,
-            )
+        step_input = TrainStepInput(
+            sae_in=x,
+            coefficients=self.coefficients(n_training_steps),
+            dead_neuron_mask=self.dead_neuron_mask,
+            n_training_steps=n_training_steps,
+            is_logging_step=is_logging_step,
         )
+        return (self._compiled_forward_pass or self._forward_pass)(step_input, schedule)
+
+    def _forward_pass(self, step_input: TrainStepInput, schedule: StepSchedule) -> TrainStepOutput:
+        if isinstance(self.sae, AENTrainingSAE):
+            return self.sae.scheduled_forward_pass(step_input, schedule)
+        return self.sae.training_forward_pass(step_input)
 
     def firing_counts(self, output: TrainStepOutput) -> Tensor:
         """How often each feature fired in this batch, on this rank, shape (d_sae,), int64."""

@@ -28,8 +28,22 @@ def make_sae(**overrides: Any) -> AENTrainingSAE:
 
 
 @pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
-@pytest.mark.parametrize("starvation_guard", [0.0, 0.9])
-def test_sixty_float64_steps_equal_a_hand_written_oracle(apply_b_dec_to_input: bool, starvation_guard: float):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sparse_step": "off"},
+        {"starvation_guard": 0.9},
+        {"penalty": "mcp", "starvation_guard": 0.9},
+        {"penalty": "mcp", "sparse_step": "off"},
+        {"penalty": "scad", "penalty_shape": 3.7},
+        {"penalty": "log", "penalty_shape": 1.0},
+        {"remove_radial_gradient": True},
+        {"remove_radial_gradient": True, "sparse_step": "off"},
+    ],
+    ids=str,
+)
+def test_sixty_float64_steps_equal_a_hand_written_oracle(apply_b_dec_to_input: bool, options: dict[str, Any]):
     torch.manual_seed(0)
     cfg = AENTrainingSAEConfig(
         d_in=12,
@@ -43,10 +57,10 @@ def test_sixty_float64_steps_equal_a_hand_written_oracle(apply_b_dec_to_input: b
         warmup_delay_steps=20,
         warmup_ramp_steps=25,
         l1_warmup_steps=10,
-        starvation_guard=starvation_guard,
         guard_decay=0.8,
         guard_min=0.3,
         apply_b_dec_to_input=apply_b_dec_to_input,
+        **options,
     )
     sae = AENTrainingSAE(cfg)
     oracle = Oracle(sae, cfg)
@@ -65,7 +79,10 @@ def test_sixty_float64_steps_equal_a_hand_written_oracle(apply_b_dec_to_input: b
         "the adaptive weights must have come into play for the comparison to mean anything"
     )
     assert_close(sae.feature_acts_ema, oracle.m, rtol=1e-12, atol=1e-14)
-    if starvation_guard:
+    if cfg.penalty != "l1":
+        assert_close(sae.activation_scale, oracle.tau, rtol=1e-12, atol=0)
+        assert output.metrics["coding_convexity"]() > 0
+    if cfg.starvation_guard:
         assert 0 < output.metrics["guarded_share"]() < 1
     else:
         assert "firing_rate_ema" not in sae.state_dict()
@@ -95,6 +112,23 @@ def test_evaluating_never_changes_state():
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("sparse_step", ["off", "on"])
+def test_a_training_forward_pass_in_eval_mode_changes_no_state_and_gives_the_same_loss(sparse_step: str):
+    sae = make_sae(sparse_step=sparse_step, starvation_guard=0.1, dtype="float64", warmup_delay_steps=0, d_sae=200)
+    with torch.no_grad():
+        sae.b_enc.fill_(-1.5)
+    x = torch.randn(64, 8, dtype=torch.float64)
+    sae.training_forward_pass(step_input(x))
+    before = {k: v.clone() for k, v in sae.state_dict().items()}
+    sae.eval()
+    evaluated = [sae.training_forward_pass(step_input(x, n)).loss for n in range(1, 4)]
+    for name, value in sae.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    acts = sae.encode(x)
+    by_hand = (x - sae.decode(acts)).square().sum(-1) + 0.5 * acts @ sae.l1_weights + 0.1 * acts.square().sum(-1)
+    assert_close(torch.stack(evaluated), by_hand.mean().expand(3))
+
+
 def test_training_forward_pass_follows_the_schedule_of_the_config():
     sae = make_sae(warmup_delay_steps=2, warmup_ramp_steps=4)
     x = torch.randn(16, 8)
@@ -116,6 +150,19 @@ def test_decoder_rows_have_unit_norm_before_each_forward_and_on_export(tmp_path:
     assert_close(sae.W_dec.norm(dim=-1), torch.full((24,), 3.0)), "export leaves the SAE alone"
 
 
+def test_export_after_an_unprojected_step_keeps_the_function(tmp_path: Path):
+    sae = make_sae(dtype="float64")
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.rand(24, 1) + 0.5)
+    x = torch.randn(16, 8, dtype=torch.float64)
+    out = sae(x)
+    sae.save_inference_model(tmp_path)
+    read = SAE.load_from_disk(tmp_path, dtype="float64")
+    assert_close(read(x), out, rtol=1e-6, atol=1e-7)  # the file holds float32 where SAELens saves it so
+    assert_close(read.W_dec.norm(dim=-1), torch.ones(24, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    assert torch.equal(sae(x), out)
+
+
 def test_published_initialisation_is_torchs_linear():
     sae = make_sae(d_in=64, d_sae=256)
     bound = 64**-0.5
@@ -134,11 +181,10 @@ def test_tied_initialisation_of_saelens():
 
 def test_micro_batches_keep_the_half_life_in_training_steps():
     whole, parts = make_sae(starvation_guard=0.1), make_sae(starvation_guard=0.1)
-    parts.micro_batches_per_step = 4
     mean, rates = torch.rand(24), torch.rand(24)
     whole.observe(mean, rates)
     for _ in range(4):
-        parts.observe(mean, rates)
+        parts.observe(mean, rates, n_micro_batches=4)
     assert_close(parts.feature_acts_ema, whole.feature_acts_ema)
     assert_close(parts.firing_rate_ema, whole.firing_rate_ema)
 
@@ -246,6 +292,52 @@ def test_constant_norm_rescale_takes_and_returns_raw_activations():
     assert_close(scaled(x), plain(x * 8**0.5 / norm) * norm / 8**0.5)
 
 
+def test_a_training_folder_loads_for_inference(tmp_path: Path):
+    sae = make_sae(starvation_guard=0.1, penalty="mcp")
+    for n in range(3):
+        sae.training_forward_pass(step_input(torch.randn(16, 8), n))
+    sae.save_model(tmp_path)
+    read = SAE.load_from_disk(tmp_path)
+    x = torch.randn(16, 8)
+    assert torch.equal(read(x), sae(x))
+
+
+def test_training_goes_on_from_a_folder_without_the_state_it_needs(tmp_path: Path):
+    make_sae().save_model(tmp_path / "before")  # neither firing rates nor an activation scale
+    cfg = json.loads((tmp_path / "before" / "cfg.json").read_text())
+    cfg |= {"starvation_guard": 0.1, "penalty": "mcp"}
+    (tmp_path / "before" / "cfg.json").write_text(json.dumps(cfg))
+    resumed = TrainingSAE.load_from_disk(tmp_path / "before")
+    assert torch.equal(resumed.firing_rate_ema, torch.zeros(24))
+    exported = make_sae(inference_architecture="aen")
+    exported.save_inference_model(tmp_path / "exported")
+    again = TrainingSAE.load_from_disk(tmp_path / "exported")
+    assert isinstance(again, AENTrainingSAE)
+    x = torch.randn(16, 8)
+    assert torch.equal(again(x), exported(x))
+    assert torch.equal(again.feature_acts_ema, torch.ones(24))
+
+
+def test_batches_of_contexts_are_batches_of_tokens():
+    flat, nested = make_sae(starvation_guard=0.1), make_sae(starvation_guard=0.1)
+    x = torch.randn(4, 6, 8)
+    a = flat.training_forward_pass(step_input(x.flatten(0, 1)))
+    b = nested.training_forward_pass(step_input(x))
+    assert b.sae_out.shape == x.shape
+    assert_close(a.loss, b.loss)
+    for name, value in flat.state_dict().items():
+        assert_close(nested.state_dict()[name], value, msg=name)
+
+
+def test_without_a_coefficient_for_l2_the_configs_counts():
+    sae = make_sae(l2_coefficient=0.1)
+    x = torch.randn(16, 8)
+    given, left_out = step_input(x, l2=0.1), step_input(x)
+    del left_out.coefficients["l2"]
+    sae.eval()
+    assert torch.equal(sae.training_forward_pass(given).loss, sae.training_forward_pass(left_out).loss)
+
+
 # --- config --------------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +370,9 @@ def test_from_paper_refuses_both_forms_at_once():
         ("warmup_ramp_steps", -1, "an integer >= 0"),
         ("l1_warmup_steps", -1, "an integer >= 0"),
         ("starvation_guard", -0.1, "a finite number >= 0"),
+        ("penalty", "l2", "one of l1, mcp, scad, log"),
+        ("penalty_shape", 0.0, "a finite number > 1 for scad, > 0 else"),
+        ("remove_radial_gradient", 1, "true or false"),
         ("guard_min", 0.0, r"in \(0, 1\]"),
         ("guard_decay", 1.0, r"in \[0, 1\)"),
         ("decoder_init_norm", 0.0, "None or a number > 0"),
@@ -305,9 +400,19 @@ def sparse_and_dense(**overrides: Any) -> tuple[AENTrainingSAE, AENTrainingSAE]:
 
 
 @pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
-@pytest.mark.parametrize("starvation_guard", [0.0, 0.5])
-def test_sparse_steps_are_the_dense_steps(apply_b_dec_to_input: bool, starvation_guard: float):
-    dense, quick = sparse_and_dense(apply_b_dec_to_input=apply_b_dec_to_input, starvation_guard=starvation_guard)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"starvation_guard": 0.5},
+        {"penalty": "mcp"},
+        {"penalty": "scad", "penalty_shape": 3.7, "starvation_guard": 0.5},
+        {"penalty": "log", "remove_radial_gradient": True},
+    ],
+    ids=str,
+)
+def test_sparse_steps_are_the_dense_steps(apply_b_dec_to_input: bool, options: dict[str, Any]):
+    dense, quick = sparse_and_dense(apply_b_dec_to_input=apply_b_dec_to_input, **options)
     optimizers = [torch.optim.Adam(sae.parameters(), lr=1e-3) for sae in (dense, quick)]
     n_sparse = 0
     for n in range(30):

@@ -11,6 +11,8 @@ from aen_lightning.saes.penalty import (
     coefficients_from_paper,
     coefficients_to_paper,
     elastic_net_terms,
+    penalty_concavity,
+    penalty_slopes,
     starvation_guard,
     warmup_ramp,
 )
@@ -116,3 +118,31 @@ def test_paper_coefficients_round_trip(d_in: int, lambda_1: float, lambda_2: flo
 
 def test_llama_coefficients_as_worked_out_by_hand():
     assert coefficients_from_paper(d_in=4096, lambda_1=5e-4, lambda_2=1e-4) == pytest.approx((2.048, 0.4096))
+
+
+@pytest.mark.parametrize(
+    ("penalty", "shape", "expected"),
+    [
+        ("l1", 2.0, [1, 1, 1, 1, 1]),
+        # tau = 2: (1 - h / 4)+
+        ("mcp", 2.0, [1, 0.75, 0.5, 0.25, 0]),
+        # 1 up to 2, then (6 - h)+ / 4
+        ("scad", 3.0, [1, 1, 1, 0.75, 0]),
+        # 4 / (4 + h)
+        ("log", 2.0, [1, 4 / 5, 4 / 6, 4 / 7, 4 / 14]),
+    ],
+)
+def test_penalty_slopes_by_hand(penalty: str, shape: float, expected: list[float]):
+    h = torch.tensor([0.0, 1.0, 2.0, 3.0, 10.0])
+    slopes = penalty_slopes(h, penalty=penalty, scale=torch.tensor(2.0), shape=shape)  # type: ignore[arg-type]
+    assert_close(slopes, torch.tensor(expected, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(("penalty", "shape"), [("mcp", 2.0), ("scad", 3.7), ("log", 1.5)])
+def test_concavity_is_the_steepest_fall_of_the_slope(penalty: str, shape: float):
+    h = torch.linspace(0, 20, 20001, dtype=torch.float64)
+    tau = torch.tensor(1.3, dtype=torch.float64)
+    slopes = penalty_slopes(h, penalty=penalty, scale=tau, shape=shape)  # type: ignore[arg-type]
+    steepest = -(slopes.diff() / h.diff()).min()
+    found = penalty_concavity(penalty=penalty, scale=tau, shape=shape)  # type: ignore[arg-type]
+    assert_close(found, steepest, rtol=2e-3, atol=0)

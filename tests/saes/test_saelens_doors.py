@@ -88,7 +88,6 @@ def test_saelens_runner_trains_saves_and_resumes(model_path: str, dataset: Datas
     exported = SAE.load_from_disk(tmp_path / "output")
     assert type(exported) is StandardSAE
     x = torch.randn(8, D_MODEL)
-    sae.normalize_decoder()
     assert_close(exported(x), sae(x))
     metadata = json.loads((tmp_path / "output" / "cfg.json").read_text())["metadata"]
     assert metadata["training_architecture"] == "aen"
@@ -124,7 +123,6 @@ def test_scaling_by_the_average_norm_is_folded_in(model_path: str, dataset: Data
 def test_constant_norm_rescale_trains(model_path: str, dataset: Dataset, tmp_path: Path):
     cfg = runner_config(model_path, tmp_path, sae=aen_config(normalize_activations="constant_norm_rescale"))
     sae = LanguageModelSAETrainingRunner(cfg, override_dataset=dataset).run()
-    sae.normalize_decoder()
     x = torch.randn(8, D_MODEL)
     assert_close(SAE.load_from_disk(tmp_path / "output")(3 * x), 3 * sae(x), rtol=1e-4, atol=1e-4)
 
@@ -151,7 +149,6 @@ def test_several_saes_in_saelens_multi_runner(model_path: str, dataset: Dataset,
     weak, strong = ((sae.encode(x) > 0).float().sum(-1).mean() for sae in (saes["weak"], saes["strong"]))
     assert strong < 0.5 * weak  # the two were not given one and the same penalty
     for name, sae in saes.items():
-        sae.normalize_decoder()
         assert_close(SAE.load_from_disk(tmp_path / name)(x), sae(x))
 
 

@@ -180,7 +180,7 @@ def test_shard_that_disagrees_with_the_manifest_in_shape_is_named(tmp_path: Path
     ("text", "message"),
     [
         ("{", "is damaged"),
-        ("[]", "a JSON object was expected"),
+        ("[]", "expected a JSON object"),
         ('{"format": "x"}', "not a manifest of activations"),
         ('{"format": "aen-lightning-activations", "version": 99}', "version 99"),
         ('{"format": "aen-lightning-activations", "version": 1}', "is damaged"),

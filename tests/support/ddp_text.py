@@ -35,7 +35,7 @@ def main(folder: str, text_file: str, output: Path) -> None:
     torch.set_num_threads(1)
     recorder = Recorder(load_cut_model(folder, [HOOK]))
     data = TextActivationsDataModule(
-        folder, HOOK, text_file, context_size=16, store_batch_size_prompts=2, train_batch_size_tokens=32, buffer_size_tokens=64,
+        model_name=folder, hook_name=HOOK, dataset_path=text_file, context_size=16, store_batch_size_prompts=2, train_batch_size_tokens=32, buffer_size_tokens=64,
         held_out_documents=0, model=recorder,
     )  # fmt: skip
     trainer = pl.Trainer(

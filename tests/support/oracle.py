@@ -17,6 +17,7 @@ class Oracle:
         self.adam = {name: (torch.zeros_like(v), torch.zeros_like(v)) for name, v in self.p.items()}
         self.m = torch.ones(cfg.d_sae, dtype=torch.float64)
         self.rates = torch.zeros(cfg.d_sae, dtype=torch.float64)
+        self.tau = None
         self.t = 0
 
     def step(self, x: torch.Tensor, l1: float, l2: float, lr: float) -> float:
@@ -42,6 +43,18 @@ class Oracle:
             share = self.rates / (cfg.starvation_guard * self.rates.sum() / cfg.d_sae)
             u = u * share.clip(cfg.guard_min, 1.0)
 
+        if cfg.penalty != "l1":
+            mean_active = h.sum() / (h > 0).sum()
+            self.tau = mean_active if self.tau is None else 0.99 * self.tau + 0.01 * mean_active
+            a, scaled = cfg.penalty_shape, h / self.tau
+            if cfg.penalty == "mcp":
+                slope = torch.where(scaled < a, 1 - scaled / a, 0.0)
+            elif cfg.penalty == "scad":
+                slope = torch.where(scaled <= 1, 1.0, torch.where(scaled < a, (a - scaled) / (a - 1), 0.0))
+            else:
+                slope = 1 / (1 + scaled / a)
+            u = u * slope
+
         loss = ((x_hat - x) ** 2).sum() / batch + l1 * (u * h).sum() / batch + l2 * (h**2).sum() / batch
 
         d_out = 2 * (x_hat - x) / batch
@@ -53,6 +66,9 @@ class Oracle:
             "b_enc": d_pre.sum(0),
             "b_dec": d_out.sum(0) - ((d_pre @ p["W_enc"].T).sum(0) if cfg.apply_b_dec_to_input else 0),
         }
+        if cfg.remove_radial_gradient:  # rows of W_dec have norm 1 here
+            along = (grads["W_dec"] * p["W_dec"]).sum(1)
+            grads["W_dec"] = grads["W_dec"] - along[:, None] * p["W_dec"]
         for name, grad in grads.items():
             first, second = self.adam[name]
             first = 0.9 * first + 0.1 * grad

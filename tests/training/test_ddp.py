@@ -48,7 +48,7 @@ def test_two_processes_equal_one_on_the_concatenated_batch(tmp_path: Path):
     assert two["ema_of_each_rank"].shape[0] == 2
     assert torch.equal(*two["ema_of_each_rank"])
     assert two["n_training_samples"] == one["n_training_samples"] == 40 * 64
-    assert one["state"]["units.0.sae.l1_weights"].std() > 0.05, "the adaptive weights must be at work"
+    assert one["state"]["tracked.0.sae.l1_weights"].std() > 0.05, "the adaptive weights must be at work"
 
     per_batch = ("metrics/l0", "metrics/explained_variance", "metrics/mse", "metrics/shrinkage_ratio")
     losses = ("losses/overall_loss", "losses/mse_loss", "losses/l1_loss", "losses/l2_loss")

@@ -19,7 +19,7 @@ from aen_lightning.callbacks import DeadFeatureTracker, DelayedWarmup, EMAWeight
 from aen_lightning.saes.input_scaling import InputScaling
 from aen_lightning.training.module import SAEModule
 from tests.support.streams import Batches, batch_at, loader
-from tests.support.training import SAE_FIELDS, make_trainer
+from tests.support.training import SAE_FIELDS, make_trainer, step_input
 
 
 def make_module(seed: int = 0, sae: dict[str, Any] | None = None, **kwargs: Any) -> SAEModule:
@@ -283,9 +283,53 @@ def test_compiled_training_takes_the_same_steps(tmp_path: Path):
     assert_close(module.sae.W_enc, plain.sae.W_enc, rtol=0, atol=1e-5)
 
 
+def test_a_second_fit_compiles_nothing_again(tmp_path: Path):
+    torch._dynamo.reset()
+    module = make_module(compile_sae=True, sae_compilation_backend="aot_eager")
+    make_trainer(tmp_path, 2).fit(module, loader())
+    n_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert n_graphs > 0
+    make_trainer(tmp_path, 2).fit(module, loader())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == n_graphs
+
+
+class _Stops(pl.Callback):
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == 7:
+            raise RuntimeError("stopped on purpose")
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("options", [{}, {"compile_sae": True, "sae_compilation_backend": "aot_eager"}])
+def test_after_a_fit_it_trains_under_saelens_as_if_lightning_had_never_been_there(
+    tmp_path: Path, raises: bool, options: dict[str, Any]
+):
+    module = make_module(sae={"warmup_delay_steps": 2, "starvation_guard": 0.5}, **options)
+    callbacks: list[pl.Callback] = [EMAWeightRefresh(every_n_steps=5), *([_Stops()] if raises else [])]
+    trainer = make_trainer(tmp_path, 7, callbacks=callbacks, accumulate_grad_batches=2)
+    if raises:
+        with pytest.raises(RuntimeError, match="on purpose"):
+            trainer.fit(module, loader())
+    else:
+        trainer.fit(module, loader())
+    assert module.sae.W_enc.is_contiguous()
+    # a new SAE that holds the same numbers knows nothing of Lightning
+    fresh = TrainingSAE.from_dict(module.sae.cfg.to_dict())
+    fresh.load_state_dict(module.sae.state_dict())
+    assert vars(module.sae).keys() == vars(fresh).keys()
+    assert type(module.sae).training_forward_pass == type(fresh).training_forward_pass
+    for n in range(12):
+        outputs = [
+            sae.training_forward_pass(step_input(batch_at(n, batch_size=64, d_in=16), n)) for sae in (module.sae, fresh)
+        ]
+        assert torch.equal(outputs[0].loss, outputs[1].loss)
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(module.sae.state_dict()[name], value), name
+
+
 def test_optimizer_by_class_path():
     module = make_module(optimizer="torch.optim.AdamW", optimizer_kwargs={"weight_decay": 0.1})
-    assert module.optimizer_class is torch.optim.AdamW
+    assert module.optimizer_settings.optimizer_class is torch.optim.AdamW
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 from sae_lens import TrainingSAE
+from torch import Tensor
 
 from aen_lightning.saes.aen import AENTrainingSAE
+from aen_lightning.saes.step_schedule import StepSchedule
 
 
 def training_saes(pl_module: pl.LightningModule, callback: pl.Callback) -> dict[str, TrainingSAE[Any]]:
@@ -39,6 +41,35 @@ def adaptive_saes(pl_module: pl.LightningModule, callback: pl.Callback) -> list[
             "does not have: remove the callback, or train architecture 'aen'"
         )
     return adaptive
+
+
+def step_schedule(pl_module: pl.LightningModule, callback: pl.Callback) -> StepSchedule:
+    """The schedule that ``pl_module`` hands to its SAEs with the next batch; a callback may change it before.
+
+    Raises:
+        TypeError: If it has none.
+    """
+    schedule = getattr(pl_module, "step_schedule", None)
+    if not isinstance(schedule, StepSchedule):
+        raise TypeError(
+            f"{type(callback).__name__} needs a module with a StepSchedule as `step_schedule`, got {type(pl_module).__name__}"
+        )
+    return schedule
+
+
+def sparsity_multipliers(pl_module: pl.LightningModule, callback: pl.Callback) -> dict[str, Tensor]:
+    """The scalars by which ``pl_module`` multiplies the sparsity coefficient of each of its SAEs; a callback may fill them.
+
+    Raises:
+        TypeError: If it has none.
+    """
+    multipliers = getattr(pl_module, "sparsity_multipliers", None)
+    if not isinstance(multipliers, dict):
+        raise TypeError(
+            f"{type(callback).__name__} needs a module with scalars by name as `sparsity_multipliers`, "
+            f"got {type(pl_module).__name__}"
+        )
+    return multipliers
 
 
 def prefixed(name: str, key: str) -> str:
