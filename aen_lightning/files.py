@@ -221,18 +221,10 @@ def stream_tensors(path: str | Path, tensors: Mapping[str, Tensor | Transposed])
         ValueError: For a tensor with numbers that are not finite; it is named.
     """
     path = Path(path)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, item in tensors.items():
-        tensor = item.tensor.T if isinstance(item, Transposed) else item
-        end = offset + tensor.numel() * tensor.element_size()
-        dtype = SAFETENSORS_NAMES[tensor.dtype]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    views = {name: item.tensor.T if isinstance(item, Transposed) else item for name, item in tensors.items()}
+    header = {name: (view.dtype, tuple(view.shape)) for name, view in views.items()}
     with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(safetensors_header(header, {"format": "pt"}))
         for name, item in tensors.items():
             for piece in _slices(item):
                 # many times faster than isfinite of all
