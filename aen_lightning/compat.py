@@ -50,7 +50,16 @@ def adam_tensors_known() -> bool:
     import torch
 
     gather = getattr(torch.optim.Adam, "_init_group", None)
-    known = ["self", "group", "params_with_grad", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"]
+    known = [
+        "self",
+        "group",
+        "params_with_grad",
+        "grads",
+        "exp_avgs",
+        "exp_avg_sqs",
+        "max_exp_avg_sqs",
+        "state_steps",
+    ]
     return gather is not None and list(inspect.signature(gather).parameters) == known
 
 

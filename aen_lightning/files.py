@@ -150,7 +150,11 @@ def safetensors_header(
     offset = 0
     for name, (dtype, shape) in tensors.items():
         end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": SAFETENSORS_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     padded = -(-len(text) // 8) * 8 if length is None else length - 8  # tensors begin at a multiple of 8
@@ -185,7 +189,7 @@ def set_default_mode(path: str | Path) -> None:
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> Path:
-    """Write a safetensors file, whole or not at all, with the permissions of any new file. Returns the path."""
+    """Write a safetensors file, whole or not at all, readable as the umask says. Returns the path."""
     path = Path(path)
     with replacing(path) as temporary:
         save_file(dict(tensors), temporary)
@@ -210,8 +214,8 @@ class Transposed:
 def stream_tensors(path: str | Path, tensors: Mapping[str, Tensor | Transposed]) -> Path:
     """Write floating-point tensors that should not be in memory twice, whole or not at all. Returns the path.
 
-    safetensors's own ``save_file`` wants every tensor contiguous and in memory. Here two copies of a slice of 32 MB
-    are, and of a mapped source the pages that were read.
+    safetensors's own ``save_file`` wants every tensor contiguous and in memory. Here two copies of a slice of
+    32 MB are, and of a mapped source the pages that were read.
 
     Args:
         path: The safetensors file.
@@ -221,23 +225,17 @@ def stream_tensors(path: str | Path, tensors: Mapping[str, Tensor | Transposed])
         ValueError: For a tensor with numbers that are not finite; it is named.
     """
     path = Path(path)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, item in tensors.items():
-        tensor = item.tensor.T if isinstance(item, Transposed) else item
-        end = offset + tensor.numel() * tensor.element_size()
-        dtype = SAFETENSORS_NAMES[tensor.dtype]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    views = {name: item.tensor.T if isinstance(item, Transposed) else item for name, item in tensors.items()}
+    header = {name: (view.dtype, tuple(view.shape)) for name, view in views.items()}
     with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(safetensors_header(header, {"format": "pt"}))
         for name, item in tensors.items():
             for piece in _slices(item):
                 # many times faster than isfinite of all
                 if not all(bool(extreme.isfinite()) for extreme in piece.aminmax()):
-                    raise ValueError(f"{name} holds numbers that are not finite: the checkpoint is damaged or diverged")
+                    raise ValueError(
+                        f"{name} holds numbers that are not finite: the checkpoint is damaged or diverged"
+                    )
                 file.write(piece.view(torch.uint8).numpy().data)
     return path
 

@@ -27,7 +27,9 @@ def peak_gib() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--d-sae", type=int, default=131072)
     parser.add_argument("--d-in", type=int, default=4096)
     parser.add_argument("--chunk-size", type=int, default=4096)

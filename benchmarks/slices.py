@@ -83,7 +83,9 @@ def run_in_slices(commands: Mapping[str, Sequence[str]], slice_s: float = 0.4) -
     return out
 
 
-def _take_turns(workers: Mapping[str, subprocess.Popen[str]], slice_s: float) -> dict[str, list[tuple[float, float]]]:
+def _take_turns(
+    workers: Mapping[str, subprocess.Popen[str]], slice_s: float
+) -> dict[str, list[tuple[float, float]]]:
     """From when to when each ran, until all have ended."""
     slices: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
     running = list(workers)

@@ -47,7 +47,9 @@ def random_model() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="folder or Hub name of a language model; without it a random one")
     parser.add_argument("--text", help="text for --model: a file, a folder or a dataset on the Hub")
     parser.add_argument("--hook", default="blocks.14.hook_resid_post", help="hook of --model")
@@ -67,7 +69,11 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
 
-    source: dict[str, Any] = {"model_name": options.model, "hook_name": options.hook, "dataset_path": options.text}
+    source: dict[str, Any] = {
+        "model_name": options.model,
+        "hook_name": options.hook,
+        "dataset_path": options.text,
+    }
     if options.model is None:
         source = random_model()
 
@@ -136,7 +142,12 @@ def main() -> None:
     print(f"{'separate runs':<16}{total:>9.1f} s{len(grid) * tokens / total:>12.0f} SAE-tokens/s")
     print(f"{'ratio':<16}{together / total:>9.2f}   (weights equal bit for bit)")
     if options.json:
-        numbers = {"one_stream_s": together, "separate_s": total, "ratio": together / total, "n_saes": len(grid)}
+        numbers = {
+            "one_stream_s": together,
+            "separate_s": total,
+            "ratio": together / total,
+            "n_saes": len(grid),
+        }
         options.json.write_text(json.dumps({"sweep": numbers}, indent=1) + "\n", encoding="utf-8")
 
 

@@ -64,7 +64,8 @@ class Problem:
         """Fresh contiguous copies of the weights."""
         tensors = {"W_enc": self.W_dec.t(), "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
         return {
-            name: nn.Parameter(value.clone(memory_format=torch.contiguous_format)) for name, value in tensors.items()
+            name: nn.Parameter(value.clone(memory_format=torch.contiguous_format))
+            for name, value in tensors.items()
         }
 
     def precision(self) -> AbstractContextManager[Any]:
@@ -97,7 +98,9 @@ class OurStep:
         screen = self.switch.screen if self.screen is None else self.screen
         with self.problem.precision():
             if self.dense:
-                code: sparse.SparseCode | sparse.DenseCode = sparse.encode_dense(x, p["W_enc"], p["b_enc"], p["b_dec"])
+                code: sparse.SparseCode | sparse.DenseCode = sparse.encode_dense(
+                    x, p["W_enc"], p["b_enc"], p["b_dec"]
+                )
             else:
                 code = sparse.encode(x, p["W_enc"], p["b_enc"], p["b_dec"], screen=screen)
             self.switch.observe(code)
@@ -131,7 +134,9 @@ class ProductStep:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.sae = AENTrainingSAE(
-            AENTrainingSAEConfig(d_in=problem.d_in, d_sae=problem.d_sae, warmup_delay_steps=0, sparse_step="on")
+            AENTrainingSAEConfig(
+                d_in=problem.d_in, d_sae=problem.d_sae, warmup_delay_steps=0, sparse_step="on"
+            )
         )
         with torch.no_grad():
             for name, value in problem.parameters().items():
@@ -214,7 +219,9 @@ class TopKGatherStep(AutogradStep):
         """One training step; returns its loss."""
         p, x = self.p, self.problem.x
         with self.problem.precision():
-            top = torch.relu((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]).topk(int(self.problem.l0), sorted=False)
+            top = torch.relu((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]).topk(
+                int(self.problem.l0), sorted=False
+            )
         decoded = embedding_bag(top.indices, p["W_dec"], mode="sum", per_sample_weights=top.values.float())
         loss = (decoded + p["b_dec"] - x).square().sum(dim=-1).mean()
         loss.backward()
@@ -282,7 +289,9 @@ def peak_mib(step: Callable[[], Any]) -> float:
     From the profiler's record of every allocation: exact, unlike resident memory, and blind only to scratch space inside BLAS.
     """
     gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
@@ -373,7 +382,9 @@ def crossover(repeats: int, autocast: bool) -> None:
         print(f"\nbatch {batch}, d_in {d_in}, d_sae {d_sae}\n  density %   dense ms  sparse ms")
         for density in (0.01, 0.02, 0.05, 0.1, 0.15, 0.2):
             problem = Problem(batch, d_in, d_sae, density * d_sae, autocast)
-            seconds = interleaved({"dense": OurStep(problem, dense=True), "sparse": OurStep(problem)}, repeats)
+            seconds = interleaved(
+                {"dense": OurStep(problem, dense=True), "sparse": OurStep(problem)}, repeats
+            )
             print(f"  {100 * density:9.0f}{1e3 * seconds['dense']:11.0f}{1e3 * seconds['sparse']:11.0f}")
 
 
@@ -388,7 +399,9 @@ def growth(repeats: int, autocast: bool) -> None:
             "p": Products(problem, all_five=False),
         }
         seconds = interleaved(contestants, repeats)
-        print(f"  {d_sae:6}{1e3 * seconds['ours']:12.0f}{1e3 * seconds['saelens']:12.0f}{1e3 * seconds['p']:20.0f}")
+        print(
+            f"  {d_sae:6}{1e3 * seconds['ours']:12.0f}{1e3 * seconds['saelens']:12.0f}{1e3 * seconds['p']:20.0f}"
+        )
 
 
 def problems(args: argparse.Namespace) -> Iterator[Problem]:
@@ -399,7 +412,9 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as a list of objects")
     parser.add_argument("--quick", action="store_true", help="the first shape at L0 32 only")
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast for every contestant")

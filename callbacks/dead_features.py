@@ -94,7 +94,9 @@ class _Window:
         return self.last_density
 
     def add(self, n_firings: Tensor, n_tokens: int) -> None:
-        before = torch.zeros_like(n_firings) if self.n_firings is None else self.n_firings.to(n_firings.device)
+        before = (
+            torch.zeros_like(n_firings) if self.n_firings is None else self.n_firings.to(n_firings.device)
+        )
         self.n_firings = before + n_firings
         self.n_tokens += n_tokens
 

@@ -84,7 +84,9 @@ class EvaluateDictionaries(pl.Callback):
             write_result(result, output / name / RESULT_FILE)
             logged = {key: _at(result, path) for key, path in _LOGGED.items()}
             prefix = f"test/{name}/" if name else "test/"
-            pl_module.log_dict({prefix + k: v for k, v in logged.items() if v is not None}, rank_zero_only=True)
+            pl_module.log_dict(
+                {prefix + k: v for k, v in logged.items() if v is not None}, rank_zero_only=True
+            )
 
     def _inputs(self, data: Any, device: str) -> Inputs:
         if isinstance(data, SpikedDataModule):

@@ -41,7 +41,9 @@ class ExportSAE(pl.Callback):
             return
         training_saes(pl_module, self)
         if not hasattr(pl_module, "export"):
-            raise TypeError(f"ExportSAE needs a module with an `export` method, got {type(pl_module).__name__}")
+            raise TypeError(
+                f"ExportSAE needs a module with an `export` method, got {type(pl_module).__name__}"
+            )
         default = Path(trainer.log_dir or trainer.default_root_dir) / DICTIONARIES_FOLDER
         self.resolved_dirpath = default if self.dirpath is None else Path(self.dirpath)
 

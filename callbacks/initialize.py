@@ -32,7 +32,9 @@ class InitializeFromData(pl.Callback):
         self, b_dec: Literal["mean", "geometric_median"] | None = "mean", active_share: float | None = 0.05
     ) -> None:
         if b_dec not in ("mean", "geometric_median", None):
-            raise ValueError(f"InitializeFromData.b_dec must be 'mean', 'geometric_median' or None, got {b_dec!r}")
+            raise ValueError(
+                f"InitializeFromData.b_dec must be 'mean', 'geometric_median' or None, got {b_dec!r}"
+            )
         if active_share is not None and not 0 < active_share < 1:
             raise ValueError(f"InitializeFromData.active_share must be in (0, 1) or None, got {active_share}")
         self.b_dec, self.active_share = b_dec, active_share
@@ -40,7 +42,9 @@ class InitializeFromData(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse SAEs that cannot be started so before any work."""
         for sae in training_saes(pl_module, self).values():
-            wanted = [name for name, on in (("b_dec", self.b_dec), ("b_enc", self.active_share)) if on is not None]
+            wanted = [
+                name for name, on in (("b_dec", self.b_dec), ("b_enc", self.active_share)) if on is not None
+            ]
             for name in wanted:
                 if not isinstance(getattr(sae, name, None), torch.nn.Parameter):
                     raise ValueError(

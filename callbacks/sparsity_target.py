@@ -35,7 +35,12 @@ class TargetL0(pl.Callback):
     """
 
     def __init__(
-        self, l0: float, reach_at: float = 0.3, gain: float = 0.04, damping: float = 0.5, average_steps: int = 10
+        self,
+        l0: float,
+        reach_at: float = 0.3,
+        gain: float = 0.04,
+        damping: float = 0.5,
+        average_steps: int = 10,
     ) -> None:
         for name, value, ok, expected in (
             ("l0", l0, l0 > 0, "above 0"),
@@ -56,11 +61,17 @@ class TargetL0(pl.Callback):
             return
         for name, sae in training_saes(pl_module, self).items():
             coefficient = _l1_coefficient(sae)
-            who = f"{name!r} ({sae.cfg.architecture()})" if name else f"architecture {sae.cfg.architecture()!r}"
+            who = (
+                f"{name!r} ({sae.cfg.architecture()})" if name else f"architecture {sae.cfg.architecture()!r}"
+            )
             if coefficient is None:
-                raise ValueError(f"TargetL0 steers an L1 coefficient, which {who} does not have: remove the callback")
+                raise ValueError(
+                    f"TargetL0 steers an L1 coefficient, which {who} does not have: remove the callback"
+                )
             if not coefficient > 0:
-                raise ValueError(f"TargetL0 multiplies the coefficient of {who}, which is 0: give it a positive value")
+                raise ValueError(
+                    f"TargetL0 multiplies the coefficient of {who}, which is 0: give it a positive value"
+                )
             if sae.cfg.d_sae < self.l0:
                 raise ValueError(f"TargetL0.l0 is {self.l0}, but {who} has d_sae={sae.cfg.d_sae} features")
 

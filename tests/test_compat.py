@@ -133,7 +133,11 @@ def _own_names(tree: ast.Module) -> Iterator[str]:
             yield node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+        elif (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and ast.unparse(node.value) == "self"
+        ):
             yield node.attr
 
 
@@ -148,7 +152,10 @@ def _private_names_used(tree: ast.Module) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.Import | ast.ImportFrom):
             module = "" if isinstance(node, ast.Import) else node.module or ""
             if module.partition(".")[0] not in ("aen_lightning", "__future__"):
-                names = [*module.split("."), *(part for alias in node.names for part in alias.name.split("."))]
+                names = [
+                    *module.split("."),
+                    *(part for alias in node.names for part in alias.name.split(".")),
+                ]
                 yield from ((node.lineno, name) for name in names)
 
 

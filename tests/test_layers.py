@@ -34,7 +34,9 @@ OUTSIDE = {"__init__", "__main__"}
 DATA_ROOMS = {"recipes"}
 
 # callbacks is a link to the folder at the top level, which rglob does not follow
-MODULES = sorted(path.relative_to(PACKAGE) for path in (*PACKAGE.rglob("*.py"), *(PACKAGE / "callbacks").glob("*.py")))
+MODULES = sorted(
+    path.relative_to(PACKAGE) for path in (*PACKAGE.rglob("*.py"), *(PACKAGE / "callbacks").glob("*.py"))
+)
 
 
 def room_of(module: Path) -> str:
@@ -51,7 +53,9 @@ def imports(module: Path) -> list[tuple[int, str, str]]:
             if name == "aen_lightning":
                 found += [(node.lineno, alias.name, alias.name) for alias in node.names]
             elif name.startswith("aen_lightning."):
-                found += [(node.lineno, name.removeprefix("aen_lightning."), alias.name) for alias in node.names]
+                found += [
+                    (node.lineno, name.removeprefix("aen_lightning."), alias.name) for alias in node.names
+                ]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names if alias.name.startswith("aen_lightning.")]
             found += [(node.lineno, name.removeprefix("aen_lightning."), "") for name in names]

@@ -21,7 +21,9 @@ PACKAGE = Path(aen_lightning.__file__).parent
 
 def run_python(code: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_importing_the_package_imports_none_of_the_libraries() -> None:
@@ -69,7 +71,9 @@ def test_saelens_knows_aen_in_either_order_of_imports(first: str, tmp_path: Path
 def test_a_config_unpickles_in_a_process_that_has_imported_nothing(tmp_path: Path) -> None:
     cfg = aen_lightning.AENTrainingSAEConfig(d_in=4, d_sae=8, gamma=0.25)
     (tmp_path / "cfg.pkl").write_bytes(pickle.dumps(cfg))
-    done = run_python("import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')).gamma)", tmp_path / "cfg.pkl")
+    done = run_python(
+        "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')).gamma)", tmp_path / "cfg.pkl"
+    )
     assert done.stdout == "0.25\n", done.stderr
 
 

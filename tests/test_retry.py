@@ -44,7 +44,9 @@ def test_waits_double_up_to_the_longest(waits: list[float]):
 
 def test_a_longer_wait_that_the_error_asks_for_counts_but_not_beyond_the_longest(waits: list[float]):
     for asked in (3.0, 100.0):
-        patiently(failing(3, OSError()), longest_wait_seconds=50.0, asked_wait=lambda error, asked=asked: asked)
+        patiently(
+            failing(3, OSError()), longest_wait_seconds=50.0, asked_wait=lambda error, asked=asked: asked
+        )
     assert waits == [3.0, 3.0, 4.0, 50.0, 50.0, 50.0]
 
 

@@ -30,4 +30,6 @@ def keep_freed_memory() -> bool:
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
     # the first call also ends glibc's own adjusting of both thresholds
-    return all([libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES), libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)])
+    return all(
+        [libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES), libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)]
+    )

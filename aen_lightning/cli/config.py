@@ -53,7 +53,9 @@ def read_config(path: Path) -> dict[str, Any]:
     if config is None:
         raise UsageError(f"{path} is empty")
     if not isinstance(config, dict):
-        raise UsageError(f"{path} must hold sections such as trainer, model and data, got a {type(config).__name__}")
+        raise UsageError(
+            f"{path} must hold sections such as trainer, model and data, got a {type(config).__name__}"
+        )
     return config
 
 

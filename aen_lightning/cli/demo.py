@@ -23,7 +23,14 @@ def _variants(n_steps: int, l1_warmup: float) -> dict[str, dict[str, Any]]:
         "warmup_ramp_steps": n_steps // 25,
         "l1_warmup_steps": round(l1_warmup * n_steps),
     }
-    aen = {"architecture": "aen", "lambda_1": 5e-3, "lambda_2": 1e-4, "gamma": 0.5, "ema_decay": 0.9999, **schedule}
+    aen = {
+        "architecture": "aen",
+        "lambda_1": 5e-3,
+        "lambda_2": 1e-4,
+        "gamma": 0.5,
+        "ema_decay": 0.9999,
+        **schedule,
+    }
     return {
         "AEN": aen,
         "AEN+guard": {**aen, "starvation_guard": 0.1},
@@ -32,7 +39,9 @@ def _variants(n_steps: int, l1_warmup: float) -> dict[str, dict[str, Any]]:
     }
 
 
-def demo(*, steps: int = 6000, out: str = "demo-output", l1_warmup: float = 0.25, progress: bool = False) -> None:
+def demo(
+    *, steps: int = 6000, out: str = "demo-output", l1_warmup: float = 0.25, progress: bool = False
+) -> None:
     """AEN, with and without a starvation guard, beside L1 and TopK on one stream of synthetic activations.
 
     Trains the four SAEs, prints the comparison, and loads AEN's dictionary back through SAELens. Downloads nothing.
@@ -54,7 +63,9 @@ def demo(*, steps: int = 6000, out: str = "demo-output", l1_warmup: float = 0.25
         f"Spiked synthetic data: {_D_SAE} features in {_D_IN} dimensions, {_K} active per sample, expected cosine "
         f"0.3.\nEach SAE sees the same {steps} batches of 256 samples.\n"
     )
-    header = f"{'SAE':<11}{'L0':>8}{'EV':>9}{'dead %':>9}{'shrinkage':>11}{'matched cosine':>16}{'seconds':>9}"
+    header = (
+        f"{'SAE':<11}{'L0':>8}{'EV':>9}{'dead %':>9}{'shrinkage':>11}{'matched cosine':>16}{'seconds':>9}"
+    )
     print(header + "\n" + "-" * len(header))
     # the table is what to read here, not Lightning's notes on devices and products
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -62,7 +73,9 @@ def demo(*, steps: int = 6000, out: str = "demo-output", l1_warmup: float = 0.25
     folders = {}
     for name, sae in _variants(steps, l1_warmup).items():
         start = time.perf_counter()
-        folders[name] = _train({"d_in": _D_IN, "d_sae": _D_SAE, **sae}, steps, Path(out) / name.lower(), progress)
+        folders[name] = _train(
+            {"d_in": _D_IN, "d_sae": _D_SAE, **sae}, steps, Path(out) / name.lower(), progress
+        )
         row = _evaluate(folders[name])
         print(
             f"{name:<11}{row['l0']:>8.1f}{row['ev']:>9.3f}{row['dead']:>9.2f}{row['shrinkage']:>11.3f}"
@@ -76,7 +89,9 @@ def demo(*, steps: int = 6000, out: str = "demo-output", l1_warmup: float = 0.25
         "The guard (starvation_guard 0.1) is not in the paper.\n"
     )
     loaded = SAE.load_from_disk(folders["AEN"])
-    print(f"Loaded back with sae_lens.SAE.load_from_disk: {type(loaded).__name__}, W_dec {tuple(loaded.W_dec.shape)}")
+    print(
+        f"Loaded back with sae_lens.SAE.load_from_disk: {type(loaded).__name__}, W_dec {tuple(loaded.W_dec.shape)}"
+    )
     print("Dictionaries (SAELens folders) and metrics.csv of each run:")
     for name, folder in folders.items():
         print(f"  {name:<11}{folder}")
@@ -101,7 +116,9 @@ def _train(sae: dict[str, Any], steps: int, folder: Path, progress: bool) -> Pat
         accelerator="cpu",
         devices=1,
         max_steps=steps,
-        gradient_clip_val=float(_D_IN),  # the published clip of 1.0 is in the paper's units, 1/d_in of SAELens's
+        gradient_clip_val=float(
+            _D_IN
+        ),  # the published clip of 1.0 is in the paper's units, 1/d_in of SAELens's
         logger=CSVLogger(folder.parent, name=folder.name, version=""),
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -102,7 +102,15 @@ def diagnosis_table(result: dict[str, Any]) -> str:
 
     def spread(label: str, s: dict[str, Any], meaning: str = "") -> None:
         rows.append(
-            [label, number(s["mean"]), number(s["p10"]), number(s["p50"]), number(s["p90"]), number(s["max"]), meaning]
+            [
+                label,
+                number(s["mean"]),
+                number(s["p10"]),
+                number(s["p50"]),
+                number(s["p90"]),
+                number(s["max"]),
+                meaning,
+            ]
         )
 
     def single(label: str, value: float | None, meaning: str = "") -> None:
@@ -121,7 +129,9 @@ def diagnosis_table(result: dict[str, Any]) -> str:
         rows.append([f"change of the code per change of the input ({li['n_tokens']} tokens)"])
         spread("encoder, small steps", li["encoder"]["empirical"])
         single(
-            "encoder, bound", li["encoder"]["bound"], "" if li["encoder"]["is_continuous"] else "but this encoder jumps"
+            "encoder, bound",
+            li["encoder"]["bound"],
+            "" if li["encoder"]["is_continuous"] else "but this encoder jumps",
         )
         if (m := li["coding_map"]) is not None:
             spread("exact code, small steps", m["empirical"])
@@ -141,7 +151,9 @@ def diagnosis_table(result: dict[str, Any]) -> str:
             s["features_fired_by_exact"],
             f"{s['dead_used_by_exact']} of {s['dead']} dead ones among them",
         )
-        single("largest relative gap", gap["certificate"]["max_relative_gap"], "certificate of the exact code")
+        single(
+            "largest relative gap", gap["certificate"]["max_relative_gap"], "certificate of the exact code"
+        )
     text = [table(rows, header=["", "mean", "p10", "median", "p90", "max", ""])] if rows else []
     if (co := result["composition"]) is not None:
         names = (

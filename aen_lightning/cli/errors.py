@@ -114,7 +114,9 @@ def _bullets(text: str) -> Iterator[str]:
     for line in [*lines, ""]:
         outside = len(line) - len(line.lstrip()) < indent
         if (outside or line[indent:].startswith("- ")) and point:
-            yield dedent("\n".join([point[0][indent + 2 :], *(more[indent + 2 :] for more in point[1:])])).strip()
+            yield dedent(
+                "\n".join([point[0][indent + 2 :], *(more[indent + 2 :] for more in point[1:])])
+            ).strip()
             point = []
         if outside:
             return

@@ -41,7 +41,9 @@ def evaluate(
     from aen_lightning.evaluate.results import result_path, short_names, write_result
 
     if out is not None and len(dictionary) > 1:
-        raise ValueError("--out takes one dictionary; several are written to evaluation.json in their own folders")
+        raise ValueError(
+            "--out takes one dictionary; several are written to evaluation.json in their own folders"
+        )
     opener = InputOpener(inputs, whole_lm=downstream)
     results = []
     for reference in dictionary:

@@ -54,7 +54,12 @@ class Option:
 def options_of(source: Any) -> list[Option]:
     """The options of a function or dataclass that is there."""
     return [
-        Option(name, annotation(p.annotation), None if p.default is p.empty else repr(p.default), meaning(source, name))
+        Option(
+            name,
+            annotation(p.annotation),
+            None if p.default is p.empty else repr(p.default),
+            meaning(source, name),
+        )
         for name, p in inspect.signature(source).parameters.items()
     ]
 

@@ -42,7 +42,13 @@ def push(
     from aen_lightning.hub.push import publish
 
     with plan_push(
-        folder, repo, architecture=architecture, sae_id=id, model_name=model_name, dataset=dataset, license_name=license
+        folder,
+        repo,
+        architecture=architecture,
+        sae_id=id,
+        model_name=model_name,
+        dataset=dataset,
+        license_name=license,
     ) as plan:
         print(f"{plan.repo_id}, {revision or 'main'}\n{plan.tree()}")
         for note in plan.notes:
@@ -80,7 +86,9 @@ def pull(repo: str, id: str | None = None, *, revision: str | None = None) -> No
         return
     remote = look_up(repo, revision)
     ids = remote.sae_ids
-    print(f"{remote.repo_id} at commit {remote.commit}{' (offline: what the cache has)' if remote.offline else ''}")
+    print(
+        f"{remote.repo_id} at commit {remote.commit}{' (offline: what the cache has)' if remote.offline else ''}"
+    )
     rows = listing(remote, [(sae_id, read_config(remote, sae_id)) for sae_id in ids[:_MOST_CONFIGS]])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

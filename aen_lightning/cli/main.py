@@ -53,7 +53,9 @@ COMMANDS = {
     "recipes list": Command("recipes:list_", "the recipes, a line each"),
     "recipes show": Command("recipes:show", "print a recipe"),
     "recipes copy": Command("recipes:copy", "copy a recipe to a file of your own"),
-    "demo": Command("demo:demo", "AEN beside L1 and TopK on synthetic data, in minutes and without downloads"),
+    "demo": Command(
+        "demo:demo", "AEN beside L1 and TopK on synthetic data, in minutes and without downloads"
+    ),
     "saelens": Command("saelens:saelens", "SAELens's own training command, with --architecture aen", "none"),
 }
 

@@ -93,8 +93,12 @@ def _usage_and_help(function: Callable[..., None], prog: str) -> tuple[str, str]
             options.append(_dashed(option))
     usage = " ".join([*words, "[options]"] if options or groups else words)
     sections = [("", positionals), ("[value]: default. A flag is --FLAG or --no_FLAG.", options)]
-    sections += [(_docs(group).short_description or "", [_dashed(o) for o in options_of(group)]) for group in groups]
-    text = page(usage, plain(_docs(function).description or ""), [section for section in sections if section[1]])
+    sections += [
+        (_docs(group).short_description or "", [_dashed(o) for o in options_of(group)]) for group in groups
+    ]
+    text = page(
+        usage, plain(_docs(function).description or ""), [section for section in sections if section[1]]
+    )
     return usage, text
 
 
@@ -133,7 +137,9 @@ def _add_arguments(parser: CommandParser, source: Any) -> None:
         elif p.default is p.empty:
             parser.add_argument(name, type=element, nargs="+")
         else:
-            parser.add_argument(name, type=element or hints[name], nargs="*" if element else "?", default=p.default)
+            parser.add_argument(
+                name, type=element or hints[name], nargs="*" if element else "?", default=p.default
+            )
 
 
 def normalized(args: Sequence[str], flags: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]

@@ -66,6 +66,7 @@ def report(
         pages: Which features to show.
         inputs: What features fire on.
     """
+    from aen_lightning.files import write_text
     from aen_lightning.report.browser import find_browser, take_pictures
     from aen_lightning.report.collect import collect
     from aen_lightning.report.figures import make_figures
@@ -76,14 +77,14 @@ def report(
     collected = collect(run, results or [])
     features = _features(collected, pages, inputs) if pages.features or pages.features_of else []
     figures = make_figures(collected, max_geometry_features=max_geometry_features)
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_report(collected, figures, features, title=title), encoding="utf-8")
+    path = write_text(out, render_report(collected, figures, features, title=title))
     for note in collected.notes:
         print(f"note: {note}")
     print(f"wrote {path}")
     if png and found is None:
-        print("no pictures: there is no chromium, chromium-browser, google-chrome or chrome here (give --browser PATH)")
+        print(
+            "no pictures: there is no chromium, chromium-browser, google-chrome or chrome here (give --browser PATH)"
+        )
     elif png and found is not None:
         ids = ["summary", *(f.id for f in figures), *(["features"] if features else [])]
         for picture in take_pictures(found, path, Path(png), ids):
@@ -112,7 +113,9 @@ def _features(collected: Report, pages: FeaturePages, given: EvaluationInputs) -
         if not model_name:
             raise ValueError("nothing says which language model the token ids belong to: give --model_name")
         revision = given.revision or metadata["revision"]
-        kwargs = (inputs.data.options.model_from_pretrained_kwargs or {}) if isinstance(inputs, TextInputs) else {}
+        kwargs = (
+            (inputs.data.options.model_from_pretrained_kwargs or {}) if isinstance(inputs, TextInputs) else {}
+        )
         unembedding = None
         if pages.output_tokens:
             hook_name = given.hook_name or described["hook_name"]
@@ -144,7 +147,9 @@ def _chosen(collected: Report, names: Sequence[str] | None) -> list[TrainedSAE]:
     labels = ", ".join(repr(d.label) for d in known)
     if names is None:
         if len(known) > 1:
-            raise ValueError(f"the report has {len(known)} dictionaries: say whose features, by --features_of {labels}")
+            raise ValueError(
+                f"the report has {len(known)} dictionaries: say whose features, by --features_of {labels}"
+            )
         return known
     by_name |= {n: d for n in names for d in known if d.folder == Path(n).resolve()}
     if unknown := [n for n in names if n not in by_name]:
@@ -155,8 +160,14 @@ def _chosen(collected: Report, names: Sequence[str] | None) -> list[TrainedSAE]:
 def _note(page: dict[str, Any], described: dict[str, Any], pages: FeaturePages) -> str:
     source = described.get("dataset_path") or described.get("path")
     source = ", ".join(map(str, source)) if isinstance(source, list) else source
-    kind = "held-out text" if described["kind"] == "text" else "activations on disk, in runs that may cross documents"
-    chosen = "the ones asked for" if pages.feature_ids else "chosen evenly from the rarest to the most frequent"
+    kind = (
+        "held-out text"
+        if described["kind"] == "text"
+        else "activations on disk, in runs that may cross documents"
+    )
+    chosen = (
+        "the ones asked for" if pages.feature_ids else "chosen evenly from the rarest to the most frequent"
+    )
     return (
         f"{page['n_tokens']:,} tokens in {page['n_rows']:,} rows of {kind} ({source}); {page['n_fired']:,} of "
         f"{page['d_sae']:,} features fired on them; {len(page['features']):,} are shown, {chosen}."

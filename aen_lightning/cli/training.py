@@ -52,7 +52,11 @@ def errors_of_use(cli: LightningCLI) -> Iterator[None]:
         trainer = getattr(cli, "trainer", None)
         if trainer is not None and trainer.global_step > 0:
             raise
-        hint = " (trainer.accelerator=auto takes what is there)" if "No supported gpu backend" in str(error) else ""
+        hint = (
+            " (trainer.accelerator=auto takes what is there)"
+            if "No supported gpu backend" in str(error)
+            else ""
+        )
         raise UsageError(explain(str(error), []) + hint) from error
 
 
@@ -76,14 +80,18 @@ class OneLineCLI(LightningCLI):
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
             super().parse_arguments(parser, with_configs_found(normalized(args)))
         path = self.config.get(str(self.config.get("subcommand")), self.config).get("ckpt_path")
-        if path is not None and Path(path).is_file() and not zipfile.is_zipfile(path):  # what torch.save writes is one
+        if (
+            path is not None and Path(path).is_file() and not zipfile.is_zipfile(path)
+        ):  # what torch.save writes is one
             raise UsageError(f"{path} is no checkpoint, or was cut off while it was written")
 
 
 class AENCLI(OneLineCLI):
     """LightningCLI with a CSV and a TensorBoard log by default, both in one folder per run."""
 
-    def __init__(self, model_class: type[pl.LightningModule], args: Sequence[str], *, run: bool = True) -> None:
+    def __init__(
+        self, model_class: type[pl.LightningModule], args: Sequence[str], *, run: bool = True
+    ) -> None:
         prepare_process()
         super().__init__(
             model_class,
@@ -127,7 +135,9 @@ class AENCLI(OneLineCLI):
 
 def _worth_reading(record: logging.LogRecord) -> bool:
     """Keeps Lightning's advertisements, and what it says of hardware that is not there, off the screen."""
-    return not record.getMessage().startswith(("💡 Tip", "TPU available: False", "GPU available: False", "Seed set to"))
+    return not record.getMessage().startswith(
+        ("💡 Tip", "TPU available: False", "GPU available: False", "Seed set to")
+    )
 
 
 def fit(args: Sequence[str]) -> None:

@@ -29,8 +29,18 @@ _SAE = (
     ),
     Option("d_in", "int", None, "Width of the activations."),
     Option("d_sae", "int", None, "Number of features."),
-    Option("lambda_1", "float", "None", "The paper's L1 coefficient, instead of l1_coefficient = d_in * lambda_1."),
-    Option("lambda_2", "float", "None", "The paper's L2 coefficient, instead of l2_coefficient = d_in * lambda_2."),
+    Option(
+        "lambda_1",
+        "float",
+        "None",
+        "The paper's L1 coefficient, instead of l1_coefficient = d_in * lambda_1.",
+    ),
+    Option(
+        "lambda_2",
+        "float",
+        "None",
+        "The paper's L2 coefficient, instead of l2_coefficient = d_in * lambda_2.",
+    ),
 )
 _RUN = (
     Option(
@@ -47,9 +57,16 @@ _RUN = (
         "GPUs or processes; several need --trainer.strategy=ddp. A batch is per rank.",
     ),
     Option("--trainer.precision", "str", "'32-true'", "Such as bf16-mixed."),
-    Option("--trainer.gradient_clip_val", "float", "None", "Largest norm of the gradient, of each SAE on its own."),
+    Option(
+        "--trainer.gradient_clip_val",
+        "float",
+        "None",
+        "Largest norm of the gradient, of each SAE on its own.",
+    ),
     Option("--trainer.val_check_interval", "int", "None", "Training steps between two validations."),
-    Option("--trainer.default_root_dir", "str", "None", "Where version_0, version_1, ... go. None: this folder."),
+    Option(
+        "--trainer.default_root_dir", "str", "None", "Where version_0, version_1, ... go. None: this folder."
+    ),
     Option("--seed_everything", "int", "0", "Seed of all that is random."),
     Option("--num_threads", "int", "None", "CPU threads of torch. None: torch's own choice."),
 )
@@ -76,7 +93,9 @@ def _data() -> Section:
 
 def _fit() -> list[Section]:
     training = _options(*_TRAINING_CLASSES, "training.module:SAEModule")
-    sae = "The SAE, --model.sae.KEY, here of architecture aen (of another: aen fit --model.sae.help jumprelu):"
+    sae = (
+        "The SAE, --model.sae.KEY, here of architecture aen (of another: aen fit --model.sae.help jumprelu):"
+    )
     return [
         (sae, [*_SAE, *_options("saes.aen_config:AENTrainingSAEConfig")]),
         ("Its training, --model.KEY:", [o for o in training if o.name in _TRAINING]),
@@ -101,7 +120,10 @@ def _harvest() -> list[Section]:
 
 def _plan() -> list[Section]:
     tflops = Option(
-        "--tflops_per_s", "float", "None", "What one rank sustains, in 1e12 operations per second: gives times."
+        "--tflops_per_s",
+        "float",
+        "None",
+        "What one rank sustains, in 1e12 operations per second: gives times.",
     )
     return [("", [_RUN[0], tflops])]
 

@@ -106,7 +106,9 @@ class ActivationsDataModule(pl.LightningDataModule):
         names = list(source.d_in) if names is None else list(names)
         for name in names:
             if name not in source.d_in:
-                raise ValueError(f"{self.path} has no activations of {name!r}; it has {', '.join(source.d_in)}")
+                raise ValueError(
+                    f"{self.path} has no activations of {name!r}; it has {', '.join(source.d_in)}"
+                )
         n = source.n_tokens
         if self.exclude_token_ids:
             ids = source.token_ids()
@@ -140,7 +142,8 @@ class ActivationsDataModule(pl.LightningDataModule):
         order, size = self._order(), self.train_batch_size_tokens
         n_batches = min(self.n_batches_for_norm_estimate, max(1, self._n_train // size))
         norms = [
-            self._read(order.batch(step, size), [hook_name])[hook_name].norm(dim=-1).mean() for step in range(n_batches)
+            self._read(order.batch(step, size), [hook_name])[hook_name].norm(dim=-1).mean()
+            for step in range(n_batches)
         ]
         return InputScaling("average", math.sqrt(self._d_in(hook_name)) / torch.stack(norms).mean().item())
 
@@ -150,7 +153,10 @@ class ActivationsDataModule(pl.LightningDataModule):
 
     def _order(self) -> ShuffledOrder:
         return ShuffledOrder(
-            self._n_train, seed=self.seed, block_rows=self.shuffle_block_rows, window_rows=self.shuffle_window_rows
+            self._n_train,
+            seed=self.seed,
+            block_rows=self.shuffle_block_rows,
+            window_rows=self.shuffle_window_rows,
         )
 
     def _read(self, rows: NDArray[np.int64], hook_names: Sequence[str]) -> dict[str, Tensor]:
@@ -185,7 +191,10 @@ class ActivationsDataModule(pl.LightningDataModule):
         self._require_setup()
         assert self.source is not None
         hook_name = self.hook_names if isinstance(self.hook_name, list) else self.hook_names[0]
-        metadata = dict(self.source.metadata) | {"hook_name": hook_name, "context_size": self.source.context_size}
+        metadata = dict(self.source.metadata) | {
+            "hook_name": hook_name,
+            "context_size": self.source.context_size,
+        }
         hf_names = metadata.pop("hf_hook_names", None) or {}
         if not isinstance(hook_name, list) and hf_names.get(hook_name):
             metadata["hf_hook_name"] = hf_names[hook_name]
@@ -246,7 +255,9 @@ class TrainBatches:
         data, order = self.data, self.data._order()
         rank, world_size = data._rank_and_world_size()
         while True:
-            yield data._batch(order.batch(step, data.train_batch_size_tokens, rank=rank, world_size=world_size))
+            yield data._batch(
+                order.batch(step, data.train_batch_size_tokens, rank=rank, world_size=world_size)
+            )
             step += 1
 
     def __iter__(self) -> Iterator[Batch]:

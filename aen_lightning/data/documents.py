@@ -25,7 +25,11 @@ _COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 
 
 def open_dataset(
-    dataset_path: str | Sequence[str], *, name: str | None = None, split: str = "train", streaming: bool = False
+    dataset_path: str | Sequence[str],
+    *,
+    name: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
 ) -> HfDataset:
     """Open documents by ``datasets``, whatever they lie in. Remote code is never run.
 
@@ -55,8 +59,12 @@ def open_dataset(
     files = [file for path in paths for file in _matching(path)]
     builders = {_builder(file) for file in files}
     if len(builders) > 1:
-        raise ValueError(f"dataset_path mixes kinds of files ({', '.join(sorted(builders))}): give files of one kind")
-    return load_dataset(builders.pop(), data_files={_split_name(split): files}, split=split, streaming=streaming)
+        raise ValueError(
+            f"dataset_path mixes kinds of files ({', '.join(sorted(builders))}): give files of one kind"
+        )
+    return load_dataset(
+        builders.pop(), data_files={_split_name(split): files}, split=split, streaming=streaming
+    )
 
 
 def _split_name(split: str) -> str:
@@ -78,7 +86,9 @@ def _suffix(path: str) -> str:
 
 
 def _is_file_pattern(path: str) -> bool:
-    return Path(path).is_file() or any(c in path for c in "*?[") or "://" in path or _suffix(path) in _BUILDERS
+    return (
+        Path(path).is_file() or any(c in path for c in "*?[") or "://" in path or _suffix(path) in _BUILDERS
+    )
 
 
 def _matching(path: str) -> list[str]:
@@ -92,7 +102,9 @@ def _matching(path: str) -> list[str]:
 
 def _builder(file: str) -> str:
     if (suffix := _suffix(file)) not in _BUILDERS:
-        raise ValueError(f"cannot tell what kind of data {file!r} holds: expected a name in {', '.join(_BUILDERS)}")
+        raise ValueError(
+            f"cannot tell what kind of data {file!r} holds: expected a name in {', '.join(_BUILDERS)}"
+        )
     return _BUILDERS[suffix]
 
 
@@ -110,7 +122,9 @@ def find_column(row: dict[str, Any], text_column: str | None) -> tuple[str, bool
     column = text_column or next((c for c in known if c in row), None)
     if column is None or column not in row:
         wanted = f"text_column {text_column!r}" if text_column else f"a column among {', '.join(known)}"
-        raise ValueError(f"the dataset has no {wanted}: set text_column to one of its columns, {', '.join(row)}")
+        raise ValueError(
+            f"the dataset has no {wanted}: set text_column to one of its columns, {', '.join(row)}"
+        )
     value = row[column]
     if isinstance(value, str):
         return column, False
@@ -119,7 +133,9 @@ def find_column(row: dict[str, Any], text_column: str | None) -> tuple[str, bool
     raise ValueError(f"column {column!r} holds {type(value).__name__}, expected text or a list of token ids")
 
 
-def retrying(start: Callable[[int], Iterator[T]], *, retries: int, backoff_seconds: float, what: str) -> Iterator[T]:
+def retrying(
+    start: Callable[[int], Iterator[T]], *, retries: int, backoff_seconds: float, what: str
+) -> Iterator[T]:
     """Iterate over a source that may fail for a while, e.g. a dataset streamed over a network.
 
     An iterator that has raised is often finished, and would pass for the end of the data if asked again; so after each
@@ -160,7 +176,9 @@ def retrying(start: Callable[[int], Iterator[T]], *, retries: int, backoff_secon
         )
 
     while True:
-        item = retry(advance, attempts=retries + 1, worth_it=worth_it, announce=announce, wait_seconds=backoff_seconds)
+        item = retry(
+            advance, attempts=retries + 1, worth_it=worth_it, announce=announce, wait_seconds=backoff_seconds
+        )
         if item is end:
             return
         had += 1

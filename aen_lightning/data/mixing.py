@@ -37,7 +37,9 @@ class MixingBuffer:
         self, buffer_size: int, batch_size: int, mix_fraction: float, generator: torch.Generator | None = None
     ) -> None:
         if buffer_size < batch_size:
-            raise ValueError(f"buffer_size_tokens must be at least a batch ({batch_size} tokens), got {buffer_size}")
+            raise ValueError(
+                f"buffer_size_tokens must be at least a batch ({batch_size} tokens), got {buffer_size}"
+            )
         if not 0 <= mix_fraction <= 1:
             raise ValueError(f"activations_mixing_fraction must be in [0, 1], got {mix_fraction}")
         self.buffer_size, self.batch_size, self.mix_fraction = buffer_size, batch_size, mix_fraction
@@ -124,7 +126,9 @@ class ActivationReader:
             sums += torch.stack([part.norm(dim=-1).double().sum().cpu() for part in parts])
             n += len(parts[0])
         if n == 0:
-            raise ValueError("no token is left to estimate the mean norm from: give more data or exclude fewer tokens")
+            raise ValueError(
+                "no token is left to estimate the mean norm from: give more data or exclude fewer tokens"
+            )
         return (sums / n).tolist()
 
 
@@ -156,7 +160,9 @@ def shuffled_batches(
                 yield rows
 
 
-def _replay(reader: ActivationReader, calls: Iterator[Tensor], buffer: MixingBuffer, skip: int) -> list[Tensor]:
+def _replay(
+    reader: ActivationReader, calls: Iterator[Tensor], buffer: MixingBuffer, skip: int
+) -> list[Tensor]:
     """Bring a new buffer to where it was after ``skip`` batches, and return those served beyond them.
 
     The buffer shuffles pairs (call, position) in place of activations; then the model reads the calls that are left.
@@ -181,7 +187,9 @@ def _replay(reader: ActivationReader, calls: Iterator[Tensor], buffer: MixingBuf
         if len(mine) == 0:
             continue
         activations, kept = reader.read(tokens)
-        row_at = torch.zeros(tokens.numel(), dtype=torch.long).index_copy_(0, kept.cpu(), torch.arange(len(kept)))
+        row_at = torch.zeros(tokens.numel(), dtype=torch.long).index_copy_(
+            0, kept.cpu(), torch.arange(len(kept))
+        )
         if rows is None:
             rows = activations.new_empty(len(pairs), activations.shape[-1])
         rows[mine.to(rows.device)] = activations[row_at[pairs[mine, 1]].to(rows.device)]

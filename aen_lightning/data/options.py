@@ -40,7 +40,9 @@ def refuse_unknown(options: Mapping[str, Any], accepted: Callable[..., Any], *ot
     known = [*others, *inspect.signature(accepted).parameters]
     for name in options:
         if name not in known:
-            raise TypeError(f"there is no option {name!r}{suggest(name, known)}; there are {', '.join(sorted(known))}")
+            raise TypeError(
+                f"there is no option {name!r}{suggest(name, known)}; there are {', '.join(sorted(known))}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,9 @@ class DatasetOptions:
 
     def __post_init__(self) -> None:
         require_at_least(1, context_size=self.context_size)
-        require_at_least(0, stream_retries=self.stream_retries, stream_backoff_seconds=self.stream_backoff_seconds)
+        require_at_least(
+            0, stream_retries=self.stream_retries, stream_backoff_seconds=self.stream_backoff_seconds
+        )
 
     def require_dataset_path(self) -> str | list[str]:
         """``dataset_path``.
@@ -89,7 +93,9 @@ class DatasetOptions:
             ValueError: If it is None.
         """
         if self.dataset_path is None:
-            raise ValueError("dataset_path is missing: give a Hub name, a folder or files (or, in Python, dataset=)")
+            raise ValueError(
+                "dataset_path is missing: give a Hub name, a folder or files (or, in Python, dataset=)"
+            )
         return self.dataset_path
 
     def open_dataset(self) -> HfDataset:
@@ -148,9 +154,13 @@ class TextOptions(DatasetOptions, LanguageModelOptions):
         )  # fmt: skip
         require_at_least(0, held_out_documents=self.held_out_documents, prefetch=self.prefetch)
         if self.held_out_documents == 1:
-            raise ValueError("held_out_documents must be 0 or at least 2 (validation and test take half each), got 1")
+            raise ValueError(
+                "held_out_documents must be 0 or at least 2 (validation and test take half each), got 1"
+            )
         if self.input_scaling not in ("none", "per_token", "average"):
-            raise ValueError(f"input_scaling must be 'none', 'per_token' or 'average', got {self.input_scaling!r}")
+            raise ValueError(
+                f"input_scaling must be 'none', 'per_token' or 'average', got {self.input_scaling!r}"
+            )
         if not self.hook_names:
             raise ValueError("hook_name is missing: give e.g. hook_name='blocks.3.hook_resid_post'")
         # raise for sizes that do not fit
@@ -160,7 +170,9 @@ class TextOptions(DatasetOptions, LanguageModelOptions):
     @property
     def hook_names(self) -> list[str]:
         """``hook_name`` as a list."""
-        return [name for name in ([self.hook_name] if isinstance(self.hook_name, str) else self.hook_name) if name]
+        return [
+            name for name in ([self.hook_name] if isinstance(self.hook_name, str) else self.hook_name) if name
+        ]
 
     @property
     def buffer_size(self) -> int:
@@ -178,4 +190,7 @@ class TextOptions(DatasetOptions, LanguageModelOptions):
             "shuffle_documents", "document_shuffle_buffer", "seed",
         )  # fmt: skip
         deciding = {name: getattr(self, name) for name in names}
-        return deciding | {"exclude_token_ids": list(self.exclude_token_ids), "buffer_size_tokens": self.buffer_size}
+        return deciding | {
+            "exclude_token_ids": list(self.exclude_token_ids),
+            "buffer_size_tokens": self.buffer_size,
+        }

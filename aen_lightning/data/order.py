@@ -70,5 +70,8 @@ class ShuffledOrder:
             blocks = self._permuted_blocks(epoch)[0][first : first + self.blocks_per_window]
             rows = (blocks[:, None] * self.block_rows + np.arange(self.block_rows)).ravel()
             rows = rows[rows < self.n_rows]
-            self._window = ((epoch, window), np.random.default_rng([self.seed, epoch, window]).permutation(rows))
+            self._window = (
+                (epoch, window),
+                np.random.default_rng([self.seed, epoch, window]).permutation(rows),
+            )
         return self._window[1]

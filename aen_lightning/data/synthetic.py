@@ -168,7 +168,9 @@ class _Stream(IterableDataset[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         index = self.start
         while True:
-            yield self.data.sample(self.data.hparams["train_batch_size_tokens"], stream=self.stream, index=index)[0]
+            yield self.data.sample(
+                self.data.hparams["train_batch_size_tokens"], stream=self.stream, index=index
+            )[0]
             index += 1
 
 

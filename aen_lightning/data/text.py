@@ -14,7 +14,14 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from aen_lightning.data.mixing import ActivationReader, Batch, MixingBuffer, batch_loader, in_calls, shuffled_batches
+from aen_lightning.data.mixing import (
+    ActivationReader,
+    Batch,
+    MixingBuffer,
+    batch_loader,
+    in_calls,
+    shuffled_batches,
+)
 from aen_lightning.data.options import TextOptions, refuse_unknown
 from aen_lightning.data.token_filter import TokenFilter, excluded_token_ids
 from aen_lightning.data.token_rows import TokenRows
@@ -48,7 +55,9 @@ class TextActivationsDataModule(pl.LightningDataModule):
         ValueError: On construction for values out of range; in ``setup`` for what does not fit the model or the data.
     """
 
-    def __init__(self, *, model: Any = None, tokenizer: Any = None, dataset: Any = None, **options: Any) -> None:
+    def __init__(
+        self, *, model: Any = None, tokenizer: Any = None, dataset: Any = None, **options: Any
+    ) -> None:
         super().__init__()
         refuse_unknown(options, TextOptions, "model", "tokenizer", "dataset")
         self.options = TextOptions(**options)
@@ -201,7 +210,9 @@ class TextActivationsDataModule(pl.LightningDataModule):
         if self._stream is None:
             rank, _ = self._rank_and_world_size()
             o, generator = self.options, torch.Generator().manual_seed((self.options.seed << 20) + rank)
-            buffer = MixingBuffer(o.buffer_size, o.train_batch_size_tokens, o.activations_mixing_fraction, generator)
+            buffer = MixingBuffer(
+                o.buffer_size, o.train_batch_size_tokens, o.activations_mixing_fraction, generator
+            )
             calls = in_calls(self._require_rows().training(), o.store_batch_size_prompts)
             stream = map(self._scale, shuffled_batches(self.reader, calls, buffer, skip=self._yielded))
             self._stream = PrefetchingIterator(stream, o.prefetch) if o.prefetch else stream
@@ -264,7 +275,9 @@ class TextActivationsDataModule(pl.LightningDataModule):
         self._yielded = self._trained = state_dict["n_batches"]
         self._reader = None
         if state_dict["factors"] and self.options.input_scaling == "average":
-            self._scaling = {h: InputScaling("average", factor) for h, factor in state_dict["factors"].items()}
+            self._scaling = {
+                h: InputScaling("average", factor) for h, factor in state_dict["factors"].items()
+            }
 
     def _stream_settings(self) -> dict[str, Any]:
         return self.options.deciding_order() | {"world_size": self._rank_and_world_size()[1]}

@@ -29,7 +29,9 @@ class TokenFilter:
 
     def __post_init__(self) -> None:
         if self.norm_outlier_multiple is not None and not self.norm_outlier_multiple > 1:
-            raise ValueError(f"norm_outlier_multiple must be above 1 or None, got {self.norm_outlier_multiple}")
+            raise ValueError(
+                f"norm_outlier_multiple must be above 1 or None, got {self.norm_outlier_multiple}"
+            )
 
     def by_id(self, tokens: Tensor) -> Tensor:
         """Which tokens to keep, of the shape of ``tokens``, bool."""

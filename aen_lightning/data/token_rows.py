@@ -32,7 +32,9 @@ def _restartable(dataset: HfDataset) -> Callable[[int], Iterator[dict[str, Any]]
     def start(had: int) -> Iterator[dict[str, Any]]:
         if isinstance(dataset, Dataset):
             return iter(dataset.select(range(had, len(dataset))))
-        if had:  # where datasets itself stands; documents in its shuffle buffer are lost with the broken iterator
+        if (
+            had
+        ):  # where datasets itself stands; documents in its shuffle buffer are lost with the broken iterator
             dataset.load_state_dict(dataset.state_dict())
         return iter(dataset)
 
@@ -91,7 +93,11 @@ class TokenRows:
 
     @classmethod
     def of(
-        cls, options: DatasetOptions, dataset: HfDataset, tokenizer: PreTrainedTokenizerBase | None, **more: Any
+        cls,
+        options: DatasetOptions,
+        dataset: HfDataset,
+        tokenizer: PreTrainedTokenizerBase | None,
+        **more: Any,
     ) -> Self:
         """Rows as the options say.
 
@@ -118,7 +124,9 @@ class TokenRows:
         if options.prepend_bos and not (pretokenized and more.get("pack", True)):
             begin = get_special_token_from_cfg("bos", tokenizer)
             if begin is None:
-                raise ValueError("prepend_bos is set, but the tokenizer has no BOS token: set prepend_bos to false")
+                raise ValueError(
+                    "prepend_bos is set, but the tokenizer has no BOS token: set prepend_bos to false"
+                )
         if options.sequence_separator_token is not None and not pretokenized:
             separator = get_special_token_from_cfg(options.sequence_separator_token, tokenizer)
             if separator is None:
@@ -156,7 +164,10 @@ class TokenRows:
 
     def _documents(self, dataset: HfDataset) -> Iterator[Any]:
         rows = retrying(
-            _restartable(dataset), retries=self.retries, backoff_seconds=self.backoff_seconds, what="the dataset"
+            _restartable(dataset),
+            retries=self.retries,
+            backoff_seconds=self.backoff_seconds,
+            what="the dataset",
         )
         return (row[self.column] for row in rows)
 
@@ -194,7 +205,9 @@ class TokenRows:
                     f"{self.held_out_documents}): hold out fewer or give more data"
                 )
             self.epoch += 1
-            rank_zero_warn(f"the dataset is exhausted after {n} documents a rank: epoch {self.epoch + 1} begins")
+            rank_zero_warn(
+                f"the dataset is exhausted after {n} documents a rank: epoch {self.epoch + 1} begins"
+            )
 
     def _pack(self, documents: Iterator[Any]) -> Iterator[Tensor]:
         if not self.pack:

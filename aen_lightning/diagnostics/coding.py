@@ -99,13 +99,21 @@ def solve_coding(
         ValueError: For coefficients out of range or shapes that do not fit.
     """
     if y.ndim != 2 or W.ndim != 2 or y.shape[1] != W.shape[1]:
-        raise ValueError(f"y (n, d_in) and W (d_sae, d_in) must fit, got {tuple(y.shape)} and {tuple(W.shape)}")
+        raise ValueError(
+            f"y (n, d_in) and W (d_sae, d_in) must fit, got {tuple(y.shape)} and {tuple(W.shape)}"
+        )
     c = torch.as_tensor(l1, dtype=y.dtype, device=y.device).expand(len(W))
     if not (torch.isfinite(c).all() and (c > 0).all() and l2 >= 0):
-        raise ValueError(f"the coding problem needs l1 > 0 and l2 >= 0, got l1 from {float(c.min())} and l2 {l2}")
+        raise ValueError(
+            f"the coding problem needs l1 > 0 and l2 >= 0, got l1 from {float(c.min())} and l2 {l2}"
+        )
     if tolerance is None:
         tolerance = 1e-12 if y.dtype == torch.float64 else 1e-5
-    h = torch.zeros(len(y), len(W), dtype=y.dtype, device=y.device) if start is None else start.to(y).clamp_min(0)
+    h = (
+        torch.zeros(len(y), len(W), dtype=y.dtype, device=y.device)
+        if start is None
+        else start.to(y).clamp_min(0)
+    )
     floor = 1e-3 * y.square().sum(dim=-1).clamp_min(torch.finfo(y.dtype).tiny)
 
     def certify(h: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +143,15 @@ def solve_coding(
 
 
 def _fista(
-    y: Tensor, W: Tensor, c: Tensor, l2: float, h: Tensor, *, max_iterations: int, tolerance: float, floor: Tensor
+    y: Tensor,
+    W: Tensor,
+    c: Tensor,
+    l2: float,
+    h: Tensor,
+    *,
+    max_iterations: int,
+    tolerance: float,
+    floor: Tensor,
 ) -> Tensor:
     step = 0.5 / (1.01 * spectral_norm(W) ** 2 + l2)
     z, t = h.clone(), torch.ones(len(y), 1, dtype=y.dtype, device=y.device)
@@ -164,7 +180,9 @@ def spectral_norm(W: Tensor, n_iterations: int = 100) -> float:
             part = columns.double()
             gram += part @ part.T
         return float(torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt())
-    v = torch.randn(W.shape[1], dtype=W.dtype, device=W.device, generator=torch.Generator(W.device).manual_seed(0))
+    v = torch.randn(
+        W.shape[1], dtype=W.dtype, device=W.device, generator=torch.Generator(W.device).manual_seed(0)
+    )
     for _ in range(n_iterations):
         v = torch.nn.functional.normalize(W.T @ (W @ v), dim=0)
     return float((W @ v).norm())
@@ -222,7 +240,9 @@ def _non_negative(K: Tensor, b: Tensor) -> Tensor:
     """Minimum of ``h K h - 2 b h`` over ``h >= 0``, as least squares: ``||L^T h - L^-1 b||^2`` with ``K = L L^T``."""
     L = torch.linalg.cholesky(K)
     target = torch.linalg.solve_triangular(L, b.unsqueeze(1), upper=False).squeeze(1)
-    solution, _ = nnls(L.T.cpu().numpy(), np.ascontiguousarray(target.cpu().numpy()), maxiter=10 * len(b) + 100)
+    solution, _ = nnls(
+        L.T.cpu().numpy(), np.ascontiguousarray(target.cpu().numpy()), maxiter=10 * len(b) + 100
+    )
     return torch.from_numpy(solution).to(b)
 
 

@@ -9,7 +9,13 @@ import torch
 from sae_lens import SAE
 from torch import Tensor
 
-from aen_lightning.diagnostics.coding import Code, coding_gap_bound, coding_objective, solve_coding, solve_on_support
+from aen_lightning.diagnostics.coding import (
+    Code,
+    coding_gap_bound,
+    coding_objective,
+    solve_coding,
+    solve_on_support,
+)
 from aen_lightning.diagnostics.quantiles import summarize
 from aen_lightning.metrics import ACTIVE_THRESHOLD
 from aen_lightning.saes.penalty import adaptive_weights
@@ -88,7 +94,9 @@ def coding_problem(
         weights = norms  # SAELens's L1 counts an activation by the norm of its decoder row
     if l1_weights is not None:
         if l1_weights.shape != weights.shape:
-            raise ValueError(f"l1_weights must have shape {tuple(weights.shape)}, got {tuple(l1_weights.shape)}")
+            raise ValueError(
+                f"l1_weights must have shape {tuple(weights.shape)}, got {tuple(l1_weights.shape)}"
+            )
         weights, source = l1_weights.double().to(norms.device), f"{source}; adaptive weights given"
     return CodingProblem(l1_coefficient * weights, l2, scale, source)
 
@@ -130,7 +138,9 @@ def coding_gap(
     y = (x.to(dtype) - b_dec.to(dtype)) / problem.scale
     h = feature_acts.to(dtype)
     if (h < 0).any():
-        raise ValueError("the coding problem is for codes that are not negative, and this dictionary's are signed")
+        raise ValueError(
+            "the coding problem is for codes that are not negative, and this dictionary's are signed"
+        )
     exact = solve_coding(y, W, l1=l1, l2=problem.l2, start=h, max_iterations=max_iterations)
     own, own_gap = coding_gap_bound(y, W, h, l1=l1, l2=problem.l2)
     refit = _best_on_support(y, W, l1, problem.l2, h)
@@ -194,7 +204,8 @@ def _ev(y: Tensor, W: Tensor, h: Tensor) -> float | None:
     spread = y - y.mean(dim=0)
     error = y - h @ W
     return _ratio(
-        float(spread.square().sum() - (error - error.mean(dim=0)).square().sum()), float(spread.square().sum())
+        float(spread.square().sum() - (error - error.mean(dim=0)).square().sum()),
+        float(spread.square().sum()),
     )
 
 

@@ -104,6 +104,7 @@ def _compose(sae: SAE[Any], W_dec: Tensor, norms: Tensor, index: Tensor, values:
         "spurious_mass": others.abs().sum(dim=-1) / total.clamp_min(1e-12),
         "magnitude_ratio": kept.sum(dim=-1) / values.sum(dim=-1).clamp_min(1e-12),
         "relative_error": (again - h).norm(dim=-1) / h.norm(dim=-1),
-        "reconstruction_error": (x_again - x).square().sum(dim=-1) / offset.square().sum(dim=-1).clamp_min(1e-12),
+        "reconstruction_error": (x_again - x).square().sum(dim=-1)
+        / offset.square().sum(dim=-1).clamp_min(1e-12),
         "interference": overlap.abs().sum(dim=-1) / (own * values).sum(dim=-1).clamp_min(1e-12),
     }

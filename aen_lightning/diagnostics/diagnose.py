@@ -124,7 +124,9 @@ def _coding(
         result["coding_gap"] = section
     if "lipschitz" in sections:
         codes = exact.feature_acts[:n_lipschitz]
-        result["lipschitz"]["coding_map"] = coding_map_lipschitz(x[:n_lipschitz], codes, W_dec, b_dec, problem)
+        result["lipschitz"]["coding_map"] = coding_map_lipschitz(
+            x[:n_lipschitz], codes, W_dec, b_dec, problem
+        )
 
 
 def _spread(inputs: Inputs, n_sample: int, n_tokens: int) -> Tensor:

@@ -53,7 +53,9 @@ def active_gram(W_dec: Tensor, feature_acts: Tensor, *, chunk_size: int = 8192) 
         leak = leverage_sum = leverage_max = 0.0
         for start in range(0, len(atoms), chunk_size):
             # products first, then the choice of rows: copying atoms would cost more than multiplying them
-            along = (atoms[start : start + chunk_size] @ basis.T.to(atoms.dtype))[~active[start : start + chunk_size]]
+            along = (atoms[start : start + chunk_size] @ basis.T.to(atoms.dtype))[
+                ~active[start : start + chunk_size]
+            ]
             if len(along) == 0:
                 continue
             leverage = along.square().sum(dim=-1)
@@ -69,4 +71,6 @@ def active_gram(W_dec: Tensor, feature_acts: Tensor, *, chunk_size: int = 8192) 
         rows["cross_leverage_mean"].append(leverage_sum / max(1, n_inactive))
         rows["cross_leverage_max"].append(leverage_max)
     found: dict[str, Any] = {"n_tokens": len(rows["leakage"])}
-    return found | {name: summarize(torch.tensor(values, dtype=torch.float64)) for name, values in rows.items()}
+    return found | {
+        name: summarize(torch.tensor(values, dtype=torch.float64)) for name, values in rows.items()
+    }

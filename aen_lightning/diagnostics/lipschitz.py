@@ -29,7 +29,13 @@ def coding_bound(l2: float) -> float:
 
 @torch.no_grad()
 def encoder_lipschitz(
-    sae: SAE[Any], x: Tensor, feature_acts: Tensor, *, relative_step: float = 1e-3, n_directions: int = 4, seed: int = 0
+    sae: SAE[Any],
+    x: Tensor,
+    feature_acts: Tensor,
+    *,
+    relative_step: float = 1e-3,
+    n_directions: int = 4,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Lipschitz constants of the encoder, in the space the dictionary was trained in (inside ``scaled_space``).
 
@@ -48,10 +54,14 @@ def encoder_lipschitz(
         the steps; ``between_inputs``: the same between real inputs at their full distance.
     """
     W_enc = sae.W_enc.detach().to(x.dtype)
-    local = [float(torch.linalg.matrix_norm(W_enc[:, a], 2)) if a.any() else 0.0 for a in _active(feature_acts)]
+    local = [
+        float(torch.linalg.matrix_norm(W_enc[:, a], 2)) if a.any() else 0.0 for a in _active(feature_acts)
+    ]
     generator = torch.Generator(x.device).manual_seed(seed)
     steps = _steps(x, relative_step, n_directions, generator)
-    moved = [(run_dictionary(sae, x + step)[0] - feature_acts).norm(dim=-1) / step.norm(dim=-1) for step in steps]
+    moved = [
+        (run_dictionary(sae, x + step)[0] - feature_acts).norm(dim=-1) / step.norm(dim=-1) for step in steps
+    ]
     apart = x - x.roll(1, dims=0)
     between = (feature_acts - feature_acts.roll(1, dims=0)).norm(dim=-1) / apart.norm(dim=-1)
     return {

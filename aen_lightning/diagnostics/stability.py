@@ -72,7 +72,9 @@ def compare_dictionaries(
         "n_compared": {name: len(W) for name, W in atoms.items()},
         "dead_features_left_out": use_live,
         "pairs": pairs,
-        "found_in_all": {n: {str(t): float(m.double().mean()) for t, m in by.items()} for n, by in again.items()},
+        "found_in_all": {
+            n: {str(t): float(m.double().mean()) for t, m in by.items()} for n, by in again.items()
+        },
     }
     if baseline:
         found["random_baseline"] = {
@@ -81,7 +83,9 @@ def compare_dictionaries(
     return found
 
 
-def _found_again(matching: Matching, n_a: int, n_b: int, thresholds: Sequence[float]) -> dict[str, dict[str, float]]:
+def _found_again(
+    matching: Matching, n_a: int, n_b: int, thresholds: Sequence[float]
+) -> dict[str, dict[str, float]]:
     counts = {t: int((matching.cosine >= t).sum()) for t in thresholds}
     return {str(t): {"of_a": n / n_a, "of_b": n / n_b} for t, n in counts.items()}
 

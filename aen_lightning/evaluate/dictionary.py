@@ -129,7 +129,11 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def to_scaled_space(sae: SAE[Any], x: Tensor) -> Tensor:
     """Raw activations as the dictionary sees them after its own run-time normalisation; shape (..., d_in)."""
     scaled = sae.run_time_activation_norm_fn_in(x.to(sae.device, sae.dtype))
-    for left_over in ("x_norm_coeff", "ln_mu", "ln_std"):  # SAELens keeps them for the decode that will not come
+    for left_over in (
+        "x_norm_coeff",
+        "ln_mu",
+        "ln_std",
+    ):  # SAELens keeps them for the decode that will not come
         sae.__dict__.pop(left_over, None)
     return _at_least_float32(scaled)
 

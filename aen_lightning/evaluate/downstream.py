@@ -22,7 +22,9 @@ CONDITIONS = ("clean", "spliced", "zero_ablated", "mean_ablated")
 
 
 @contextmanager
-def replaced_activation(lm: Any, hook: Hook, replace: Callable[[Tensor], Tensor], shape: torch.Size) -> Iterator[None]:
+def replaced_activation(
+    lm: Any, hook: Hook, replace: Callable[[Tensor], Tensor], shape: torch.Size
+) -> Iterator[None]:
     """While open, forward passes of ``lm`` go on with ``replace(activation)`` at the hook.
 
     Args:
@@ -147,7 +149,9 @@ def _summary(sums: Tensor, ablate: Ablate) -> dict[str, Any]:
         value, se = jackknife(sums, lambda s: statistic(s[:4] / s[8], s[4:8] / s[9]))
         return estimate(value, se)
 
-    def by_name(statistic: Callable[[Tensor, Tensor, int], Tensor], first: int, end: str = "") -> dict[str, Estimate]:
+    def by_name(
+        statistic: Callable[[Tensor, Tensor, int], Tensor], first: int, end: str = ""
+    ) -> dict[str, Estimate]:
         return {
             name.removesuffix(end): of(partial(_at_index, statistic, i))
             for i, name in enumerate(CONDITIONS)

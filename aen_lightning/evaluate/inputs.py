@@ -163,7 +163,9 @@ class ShardInputs(Inputs):
             raise ValueError(f"{path} holds several hooks, {', '.join(self.source.d_in)}: say which")
         self.hook_name = hook_name or next(iter(self.source.d_in))
         if self.hook_name not in self.source.d_in:
-            raise ValueError(f"{path} has no activations of {hook_name!r}; it has {', '.join(self.source.d_in)}")
+            raise ValueError(
+                f"{path} has no activations of {hook_name!r}; it has {', '.join(self.source.d_in)}"
+            )
         self.d_in = self.source.d_in[self.hook_name]
         self.unit = tokens_per_unit or self.source.context_size or 128
         n = self.source.n_tokens
@@ -173,12 +175,16 @@ class ShardInputs(Inputs):
         self.unit = max(1, min(self.unit, self.n_rows))
         self.n_units = -(-self.n_rows // self.unit)
         if self.n_rows == 0:
-            raise ValueError(f"{path} has {n} rows, and {held_out_fraction} of them is none: raise held_out_fraction")
+            raise ValueError(
+                f"{path} has {n} rows, and {held_out_fraction} of them is none: raise held_out_fraction"
+            )
         ids = self.source.token_ids() if exclude_token_ids else None
         if exclude_token_ids and ids is None:
             raise ValueError(f"{path} has no token ids, so none can be excluded")
         self.excluded = list(exclude_token_ids)
-        self._keep = torch.ones(n, dtype=torch.bool) if ids is None else ~torch.isin(ids, torch.tensor(self.excluded))
+        self._keep = (
+            torch.ones(n, dtype=torch.bool) if ids is None else ~torch.isin(ids, torch.tensor(self.excluded))
+        )
 
     def __iter__(self) -> Iterator[InputBatch]:
         units = max(1, 4096 // self.unit)
@@ -187,7 +193,9 @@ class ShardInputs(Inputs):
             end = min(self.start + self.n_rows, begin + units * self.unit)
             x = self.source.gather(np.arange(begin, end), [self.hook_name])[self.hook_name]
             keep, missing = self._keep[begin:end], -(end - begin) % self.unit
-            x = torch.nn.functional.pad(x, (0, 0, 0, missing), value=1.0)  # a zero row has no direction to scale
+            x = torch.nn.functional.pad(
+                x, (0, 0, 0, missing), value=1.0
+            )  # a zero row has no direction to scale
             keep = torch.nn.functional.pad(keep, (0, missing))
             yield InputBatch(x.unflatten(0, (-1, self.unit)), keep.unflatten(0, (-1, self.unit)), first)
 
@@ -222,7 +230,9 @@ class SyntheticInputs(Inputs):
         self.per_unit = n_samples // self.n_units
         # unscaled: the dictionary does its own scaling, as on real activations
         unscaled = SpikedDataModule(**{**data.hparams, "input_scaling": "none"})
-        self.x, self.true_acts = unscaled.sample(self.n_units * self.per_unit, stream=SYNTHETIC_STREAM, index=0)
+        self.x, self.true_acts = unscaled.sample(
+            self.n_units * self.per_unit, stream=SYNTHETIC_STREAM, index=0
+        )
 
     def __iter__(self) -> Iterator[InputBatch]:
         x = self.x.unflatten(0, (self.n_units, self.per_unit))

@@ -102,7 +102,9 @@ def evaluate_reconstruction(sae: SAE[Any], inputs: Inputs, *, n_groups: int = 32
             x_sum += x[keep].double().sum(dim=0)
     n_tokens = int(use.n_tokens)
     if n_tokens == 0:
-        raise ValueError("no token is left to evaluate on: every one is special or an outlier; give other data")
+        raise ValueError(
+            "no token is left to evaluate on: every one is special or an outlier; give other data"
+        )
     found = use.compute()
     return Reconstruction(
         n_tokens=n_tokens,

@@ -64,7 +64,10 @@ def table(rows: Sequence[Sequence[str]], *, header: Sequence[str] = ()) -> str:
         if len(row) == 1:
             lines.append(f"\n{row[0]}")
             continue
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines).strip("\n")
 

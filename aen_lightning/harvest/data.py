@@ -87,7 +87,9 @@ class HarvestDataModule(pl.LightningDataModule):
 
     def _module_and_writer(self) -> tuple[HarvestModule, ShardWriter]:
         if self.trainer is None or not isinstance(self.trainer.lightning_module, HarvestModule):
-            raise RuntimeError("HarvestDataModule works under Trainer.predict of a HarvestModule: call run_harvest")
+            raise RuntimeError(
+                "HarvestDataModule works under Trainer.predict of a HarvestModule: call run_harvest"
+            )
         return self.trainer.lightning_module, writer_of(self.trainer)
 
     def prepare_data(self) -> None:
@@ -106,7 +108,9 @@ class HarvestDataModule(pl.LightningDataModule):
             self._write_work_orders(module, writer, manifest)
         missing_rows = sum(n for i, n in enumerate(manifest.plan["rows"]) if i not in done)
         require_disk(
-            writer.path, missing_rows * self.options.context_size * manifest.bytes_per_token, force=writer.force_disk
+            writer.path,
+            missing_rows * self.options.context_size * manifest.bytes_per_token,
+            force=writer.force_disk,
         )
         if not missing_rows:
             writer.finish()  # cut off after the last shard
@@ -114,7 +118,9 @@ class HarvestDataModule(pl.LightningDataModule):
     @staticmethod
     def _has_work_orders(writer: ShardWriter, manifest: Manifest, done: set[int]) -> bool:
         missing = set(range(manifest.n_shards or 0)) - done
-        return manifest.n_shards is not None and all(token_shard_path(writer.path, i).is_file() for i in missing)
+        return manifest.n_shards is not None and all(
+            token_shard_path(writer.path, i).is_file() for i in missing
+        )
 
     def _write_work_orders(self, module: HarvestModule, writer: ShardWriter, manifest: Manifest) -> None:
         """Tokenise: at first, after being cut off at it, or when a shard of a finished set was deleted to be made again."""
@@ -188,7 +194,9 @@ class HarvestDataModule(pl.LightningDataModule):
         if most is not None and self.options.context_size > most:
             raise ValueError(f"context_size {self.options.context_size} exceeds the model's {most} positions")
         if self.mask_documents and not self.pack:
-            raise ValueError("mask_documents is for packed rows; without packing a row holds one document only")
+            raise ValueError(
+                "mask_documents is for packed rows; without packing a row holds one document only"
+            )
 
     def _rows(self, module: HarvestModule) -> tuple[Iterator[tuple[Tensor, Tensor]], list[int]]:
         """The tokens of the dataset, and the ids whose activations are not kept."""

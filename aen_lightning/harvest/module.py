@@ -80,7 +80,9 @@ class HarvestModule(pl.LightningModule):
         """Config of the whole model."""
         if self._hf_config is None:
             self._hf_config = load_config(
-                self.model_name, revision=self.revision, model_from_pretrained_kwargs=self.model_from_pretrained_kwargs
+                self.model_name,
+                revision=self.revision,
+                model_from_pretrained_kwargs=self.model_from_pretrained_kwargs,
             )
         return self._hf_config
 
@@ -197,7 +199,10 @@ class HarvestModule(pl.LightningModule):
         """
         assert self.language_model is not None
         ids, positions = torch.tensor([[4, 5, 6, 7]]), torch.tensor([[0, 1, 0, 1]])
-        seen = [self.language_model.activations(x, position_ids=positions) for x in (ids, torch.tensor([[1, 2, 6, 7]]))]
+        seen = [
+            self.language_model.activations(x, position_ids=positions)
+            for x in (ids, torch.tensor([[1, 2, 6, 7]]))
+        ]
         if not all(torch.equal(seen[0][h][:, 2:], seen[1][h][:, 2:]) for h in seen[0]):
             raise ValueError(
                 f"models of type {self.hf_config.model_type!r} cannot mask documents in packed rows (transformers does not give "

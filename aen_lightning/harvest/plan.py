@@ -108,7 +108,12 @@ def _n_bytes(parameters: Any) -> int:
 
 
 def _plan_lm(
-    made: Plan, model_config: PretrainedConfig, hook_names: list[str], dtype: str, context_size: int, shards_over: int
+    made: Plan,
+    model_config: PretrainedConfig,
+    hook_names: list[str],
+    dtype: str,
+    context_size: int,
+    shards_over: int,
 ) -> dict[str, int]:
     """Rows about the language model up to the deepest hook; returns the widths of the hooks."""
     hooks = resolve_hooks(model_config, hook_names)
@@ -177,7 +182,14 @@ def _plan_fit(
     if data.get("model_name") and hook_name:
         model_config = model_config or load_config(data["model_name"], revision=data.get("revision"))
         names = [hook_name] if isinstance(hook_name, str) else list(hook_name)
-        _plan_lm(made, model_config, names, data.get("model_dtype", "float32"), int(data.get("context_size", 128)), 1)
+        _plan_lm(
+            made,
+            model_config,
+            names,
+            data.get("model_dtype", "float32"),
+            int(data.get("context_size", 128)),
+            1,
+        )
         live = made.numbers["lm_flops_per_token"]
     module = _sae_on_meta(sae)
     n = sum(p.numel() for p in module.parameters())
@@ -197,7 +209,9 @@ def _plan_fit(
         "sae_flops_per_token_if_sparse": 2 * d_in * d_sae,
         "flops_per_token": live + 10 * d_in * d_sae,
     }
-    made.notes.append("sae_flops_per_token is a dense step; once features are sparse only the encoder product remains")
+    made.notes.append(
+        "sae_flops_per_token is a dense step; once features are sparse only the encoder product remains"
+    )
     steps = (config.get("trainer") or {}).get("max_steps")
     if isinstance(steps, int) and steps > 0:
         made.numbers["tokens"] = steps * batch * world_size

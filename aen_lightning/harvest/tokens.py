@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from aen_lightning.data.token_rows import TokenRows
-from aen_lightning.files import replacing
+from aen_lightning.files import save_tensors
 
 TOKENS_FOLDER = "tokens"
-_START = 1 << 40  # added to the first token of a document on its way through the packing, which moves tokens unseen
+_START = (
+    1 << 40
+)  # added to the first token of a document on its way through the packing, which moves tokens unseen
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,7 @@ def write_token_shards(
             "lengths": torch.tensor([len(t) for t, _ in piece], dtype=torch.int32),
             "starts": torch.cat([s for _, s in piece]).to(torch.uint8),
         }
-        with replacing(token_shard_path(folder, len(counts))) as temporary:
-            save_file(tensors, temporary)
+        save_tensors(token_shard_path(folder, len(counts)), tensors)
         counts.append(len(piece))
     return counts
 

@@ -26,13 +26,15 @@ def expected_shapes(cfg: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     architecture = cfg.get("architecture", "standard")
     if architecture not in SAE_CLASS_REGISTRY:
         raise ValueError(
-            f"the config names the architecture {architecture!r}, which this installation does not have; it has "
-            f"{', '.join(sorted(SAE_CLASS_REGISTRY))}"
+            f"the config names the architecture {architecture!r}, which this installation does not have; it "
+            f"has {', '.join(sorted(SAE_CLASS_REGISTRY))}"
         )
     try:
         sae: SAE[Any] = SAE.from_dict({**cfg, "architecture": architecture, "device": "meta"})
     except (TypeError, KeyError) as error:  # a field is missing or has another type
-        raise ValueError(f"the config cannot be read as that of a {architecture!r} dictionary: {error}") from error
+        raise ValueError(
+            f"the config cannot be read as that of a {architecture!r} dictionary: {error}"
+        ) from error
     return {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
 
 
@@ -51,7 +53,9 @@ def check_weights(cfg: dict[str, Any], weights: Path) -> None:
     shapes = {name: info.shape for name, info in found.items()}
     dtypes = {_DTYPE_NAMES.get(info.dtype, info.dtype) for info in found.values()}
     problems = [f"{name} is missing" for name in wanted if name not in shapes]
-    problems += [f"{name} does not belong there" for name in shapes if name not in (*wanted, *_IGNORED_BY_SAELENS)]
+    problems += [
+        f"{name} does not belong there" for name in shapes if name not in (*wanted, *_IGNORED_BY_SAELENS)
+    ]
     problems += [
         f"{name} has shape {shapes[name]} where the config means {shape}"
         for name, shape in wanted.items()

@@ -1,7 +1,7 @@
 """Reading the authors' ``.pt`` checkpoints (arXiv:2605.05341) as what they are: files of a stranger.
 
-Tensors are memory-mapped and never copied here; a pickle that wants anything but tensors, plain containers and numbers is
-refused before it runs.
+Tensors are memory-mapped and never copied here; a pickle that wants anything but tensors, plain containers
+and numbers is refused before it runs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import pickle
+import struct
 import re
 import zipfile
 from collections import OrderedDict, defaultdict
@@ -28,9 +29,11 @@ _WEIGHTS = ("b_dec", "encoder.weight", "encoder.bias", "decoder.weight")
 _ADAPTIVE_STATE = ("ema_abs_activations", "_step_count")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _NUMPY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")  # before and since numpy 2
-# Beyond what torch allows: containers and numbers that settings and logged metrics are made of. None of them runs code when built.
+# Beyond what torch allows: containers and numbers that settings and logged metrics are made of. None of them
+# runs code when built.
 _HARMLESS: list[Any] = [
-    OrderedDict, defaultdict, argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, np.ndarray, np.dtype,
+    OrderedDict, defaultdict, argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, np.ndarray,
+    np.dtype,
     *(type(np.dtype(t)) for t in (np.float64, np.float32, np.float16, np.int64, np.int32, np.bool_)),
     *((np.float64(0).__reduce__()[0], f"{module}.scalar") for module in _NUMPY_MODULES),
     *((np.zeros(0).__reduce__()[0], f"{module}._reconstruct") for module in _NUMPY_MODULES),
@@ -47,7 +50,8 @@ class Checkpoint:
         decoder: ``(d_in, d_sae)``.
         b_dec: ``(d_in,)``.
         kind: What was trained.
-        settings: Numbers known from the file's name and from within: ``k``, ``lambda_1``, ``lambda_2``, ``gamma``, ``beta``, ...
+        settings: Numbers known from the file's name and from within: ``k``, ``lambda_1``, ``lambda_2``,
+            ``gamma``, ``beta``, ...
         run_name: The authors' name of the run.
         ema: ``ema_abs_activations``, ``(d_sae,)``, of adaptive models.
         n_steps: ``_step_count`` of adaptive models.
@@ -96,7 +100,8 @@ def read_checkpoint(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it carries code, misses a tensor, has one too many, or disagrees with itself; the message says in what.
+        ValueError: If it carries code, misses a tensor, has one too many, or disagrees with itself; the
+            message says in what.
     """
     path = Path(path)
     name = path.resolve().as_posix() if name is None else name
@@ -115,7 +120,9 @@ def read_checkpoint(
     if kind == "topk":
         settings["k"] = checked_k(k, settings.get("k"), state["encoder.weight"].shape[0], where)
     elif k is not None:
-        raise ValueError(f"k={k} was given, but this is no TopK model but {kind}: leave it out, or give kind='topk'")
+        raise ValueError(
+            f"k={k} was given, but this is no TopK model but {kind}: leave it out, or give kind='topk'"
+        )
     else:
         settings.pop("k", None)
     steps = state.get("_step_count")
@@ -150,7 +157,7 @@ def _load(path: Path) -> Mapping[str, Any]:
             else "holds more than tensors and settings"
         )
         raise ValueError(f"{where}: its pickle {why}; nothing of it was run") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, struct.error) as error:
         raise ValueError(f"{where}: it is damaged, or no PyTorch checkpoint ({summary(error)})") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{where}: it holds a {type(content).__name__}, not the dict that the authors save")
@@ -165,13 +172,17 @@ def _globals_of(path: Path) -> list[str]:
 def _check_tensors(state: Mapping[str, Any], where: str) -> None:
     missing = [name for name in _WEIGHTS if name not in state]
     if missing:
-        raise ValueError(f"{where}: it misses {', '.join(missing)}; it has {', '.join(map(str, state)) or 'nothing'}")
+        raise ValueError(
+            f"{where}: it misses {', '.join(missing)}; it has {', '.join(map(str, state)) or 'nothing'}"
+        )
     unknown = [str(name) for name in state if name not in (*_WEIGHTS, *_ADAPTIVE_STATE)]
     if unknown:
         raise ValueError(f"{where}: it has tensors of another model: {', '.join(unknown)}")
     not_tensors = [name for name in state if not isinstance(state[name], Tensor)]
     if not_tensors:
-        raise ValueError(f"{where}: {not_tensors[0]} is a {type(state[not_tensors[0]]).__name__}, not a tensor")
+        raise ValueError(
+            f"{where}: {not_tensors[0]} is a {type(state[not_tensors[0]]).__name__}, not a tensor"
+        )
     encoder = state["encoder.weight"]
     if encoder.ndim != 2 or 0 in encoder.shape:
         raise ValueError(f"{where}: encoder.weight has shape {tuple(encoder.shape)}, not (d_sae, d_in)")
@@ -186,10 +197,12 @@ def _check_tensors(state: Mapping[str, Any], where: str) -> None:
     for name, shape in shapes.items():
         if name in state and tuple(state[name].shape) != shape:
             raise ValueError(
-                f"{where}: {name} has shape {tuple(state[name].shape)}, but encoder.weight {tuple(encoder.shape)} asks for {shape}"
+                f"{where}: {name} has shape {tuple(state[name].shape)}, but encoder.weight "
+                f"{tuple(encoder.shape)} asks for {shape}"
             )
     dtypes = {state[name].dtype for name in _WEIGHTS}
     if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
         raise ValueError(
-            f"{where}: its weights are {' and '.join(sorted(str(d) for d in dtypes))}, not one floating-point type"
+            f"{where}: its weights are {' and '.join(sorted(str(d) for d in dtypes))}, not one "
+            "floating-point type"
         )

@@ -66,7 +66,8 @@ def kind_of(name: str, content: Mapping[str, Any], has_ema: bool) -> Kind:
         found = "l1"
     if has_ema and not found.startswith("adaptive"):
         raise ValueError(
-            f"{name} is refused: it is called {found}, but holds the adaptive state 'ema_abs_activations'; say what it is with kind"
+            f"{name} is refused: it is called {found}, but holds the adaptive state 'ema_abs_activations'; "
+            f"say what it is with kind"
         )
     return found
 
@@ -88,7 +89,9 @@ def _strings(section: Any) -> list[str]:
     return [v for key, v in section.items() if isinstance(v, str) and str(key).lower() in named]
 
 
-def settings_of(name: str, content: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> dict[str, float]:
+def settings_of(
+    name: str, content: Mapping[str, Any], state: Mapping[str, Tensor], where: str
+) -> dict[str, float]:
     """Numbers stated in the name, the sections and the shapes; a contradiction is an error."""
     d_sae, d_in = state["encoder.weight"].shape
     stated: dict[str, dict[str, float]] = {"d_in": {"the weights": d_in}, "d_sae": {"the weights": d_sae}}
@@ -107,9 +110,12 @@ def settings_of(name: str, content: Mapping[str, Any], state: Mapping[str, Tenso
         first = next(iter(sources.values()))
         if any(abs(value - first) > 1e-6 * max(abs(first), abs(value)) for value in sources.values()):
             raise ValueError(
-                f"{where}: it disagrees with itself on {key}: {', '.join(f'{v:g} by {s}' for s, v in sources.items())}"
+                f"{where}: it disagrees with itself on {key}: "
+                f"{', '.join(f'{v:g} by {s}' for s, v in sources.items())}"
             )
-    return {key: next(iter(sources.values())) for key, sources in stated.items() if key not in ("d_in", "d_sae")}
+    return {
+        key: next(iter(sources.values())) for key, sources in stated.items() if key not in ("d_in", "d_sae")
+    }
 
 
 def checked_k(given: int | None, stated: float | None, d_sae: int, where: str) -> int:
@@ -122,7 +128,9 @@ def checked_k(given: int | None, stated: float | None, d_sae: int, where: str) -
         raise ValueError(f"{where}: k={given} was given, but the checkpoint says k={stated:g}")
     k = given if given is not None else stated
     if k is None:
-        raise ValueError(f"{where}: it is a TopK model, and neither its name nor its content says k: give it (--k)")
+        raise ValueError(
+            f"{where}: it is a TopK model, and neither its name nor its content says k: give it (--k)"
+        )
     if k != int(k) or not 0 < k <= d_sae:
         raise ValueError(f"{where}: k must be an integer from 1 to d_sae = {d_sae}, got {k:g}")
     return int(k)
@@ -134,7 +142,9 @@ def last_metrics(history: Any) -> dict[str, float]:
         history = history[-1]
     if not isinstance(history, Mapping):
         return {}
-    last = {str(key): value[-1] if isinstance(value, list) and value else value for key, value in history.items()}
+    last = {
+        str(key): value[-1] if isinstance(value, list) and value else value for key, value in history.items()
+    }
     # JSON has no word for what is not finite
     return {key: float(value) for key, value in last.items() if _is_number(value) and math.isfinite(value)}
 

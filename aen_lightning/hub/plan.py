@@ -35,11 +35,17 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     card_options: dict[str, str | None] = field(default_factory=dict)
 
-    def card(self, existing: str | None = None, others: Sequence[Entry] = (), revision: str | None = None) -> str:
+    def card(
+        self, existing: str | None = None, others: Sequence[Entry] = (), revision: str | None = None
+    ) -> str:
         """The README of a branch, with the dictionaries that it holds already."""
         mine = {e.sae_id for e in self.entries}
-        entries = sorted([*self.entries, *(e for e in others if e.sae_id not in mine)], key=lambda e: e.sae_id)
-        return render_card(self.repo_id, entries, existing=existing, revision=revision or "main", **self.card_options)
+        entries = sorted(
+            [*self.entries, *(e for e in others if e.sae_id not in mine)], key=lambda e: e.sae_id
+        )
+        return render_card(
+            self.repo_id, entries, existing=existing, revision=revision or "main", **self.card_options
+        )
 
     def tree(self) -> str:
         """The files with their sizes, a line each, and the sum."""
@@ -72,11 +78,15 @@ def plan_push(
         raise ValueError(f"architecture must be 'standard' or 'aen', got {architecture!r}")
     dictionaries = find_dictionaries(root, sae_id=sae_id)
     with TemporaryDirectory(prefix="aen-push-") as temporary:
-        plan = Plan(repo_id, [], {}, card_options={"base_model": None, "dataset": None, "license_name": license_name})
+        plan = Plan(
+            repo_id, [], {}, card_options={"base_model": None, "dataset": None, "license_name": license_name}
+        )
         for number, dictionary in enumerate(dictionaries):
             folder = Path(temporary) / str(number)
             folder.mkdir()
-            cfg, files = stage(dictionary, folder, architecture=architecture, model_name=model_name, dataset=dataset)
+            cfg, files = stage(
+                dictionary, folder, architecture=architecture, model_name=model_name, dataset=dataset
+            )
             plan.entries.append(Entry(dictionary.sae_id, cfg))
             plan.files |= {f"{dictionary.sae_id}/{name}": path for name, path in files.items()}
         plan.notes += _notes(plan.entries)
@@ -86,15 +96,20 @@ def plan_push(
 def _notes(entries: Sequence[Entry]) -> list[str]:
     notes = []
     for e in entries:
-        if e.metadata.get("model_name") is None and str(e.metadata.get("dataset_path", "")).startswith("synthetic/"):
+        if e.metadata.get("model_name") is None and str(e.metadata.get("dataset_path", "")).startswith(
+            "synthetic/"
+        ):
             continue
         missing = missing_for_dashboards(e.metadata)
         if missing:
-            notes.append(f"{e.sae_id}: no {', '.join(missing)} in its metadata; SAEDashboard and Neuronpedia need them")
+            notes.append(
+                f"{e.sae_id}: no {', '.join(missing)} in its metadata; SAEDashboard and Neuronpedia need them"
+            )
         model_name = e.metadata.get("model_name")
         if model_name and hub_id(str(model_name)) is None and "/" not in str(model_name):
             notes.append(
-                f"{e.sae_id}: model_name is {model_name!r}; if that is a folder, give the Hub's name with --model-name"
+                f"{e.sae_id}: model_name is {model_name!r}; if that is a folder, give the Hub's name with "
+                f"--model-name"
             )
     return notes
 

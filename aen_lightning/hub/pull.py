@@ -43,9 +43,10 @@ def pull(
     endpoint: str | None = None,
     token: str | None = None,
 ) -> Pulled:
-    """Fetch a dictionary into huggingface_hub's cache and check it: config first, then weights, then their hashes.
+    """Fetch a dictionary into huggingface_hub's cache and check it: config, then weights, then hashes.
 
-    Everything comes from one commit, that ``revision`` means now. What is cached already is checked and not fetched again.
+    Everything comes from one commit, that ``revision`` means now. What is cached already is checked and not
+    fetched again.
 
     Args:
         repo_id: ``OWNER/REPO``.
@@ -80,7 +81,7 @@ def load_pretrained(
     endpoint: str | None = None,
     token: str | None = None,
 ) -> SAE[Any]:
-    """:func:`pull`, then load: ``SAE.from_pretrained`` with a revision, checks, and answers that say what is wrong.
+    """:func:`pull`, then load: ``SAE.from_pretrained`` with a revision, checks, and clear errors.
 
     Args:
         repo_id: ``OWNER/REPO``.
@@ -101,7 +102,8 @@ def usage(pulled: Pulled) -> str:
     needs = "import aen_lightning  # registers the architecture\n" if cfg.get("architecture") == "aen" else ""
     lines = [
         f"{pulled.sae_id} from {pulled.repo_id} at commit {pulled.commit}",
-        f"  {cfg.get('architecture', 'standard')}, d_in {cfg.get('d_in')}, d_sae {cfg.get('d_sae')}, {cfg.get('dtype')}",
+        f"  {cfg.get('architecture', 'standard')}, d_in {cfg.get('d_in')}, d_sae {cfg.get('d_sae')}, "
+        f"{cfg.get('dtype')}",
     ]
     if metadata.get("model_name"):
         lines.append(f"  {metadata['model_name']}, {metadata.get('hook_name')}")
@@ -124,7 +126,8 @@ def listing(remote: Remote, configs: Sequence[tuple[str, dict[str, Any]]]) -> li
         rows.append(
             [
                 sae_id, str(cfg.get("architecture", "standard")), f"{cfg.get('d_in')} -> {cfg.get('d_sae')}",
-                str(metadata.get("hook_name") or cfg.get("hook_name") or ""), str(metadata.get("model_name") or ""),
+                str(metadata.get("hook_name") or cfg.get("hook_name") or ""),
+                str(metadata.get("model_name") or ""),
                 f"{megabytes:.1f} MB",
             ]
         )  # fmt: skip

@@ -46,17 +46,19 @@ def push(
 ) -> Published:
     """Publish every finished dictionary of a folder in one commit, with a model card.
 
-    Safe to repeat: what arrived before is not sent again, and a push that changes nothing makes no commit. Dictionaries with other
-    IDs, and card text of other hands, stay.
+    Safe to repeat: what arrived before is not sent again, and a push that changes nothing makes no commit.
+    Dictionaries with other IDs, and card text of other hands, stay.
 
     Args:
         root: A run's folder, a SAELens folder, or a folder of several.
         repo_id: ``OWNER/REPO``; made if missing.
         revision: Branch; made if missing. None: ``main``.
         private: Make the repository private. An existing public one is refused.
-        architecture: ``standard``: dictionaries trained as ``aen`` load without this package; ``aen``: they keep the name.
+        architecture: ``standard``: dictionaries trained as ``aen`` load without this package; ``aen``: they
+            keep the name.
         sae_id: Name of the only dictionary; None: from the folders' names, or its hook.
-        model_name: Written into the metadata, where the run knew only a local folder: ``EleutherAI/pythia-70m-deduped``.
+        model_name: Written into the metadata, where the run knew only a local folder:
+            ``EleutherAI/pythia-70m-deduped``.
         dataset: Likewise: ``EleutherAI/the_pile_deduplicated``.
         license_name: For the card: ``mit``, ``apache-2.0``, ...
         endpoint: Of another Hub; None: ``HF_ENDPOINT``, or huggingface.co.
@@ -88,7 +90,9 @@ def publish(
     api = HfApi(endpoint=endpoint, token=secret)
     with hub_errors(plan.repo_id, "publishing to"):
         _ensure_repo(api, plan.repo_id, revision, private)
-        head = with_retries(lambda: api.model_info(plan.repo_id, revision=revision), "reading the repository").sha
+        head = with_retries(
+            lambda: api.model_info(plan.repo_id, revision=revision), "reading the repository"
+        ).sha
         assert head is not None
         paths = {f.path for f in list_files(api, plan.repo_id, head, "listing the repository")}
         others = list(_remote_entries(api, plan.repo_id, head, paths))
@@ -109,14 +113,18 @@ def publish(
 
 
 def _ensure_repo(api: HfApi, repo_id: str, revision: str | None, private: bool) -> None:
-    with_retries(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True), "creating the repository")
+    with_retries(
+        lambda: api.create_repo(repo_id, private=private or None, exist_ok=True), "creating the repository"
+    )
     if private and not with_retries(lambda: api.model_info(repo_id), "reading the repository").private:
         raise HubError(
             f"{repo_id} exists and is public, but --private was asked for: nothing was published; "
             "make it private in its settings first, or choose another name"
         )
     if revision not in (None, "main"):
-        with_retries(lambda: api.create_branch(repo_id, branch=str(revision), exist_ok=True), "creating the branch")
+        with_retries(
+            lambda: api.create_branch(repo_id, branch=str(revision), exist_ok=True), "creating the branch"
+        )
 
 
 def _remote_entries(api: HfApi, repo_id: str, head: str, paths: set[str]) -> Iterator[Entry]:
@@ -133,7 +141,9 @@ def _fetch(api: HfApi, repo_id: str, path: str, commit: str) -> Path:
 
 
 def _refuse_secret(secret: str, plan: Plan, card: str) -> None:
-    texts = {README: card} | {n: p.read_text(encoding="utf-8") for n, p in plan.files.items() if n.endswith(".json")}
+    texts = {README: card} | {
+        n: p.read_text(encoding="utf-8") for n, p in plan.files.items() if n.endswith(".json")
+    }
     for name, text in texts.items():
         if secret in text:
             raise ValueError(f"{name} would contain the access token of this login: nothing was published")
@@ -147,7 +157,7 @@ def _commit(
     operations: list[CommitOperationAdd | CommitOperationDelete],
     sae_ids: Sequence[str],
 ) -> str:
-    """One commit on top of ``head``, and only there; its mark tells whether one whose answer was lost arrived."""
+    """One commit on top of ``head``, and only there; its mark tells whether a lost answer meant success."""
     mark = f"aen push {uuid.uuid4().hex}"
     names = ", ".join(sae_ids[:5]) + (f" and {len(sae_ids) - 5} more" if len(sae_ids) > 5 else "")
 
@@ -180,7 +190,8 @@ def _commit(
 def _arrived(api: HfApi, repo_id: str, revision: str | None, head: str, mark: str) -> str | None:
     try:
         latest = api.list_repo_commits(repo_id, revision=revision)[0]
-    except HTTPError:  # it cannot be told now; the next attempt asks again, and parent_commit forbids doing it twice
+    except HTTPError:
+        # it cannot be told now; the next attempt asks again, and parent_commit forbids doing it twice
         return None
     return latest.commit_id if latest.commit_id != head and mark in latest.message else None
 
@@ -190,4 +201,6 @@ def _verify(api: HfApi, plan: Plan, commit: str) -> None:
     sizes = {f.path: f.size for f in list_files(api, plan.repo_id, commit, "checking what was published")}
     wrong = [name for name in plan.files if sizes.get(name) != plan.files[name].stat().st_size]
     if wrong:
-        raise HubError(f"after publishing to {plan.repo_id}, {wrong[0]} is not there in full: run the command again")
+        raise HubError(
+            f"after publishing to {plan.repo_id}, {wrong[0]} is not there in full: run the command again"
+        )

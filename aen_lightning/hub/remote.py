@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from aen_lightning.hub.retry import N_ATTEMPTS, HubError, hub_errors, is_transie
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file in a repository: size in bytes, and its SHA-256 (large files) or git hash (small ones); None: unknown."""
+    """A file in a repository: bytes, and its SHA-256 (large files) or git hash (small ones), if known."""
 
     size: int
     sha256: str | None = None
@@ -68,7 +69,8 @@ def look_up(
         token: None: huggingface_hub's own login, if any.
 
     Raises:
-        HubError: If there is no such repository or revision, if it may not be read, or if it is neither reachable nor cached.
+        HubError: If there is no such repository or revision, if it may not be read, or if it is neither
+            reachable nor cached.
     """
     api = HfApi(endpoint=endpoint, token=token)
     cached = _cached(repo_id, revision)
@@ -76,7 +78,9 @@ def look_up(
     with hub_errors(repo_id, "reading"):
         try:
             info = with_retries(
-                lambda: api.model_info(repo_id, revision=revision), f"looking up {repo_id}", n_attempts=n_attempts
+                lambda: api.model_info(repo_id, revision=revision),
+                f"looking up {repo_id}",
+                n_attempts=n_attempts,
             )
             commit = str(info.sha)
             held = list_files(api, repo_id, commit, f"listing {repo_id}")
@@ -85,7 +89,10 @@ def look_up(
             if refused or cached is None:
                 raise
             return cached
-    files = {f.path: RemoteFile(f.size, f.lfs.sha256 if f.lfs else None, None if f.lfs else f.blob_id) for f in held}
+    files = {
+        f.path: RemoteFile(f.size, f.lfs.sha256 if f.lfs else None, None if f.lfs else f.blob_id)
+        for f in held
+    }
     return Remote(repo_id, commit, files, revision=revision or "main")
 
 
@@ -121,9 +128,13 @@ def choose(remote: Remote, sae_id: str | None) -> str:
         HubError: If there is none, no such one, or more than one to choose from.
     """
     ids = remote.sae_ids
-    where = f"{remote.repo_id} (commit {remote.commit[:8]}{', from the local cache' if remote.offline else ''})"
+    where = (
+        f"{remote.repo_id} (commit {remote.commit[:8]}{', from the local cache' if remote.offline else ''})"
+    )
     if not ids:
-        raise HubError(f"{where} holds no SAELens dictionary: no {SAE_CFG_FILENAME} beside {SAE_WEIGHTS_FILENAME}")
+        raise HubError(
+            f"{where} holds no SAELens dictionary: no {SAE_CFG_FILENAME} beside {SAE_WEIGHTS_FILENAME}"
+        )
     if sae_id is None and len(ids) == 1:
         return ids[0]
     if sae_id in ids:
@@ -166,7 +177,7 @@ def download(remote: Remote, path: str, api: HfApi) -> Path:
     with hub_errors(remote.repo_id, "reading"):
         for force in (False, True):
             try:
-                file = with_retries(lambda force=force: fetch(force), f"downloading {path}")  # type: ignore[misc]
+                file = with_retries(partial(fetch, force), f"downloading {path}")
             except EntryNotFoundError:
                 if not remote.offline:
                     raise
@@ -179,7 +190,8 @@ def download(remote: Remote, path: str, api: HfApi) -> Path:
     file.unlink()
     blob.unlink(missing_ok=True)
     raise HubError(
-        f"{path} of {remote.repo_id} arrives with another hash than the Hub states for it, twice in a row: the copy was "
+        f"{path} of {remote.repo_id} arrives with another hash than the Hub states for it, twice in a row: "
+        f"the copy was "
         "deleted; try again later, or from another network"
     )
 

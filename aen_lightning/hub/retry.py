@@ -66,7 +66,9 @@ def with_retries(call: Callable[[], _T], what: str, *, n_attempts: int = N_ATTEM
     """
 
     def announce(error: Exception, wait: float, attempt: int) -> None:
-        _log.warning("%s: %s; again in %.0f s (attempt %d of %d)", what, summary(error), wait, attempt, n_attempts)
+        _log.warning(
+            "%s: %s; again in %.0f s (attempt %d of %d)", what, summary(error), wait, attempt, n_attempts
+        )
 
     return retry(
         call, attempts=n_attempts, worth_it=is_transient, announce=announce, wait_seconds=_FIRST_WAIT_SECONDS,
@@ -140,7 +142,9 @@ def _advice(error: Exception, repo_id: str) -> str | None:
     if status == 412:
         return "somebody else changed the repository meanwhile; nothing was published: run the command again"
     if status in _TRANSIENT_STATUS:
-        return f"the Hub still fails after {N_ATTEMPTS} attempts: {summary(error)}; run the command again later"
+        return (
+            f"the Hub still fails after {N_ATTEMPTS} attempts: {summary(error)}; run the command again later"
+        )
     if status is not None:
         return f"the Hub refuses: {summary(error)}"
     if isinstance(error, HTTPError):

@@ -1,4 +1,4 @@
-"""Making a published folder of a local one: an inference dictionary for raw activations, without secrets or local paths."""
+"""What is published of a local folder: a dictionary for raw activations, without secrets or local paths."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def stage(
     """Prepare a dictionary for publishing.
 
     Args:
-        dictionary: A SAELens folder: exported for inference, or saved by a trainer (then exported into ``folder``).
+        dictionary: A SAELens folder: exported for inference, or saved by a trainer (then exported into
+            ``folder``).
         folder: An empty folder for what must be rewritten; weights that can stay as they are are not copied.
         architecture: What dictionaries trained as ``aen`` call themselves.
         model_name: Overrides the metadata's.
@@ -53,7 +54,8 @@ def stage(
         cfg = read_cfg(path)
     if cfg.get("normalize_activations") in ("expected_average_only_in", "covariance_whitening"):
         raise ValueError(
-            f"{dictionary.path} expects activations scaled by {cfg['normalize_activations']!r} and does not hold the factor, "
+            f"{dictionary.path} expects activations scaled by {cfg['normalize_activations']!r} and does not "
+            f"hold the factor, "
             "which SAELens's trainer folds in when it ends: publish the folder it wrote at the end"
         )
     metadata = dict(cfg.get("metadata") or {})
@@ -92,7 +94,8 @@ def _export(dictionary: Dictionary, folder: Path) -> Path:
     scale = read_activation_scale(dictionary.path)
     if (dictionary.path / ACTIVATION_WHITENING_FILENAME).is_file():
         raise ValueError(
-            f"{dictionary.path} is a checkpoint of a whitened run: publish the folder its trainer wrote at the end"
+            f"{dictionary.path} is a checkpoint of a whitened run: publish the folder its trainer wrote at "
+            f"the end"
         )
     if scale is not None and sae.cfg.normalize_activations == "expected_average_only_in":
         sae.fold_activation_norm_scaling_factor(scale)

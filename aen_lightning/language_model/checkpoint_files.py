@@ -84,7 +84,9 @@ def without_upper_layers(
     with TemporaryDirectory(prefix="aen-checkpoint-") as folder:
         for file in files:
             source = cached_file(model_name, file, **hub)
-            assert source is not None  # cached_file raises for a file that the index names and the repository lacks
+            assert (
+                source is not None
+            )  # cached_file raises for a file that the index names and the repository lacks
             (Path(folder) / file).symlink_to(Path(source).resolve())
         index["weight_map"] = {k: f for k, f in index["weight_map"].items() if f in files}
         write_json(Path(folder) / SAFE_WEIGHTS_INDEX_NAME, index)

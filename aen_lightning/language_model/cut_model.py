@@ -88,14 +88,20 @@ class CutModel:
         ids = input_ids.to(device)
         rest = [None if x is None else x.to(device) for x in (attention_mask, position_ids)]
         n_parts = 1
-        if self._rows is not None and device.type == "cpu" and all(x is None or len(x) == len(ids) for x in rest):
+        if (
+            self._rows is not None
+            and device.type == "cpu"
+            and all(x is None or len(x) == len(ids) for x in rest)
+        ):
             n_parts = self._rows.n_parts(ids)
         with self._reader() as reader:
 
             def run(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> dict[str, Tensor]:
                 given = {"attention_mask": mask, "position_ids": positions}
                 out = self.model(input_ids=ids, **{k: v for k, v in given.items() if v is not None})
-                seen = reader.take() if reader is not None else {self.hooks[0].hook_name: out.last_hidden_state}
+                seen = (
+                    reader.take() if reader is not None else {self.hooks[0].hook_name: out.last_hidden_state}
+                )
                 # OPT flattens (batch, context) before its MLP
                 return {h.hook_name: seen[h.hook_name].reshape(*ids.shape, h.d_in) for h in self.hooks}
 
@@ -117,7 +123,10 @@ class CutModel:
 
 
 def load_config(
-    model_name: str, *, revision: str | None = None, model_from_pretrained_kwargs: dict[str, Any] | None = None
+    model_name: str,
+    *,
+    revision: str | None = None,
+    model_from_pretrained_kwargs: dict[str, Any] | None = None,
 ) -> PretrainedConfig:
     """The config of a model, with what ``model_from_pretrained_kwargs`` says about where to find it and its attention."""
     passed = (
@@ -179,7 +188,12 @@ def load_cut_model(
             lacks weights of the layers needed.
     """
     kwargs = dict(model_from_pretrained_kwargs or {})
-    for name, instead in (("dtype", "dtype"), ("torch_dtype", "dtype"), ("revision", "revision"), ("config", None)):
+    for name, instead in (
+        ("dtype", "dtype"),
+        ("torch_dtype", "dtype"),
+        ("revision", "revision"),
+        ("config", None),
+    ):
         if name in kwargs:
             hint = f"use the argument {instead!r}" if instead else "the config is made here"
             raise ValueError(f"model_from_pretrained_kwargs cannot hold {name!r}: {hint}")

@@ -53,12 +53,16 @@ class _Family:
     embed: str
     first_input: str | None  # module whose output enters block 0
     attn: str
-    attn_out: str  # module whose output TransformerLens calls hook_attn_out (after a post-norm, if there is one)
+    attn_out: (
+        str  # module whose output TransformerLens calls hook_attn_out (after a post-norm, if there is one)
+    )
     attn_proj: str  # its input is hook_z, heads flattened
     mlp_out: str
     mlp_proj: str  # its input is mlp.hook_post
     mid: str  # norm whose input is hook_resid_mid
-    after_layers: tuple[str, ...]  # replaced by Identity, so that last_hidden_state is the last block's output
+    after_layers: tuple[
+        str, ...
+    ]  # replaced by Identity, so that last_hidden_state is the last block's output
 
 
 _LLAMA = _Family(
@@ -172,7 +176,10 @@ def known_hooks(config: PretrainedConfig) -> dict[str, Hook]:
     if config.model_type not in _FAMILIES:
         return {}
     hooks: dict[str, Hook] = {}
-    embed, d_embed = _FAMILIES[config.model_type].embed, getattr(config, "word_embed_proj_dim", config.hidden_size)
+    embed, d_embed = (
+        _FAMILIES[config.model_type].embed,
+        getattr(config, "word_embed_proj_dim", config.hidden_size),
+    )
     hooks["hook_embed"] = Hook("hook_embed", f"{base_prefix(config)}.{embed}", 0, int(d_embed), embed)
     for layer in range(n_layers(config)):
         for kind in _BLOCK_HOOKS:
@@ -200,13 +207,17 @@ def resolve_hook(config: PretrainedConfig, hook_name: str) -> Hook:
     """
     n_layers(config)  # refuses what is not a text decoder
     known = known_hooks(config)
-    canonical = re.sub(r"^(blocks\.\d+\.)(hook_out|hook_in)$", lambda m: m.group(1) + _ALIASES[m.group(2)], hook_name)
+    canonical = re.sub(
+        r"^(blocks\.\d+\.)(hook_out|hook_in)$", lambda m: m.group(1) + _ALIASES[m.group(2)], hook_name
+    )
     if canonical in known:
         return known[canonical]
     if canonical.startswith(("blocks.", "hook_")):
         raise ValueError(_no_such_hook(config, hook_name, canonical, known))
     by_path = [h for h in known.values() if h.hf_hook_name == hook_name]
-    if by_path:  # resid_pre shares its module with the block below, or the embedding; the latter are the usual names
+    if (
+        by_path
+    ):  # resid_pre shares its module with the block below, or the embedding; the latter are the usual names
         return min(by_path, key=lambda hook: hook.hook_name.endswith("hook_resid_pre"))
     return _module_hook(config, hook_name, known)
 
@@ -251,7 +262,10 @@ def _module_hook(config: PretrainedConfig, path: str, known: dict[str, Hook]) ->
             f"AutoModelForCausalLM, without its LM head).{' Did you mean ' + ', '.join(near) + '?' if near else ''}"
         )
     blocks = layers_path(config)
-    if not relative.startswith(f"{blocks}.") and base.get_submodule(relative) is not base.get_input_embeddings():
+    if (
+        not relative.startswith(f"{blocks}.")
+        and base.get_submodule(relative) is not base.get_input_embeddings()
+    ):
         raise ValueError(f"hook {path!r} lies outside the decoder blocks {prefix}.{blocks}.0 to .{n - 1}")
     if relative == f"{blocks}.{layer}" and isinstance(width := getattr(config, "hidden_size", None), int):
         return Hook(path, path, layer, width, relative)
@@ -304,7 +318,9 @@ class HookReader:
                 self._handles.append(module.register_forward_hook(read))
             else:
 
-                def read_input(_module: nn.Module, args: Any, kwargs: dict[str, Any], name: str = name) -> None:
+                def read_input(
+                    _module: nn.Module, args: Any, kwargs: dict[str, Any], name: str = name
+                ) -> None:
                     self._store(name, args[0] if args else kwargs.get("hidden_states"))
 
                 self._handles.append(module.register_forward_pre_hook(read_input, with_kwargs=True))
@@ -380,4 +396,6 @@ def after_layers(base_model: PreTrainedModel) -> tuple[str, ...]:
     """Paths of the modules that a base model has and applies after its last block, e.g. ``("norm",)``."""
     owners = [(path, *path.rpartition(".")) for path in after_layers_paths(base_model.config)]
     # OPT has some of them only in some sizes, and None in the others
-    return tuple(path for path, owner, _, name in owners if getattr(base_model.get_submodule(owner), name) is not None)
+    return tuple(
+        path for path, owner, _, name in owners if getattr(base_model.get_submodule(owner), name) is not None
+    )

@@ -75,7 +75,9 @@ class TLModel:
             ValueError: If ``position_ids`` is given.
         """
         if position_ids is not None:
-            raise ValueError("TransformerLens models take no position_ids: use model_class_name: AutoModelForCausalLM")
+            raise ValueError(
+                "TransformerLens models take no position_ids: use model_class_name: AutoModelForCausalLM"
+            )
         masks = {} if attention_mask is None else {"attention_mask": attention_mask.to(self.device)}
         cache = self._run(input_ids, **masks)
         return {h.hook_name: cache[h.hook_name].reshape(*input_ids.shape, h.d_in) for h in self.hooks}

@@ -73,7 +73,8 @@ def collect_activations(sae: SAE[Any], inputs: Inputs) -> Activations:
             n_active += len(token)
             if n_active > MAX_ACTIVATIONS:
                 raise ValueError(
-                    f"more than {MAX_ACTIVATIONS:,} activations (L0 is about {n_active / max(1, keep.sum()):,.0f}): take fewer tokens, "
+                    f"more than {MAX_ACTIVATIONS:,} activations (L0 is about "
+                    f"{n_active / max(1, keep.sum()):,.0f}): take fewer tokens, "
                     "with --n-rows for text or --n-tokens for shards"
                 )
     entries = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))

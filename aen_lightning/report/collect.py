@@ -43,8 +43,9 @@ def collect(runs: Sequence[str | Path], results: Sequence[str | Path] = ()) -> R
     Args:
         runs: Folders that ``aen fit`` or ``aen sweep`` left (``metrics.csv``, ``sae/``, ...), folders of such
             ``version_N`` (the last is taken, with a note), or SAELens folders (``cfg.json``).
-        results: JSON files of ``aen evaluate``, ``aen diagnose`` (told apart, and matched with a dictionary by its path) and
-            ``aen compare``. Those in a dictionary's own folder are found without being named.
+        results: JSON files of ``aen evaluate``, ``aen diagnose`` (told apart, and matched with a dictionary
+            by its path) and ``aen compare``. Those in a dictionary's own folder are found without being
+            named.
 
     Raises:
         FileNotFoundError: If a folder or file is not there, or a folder holds no run.
@@ -84,7 +85,8 @@ def _run_folder(folder: Path, notes: list[str]) -> Path:
         return _run_folder(found[-1], notes)
     what = "is no folder" if not folder.is_dir() else "holds no run"
     raise FileNotFoundError(
-        f"{folder} {what}: expected what aen fit or aen sweep writes (metrics.csv, sae/), version_N folders of it, or a "
+        f"{folder} {what}: expected what aen fit or aen sweep writes (metrics.csv, sae/), version_N folders "
+        f"of it, or a "
         "dictionary (cfg.json)"
     )
 
@@ -120,7 +122,9 @@ def _add_result(report: Report, content: dict[str, Any], path: Path) -> None:
     mine = [d for d in report.dictionaries if d.folder is not None and d.folder.resolve() == about]
     if not mine and len(report.dictionaries) == 1:
         mine = report.dictionaries
-        report.notes.append(f"{path} is about {about}; it is shown with {mine[0].label}, the only dictionary here.")
+        report.notes.append(
+            f"{path} is about {about}; it is shown with {mine[0].label}, the only dictionary here."
+        )
     if not mine:
         raise ValueError(
             f"{path} is about {about}, which is no dictionary of this report; there are "

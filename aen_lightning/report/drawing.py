@@ -28,7 +28,8 @@ class Figure:
         section: Heading it stands under.
         title: What it shows.
         caption: How to read it: what a good curve looks like, and what a bad one means.
-        figure: Traces of one dictionary have its label as ``legendgroup``; the page has one legend for all figures.
+        figure: Traces of one dictionary have its label as ``legendgroup``; the page has one legend for all
+            figures.
         own_legend: Whether the figure has a legend of its own instead.
     """
 
@@ -47,7 +48,7 @@ def floats(values: Iterable[Any]) -> list[float | None]:
 
 
 def plain(text: str) -> str:
-    """``text`` for a trace, to be shown as it is: plotly reads names and texts as a kind of HTML, with links."""
+    """``text`` for a trace, shown as it is: plotly reads names and texts as a kind of HTML, with links."""
     return escape(text, quote=False)
 
 
@@ -65,12 +66,18 @@ def finish(figure: go.Figure, height: int) -> go.Figure:
         font={"family": "system-ui, sans-serif", "size": 13}, hovermode="closest",
         hoverlabel={"namelength": -1},
     )  # fmt: skip
-    axis = {"showline": True, "linecolor": "#9aa5b1", "gridcolor": _GRID, "zeroline": False, "ticks": "outside"}
+    axis = {
+        "showline": True,
+        "linecolor": "#9aa5b1",
+        "gridcolor": _GRID,
+        "zeroline": False,
+        "ticks": "outside",
+    }
     return figure.update_xaxes(**axis).update_yaxes(**axis)
 
 
 def log_axis(values: Iterable[float | None]) -> dict[str, Any]:
-    """A logarithmic axis with plain numbers: plotly's own labels are bare digits (2, 5) between the powers of ten."""
+    """A logarithmic axis with plain numbers; plotly writes bare digits (2, 5) between the powers of ten."""
     positive = [v for v in values if v is not None and v > 0] or [1.0]
     low, high = np.log10(min(positive)), np.log10(max(positive))
     powers = range(int(np.floor(low)) - 1, int(np.ceil(high)) + 1)
@@ -84,13 +91,20 @@ def log_axis(values: Iterable[float | None]) -> dict[str, Any]:
 
 
 def add_histogram(
-    figure: go.Figure, d: TrainedSAE, colour: str, values: NDArray[Any], edges: NDArray[Any], note: str, **at: int
+    figure: go.Figure,
+    d: TrainedSAE,
+    colour: str,
+    values: NDArray[Any],
+    edges: NDArray[Any],
+    note: str,
+    **at: int,
 ) -> None:
-    """Percent of all values in each bin, as a line through the middles of the bins, which many SAEs can share."""
+    """Percent of all values in each bin, as a line through the middles of the bins: many SAEs fit in one."""
     share = 100 * np.histogram(values, edges)[0] / max(1, len(values))
     figure.add_trace(
         go.Scatter(
-            x=floats((edges[1:] + edges[:-1]) / 2), y=floats(share), mode="lines", line={"color": colour, "width": 1.8},
+            x=floats((edges[1:] + edges[:-1]) / 2), y=floats(share), mode="lines",
+            line={"color": colour, "width": 1.8},
             name=plain(d.label), legendgroup=d.label,
             hovertemplate=f"%{{fullData.name}}{note}<br>%{{y:.2f}} % of features here<extra></extra>",
         ),

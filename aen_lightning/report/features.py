@@ -37,8 +37,8 @@ def feature_pages(
         activations: Its code on text.
         text_of: Text of a token id.
         unembedding: LM head, (vocabulary, d_in), if the dictionary lives in the residual stream.
-        feature_ids: Which features; None takes ``n_features`` of those that fired, at equal distances from the rarest to the
-            most frequent.
+        feature_ids: Which features; None takes ``n_features`` of those that fired, at equal distances from
+            the rarest to the most frequent.
         n_features: How many, without ``feature_ids``.
         n_contexts: Texts a feature, those where it is strongest; each from another row of tokens, none twice.
         n_ordinary: Texts where it is as strong as its median.
@@ -47,10 +47,11 @@ def feature_pages(
         n_output_tokens: Most promoted and most suppressed output tokens, each.
 
     Returns:
-        ``n_tokens``, ``n_rows``, ``d_sae``, ``n_fired``, and ``features``: dicts of ``id``, ``density``, ``mean`` (when active),
-        ``max``, ``neighbours`` ([[id, cosine], ...]), ``promoted`` and ``suppressed`` ([[text, logit per unit], ...], empty without
-        ``unembedding``), and ``contexts``: dicts of ``kind`` (``top`` or ``ordinary``), ``peak`` (its place), ``tokens`` (texts) and
-        ``acts`` (numbers; null where a token was left out).
+        ``n_tokens``, ``n_rows``, ``d_sae``, ``n_fired``, and ``features``: dicts of ``id``, ``density``,
+        ``mean`` (when active), ``max``, ``neighbours`` ([[id, cosine], ...]), ``promoted`` and ``suppressed``
+        ([[text, logit per unit], ...], empty without ``unembedding``), and ``contexts``: dicts of ``kind``
+        (``top`` or ``ordinary``), ``peak`` (its place), ``tokens`` (texts) and ``acts`` (numbers; null where
+        a token was left out).
 
     Raises:
         ValueError: For a feature that does not exist, or if none fired.
@@ -89,20 +90,29 @@ def feature_pages(
 def _choose(counts: NDArray[Any], feature_ids: Sequence[int] | None, n_features: int) -> list[int]:
     if feature_ids is not None:
         if wrong := [i for i in feature_ids if not 0 <= i < len(counts)]:
-            raise ValueError(f"there is no feature {wrong[0]}: the dictionary has features 0 to {len(counts) - 1}")
+            raise ValueError(
+                f"there is no feature {wrong[0]}: the dictionary has features 0 to {len(counts) - 1}"
+            )
         return list(dict.fromkeys(feature_ids))
     if n_features < 1:
         raise ValueError(f"n_features must be at least 1, got {n_features}")
     order = np.argsort(counts, kind="stable")
     fired = order[counts[order] > 0]
     if not len(fired):
-        raise ValueError("no feature fired on these tokens: is it the model and hook the dictionary was trained on?")
+        raise ValueError(
+            "no feature fired on these tokens: is it the model and hook the dictionary was trained on?"
+        )
     at = np.linspace(0, len(fired) - 1, min(n_features, len(fired))).round().astype(int)
     return [int(i) for i in fired[at]]
 
 
 def _contexts(
-    activations: Activations, feature: int, text_of: Callable[[int], str], n_top: int, n_ordinary: int, window: int
+    activations: Activations,
+    feature: int,
+    text_of: Callable[[int], str],
+    n_top: int,
+    n_ordinary: int,
+    window: int,
 ) -> list[dict[str, Any]]:
     where, values = activations.of(feature)
     if not len(values):
@@ -161,7 +171,7 @@ def _neighbours(W_dec: Tensor, ids: Sequence[int], n: int) -> list[list[list[Any
 def _output_tokens(
     W: Tensor, unembedding: Tensor, n: int, text_of: Callable[[int], str]
 ) -> list[tuple[list[list[Any]], list[list[Any]]]]:
-    """Per feature the most promoted and most suppressed tokens with their logits, [[text, logit], ...] each."""
+    """Per feature the most promoted and most suppressed tokens, [[text, logit], ...] each."""
     n, found = min(n, len(unembedding)), []
     for chunk in W.split(_CHUNK):
         logits = chunk @ unembedding.float().T

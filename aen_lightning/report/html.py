@@ -1,8 +1,9 @@
 """Puts the report together as one HTML file that needs nothing else: no network, no other file.
 
-Nothing that comes from a run, a dictionary or a corpus can become markup: Jinja2 escapes it, or it travels as JSON and
-is written by the page's script as text. And should something slip through, the page's Content-Security-Policy lets the
-browser run the two scripts and apply the one style sheet whose hashes it names, and nothing else.
+Nothing that comes from a run, a dictionary or a corpus can become markup: Jinja2 escapes it, or it travels as
+JSON and is written by the page's script as text. And should something slip through, the page's
+Content-Security-Policy lets the browser run the two scripts and apply the one style sheet whose hashes it
+names, and nothing else.
 """
 
 from __future__ import annotations
@@ -27,15 +28,19 @@ from aen_lightning.report.tables import TableCard, summary_table
 
 
 def render_report(
-    report: Report, figures: Sequence[Figure], features: Sequence[dict[str, Any]] = (), *, title: str | None = None
+    report: Report,
+    figures: Sequence[Figure],
+    features: Sequence[dict[str, Any]] = (),
+    *,
+    title: str | None = None,
 ) -> str:
     """The page.
 
     Args:
         report: From ``collect``.
         figures: From ``make_figures``.
-        features: From ``feature_pages``, each with ``label`` (of the dictionary) and ``note`` (what the texts are)
-            added.
+        features: From ``feature_pages``, each with ``label`` (of the dictionary) and ``note`` (what the texts
+            are) added.
         title: Heading; None names the runs.
     """
     environment = _environment()
@@ -57,7 +62,8 @@ def render_report(
         configs=report.configs,
         notes=report.notes,
         figure_data=[
-            {"id": f.id, "own_legend": f.own_legend, "figure": json.loads(f.figure.to_json())} for f in figures
+            {"id": f.id, "own_legend": f.own_legend, "figure": json.loads(f.figure.to_json())}
+            for f in figures
         ],
     )
 
@@ -85,9 +91,9 @@ def content_security_policy(*, scripts: Iterable[str], styles: Iterable[str]) ->
 
     Args:
         scripts: Content of each ``<script>``, to the letter.
-        styles: Content of each ``<style>``. The empty one is allowed as well: plotly adds it and fills it rule by rule,
-            which needs no permission. Style attributes are forbidden, and so are the styles of plotly's maps, which no
-            figure here needs.
+        styles: Content of each ``<style>``. The empty one is allowed as well: plotly adds it and fills it
+            rule by rule, which needs no permission. Style attributes are forbidden, and so are the styles of
+            plotly's maps, which no figure here needs.
     """
     directives = {
         "default-src": "'none'",

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B5B5B", "#8A6A00")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
 _NAMES = {
-    "standard": "L1 (SAELens)", "topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "gated": "gated",
-    "matryoshka_batchtopk": "Matryoshka BatchTopK", "relaxed": "refit",
+    "standard": "L1 (SAELens)", "topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU",
+    "gated": "gated", "matryoshka_batchtopk": "Matryoshka BatchTopK", "relaxed": "refit",
 }  # fmt: skip
 _SYMBOLIC = {"lambda_1": "λ₁", "lambda_2": "λ₂", "gamma": "γ", "ema_decay": "β"}
 
@@ -23,8 +23,8 @@ _SYMBOLIC = {"lambda_1": "λ₁", "lambda_2": "λ₂", "gamma": "γ", "ema_decay
 def family_of(architecture: str | None, settings: dict[str, Any]) -> str:
     """What kind of SAE it is, for legends.
 
-    The AEN family has four members, by which of its two terms are switched off, each with or without the starvation
-    guard.
+    The AEN family has four members, by which of its two terms are switched off, each with or without the
+    starvation guard.
 
     Args:
         architecture: What it was trained as, if that is known.
@@ -33,7 +33,8 @@ def family_of(architecture: str | None, settings: dict[str, Any]) -> str:
     if architecture == ARCHITECTURE:
         adaptive, quadratic = settings.get("gamma") != 0, settings.get("lambda_2") != 0
         names = {
-            (True, True): "AEN", (True, False): "adaptive lasso", (False, True): "elastic net", (False, False): "L1",
+            (True, True): "AEN", (True, False): "adaptive lasso",
+            (False, True): "elastic net", (False, False): "L1",
         }  # fmt: skip
         return names[adaptive, quadratic] + (" + guard" if settings.get("starvation_guard") else "")
     return _NAMES.get(str(architecture), architecture or "SAE")
@@ -76,7 +77,7 @@ def family_styles(dictionaries: Sequence[TrainedSAE]) -> dict[str, tuple[str, st
 
 
 def colours(dictionaries: Sequence[TrainedSAE]) -> dict[str, str]:
-    """A colour for each label: one each while they last, then the family's colour, darkest for the smallest L0."""
+    """A colour for each label: one each while they last, then the family's, darkest for the smallest L0."""
     if len(dictionaries) <= len(_COLOURS):
         return {d.label: colour for d, colour in zip(dictionaries, _COLOURS, strict=False)}
     styles, found = family_styles(dictionaries), {}

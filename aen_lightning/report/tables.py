@@ -73,7 +73,7 @@ _SUMMARY = {
     "explained_variance": ("explained variance", "1 is perfect"),
     "mse": ("MSE", "mean over d_in"),
     "shrinkage_ratio": ("shrinkage", "1 is none"),
-    "dead_features_pct": ("dead, %", "share that never fired"),
+    "dead_features_pct": ("dead, %", "never fired"),
 }
 _DEAD = "dead_features_pct"
 

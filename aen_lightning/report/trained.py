@@ -38,7 +38,8 @@ class TrainedSAE:
         curves: By log key (``losses/mse_loss``) the values by training step.
         metrics: Those of ``METRICS`` that are known, at the end of training.
         metrics_source: Where ``metrics`` are from, for people.
-        settings: What it was trained with; the paper's lambdas where the run states the coefficients of SAELens.
+        settings: What it was trained with; the paper's lambdas where the run states the coefficients of
+            SAELens.
         evaluation: JSON of ``aen evaluate``.
         diagnosis: JSON of ``aen diagnose``.
         family: ``AEN``, ``L1``, ``TopK``, ...; set by :func:`~aen_lightning.report.collect.collect`.
@@ -93,7 +94,9 @@ class TrainedSAE:
         if window is not None:
             return float(window.iloc[-1]), "last full window of training"
         if (density := self.log_density()) is not None:
-            return 100 * float((density <= NEVER_FIRED).mean()), "last window of training (sparsity.safetensors)"
+            return 100 * float(
+                (density <= NEVER_FIRED).mean()
+            ), "last window of training (sparsity.safetensors)"
         return None
 
 
@@ -111,7 +114,9 @@ def read_run(folder: Path, run: str, notes: list[str]) -> list[TrainedSAE]:
     exported = _exported(folder, run, notes)
     curves = read_curves(folder)
     if curves is None:
-        notes.append(f"{run} has no metrics.csv, so no curves: train with Lightning's CSVLogger to have them.")
+        notes.append(
+            f"{run} has no metrics.csv, so no curves: train with Lightning's CSVLogger to have them."
+        )
         curves = Curves({})
     sweep = read_sweep(folder)
     rows = {} if sweep is None else {str(name): row.dropna().to_dict() for name, row in sweep.iterrows()}

@@ -31,48 +31,79 @@ class _Panel:
 
 _TRAINING = (
     _Panel(
-        "Explained variance", "share, 1 = perfect", ("metrics/explained_variance", "val/metrics/explained_variance")
+        "Explained variance",
+        "share, 1 = perfect",
+        ("metrics/explained_variance", "val/metrics/explained_variance"),
     ),
     _Panel("L0", "active features per token", ("metrics/l0", "val/metrics/l0"), log=True),
     _Panel("Squared error", "summed over d_in, per token", ("losses/mse_loss",), log=True),
     _Panel("Total loss", "error + penalties", ("losses/overall_loss",), log=True),
-    _Panel("Shrinkage ratio", "‖x̂‖₁ / ‖x‖₁, 1 = none", ("metrics/shrinkage_ratio", "val/metrics/shrinkage_ratio")),
+    _Panel(
+        "Shrinkage ratio", "‖x̂‖₁ / ‖x‖₁, 1 = none", ("metrics/shrinkage_ratio", "val/metrics/shrinkage_ratio")
+    ),
     _Panel("Learning rate", "", ("details/current_learning_rate",), from_zero=True),
 )
 _DEAD = (
     _Panel("Silent now", "% of features", ("sparsity/dead_features",), per_feature=True, from_zero=True),
-    _Panel("Dead in a window", "% of features", ("sparsity/dead_features_window_pct",), from_zero=True, stairs=True),
     _Panel(
-        "Recovered", "% of those dead before", ("sparsity/recovery_rate",), factor=100.0, from_zero=True, stairs=True
+        "Dead in a window",
+        "% of features",
+        ("sparsity/dead_features_window_pct",),
+        from_zero=True,
+        stairs=True,
+    ),
+    _Panel(
+        "Recovered",
+        "% of those dead before",
+        ("sparsity/recovery_rate",),
+        factor=100.0,
+        from_zero=True,
+        stairs=True,
     ),
 )
 _ADAPTIVE = (
     _Panel("Ramp", "0 = plain L1, 1 = adaptive", ("metrics/adaptive_ramp",), from_zero=True),
     _Panel("Mean weight", "multiple of the L1 coefficient", ("metrics/l1_weight_mean",), from_zero=True),
-    _Panel("Pinned at the maximum", "% of features", ("metrics/l1_weight_pinned_max",), factor=100.0, from_zero=True),
-    _Panel("Pinned at the minimum", "% of features", ("metrics/l1_weight_pinned_min",), factor=100.0, from_zero=True),
+    _Panel(
+        "Pinned at the maximum",
+        "% of features",
+        ("metrics/l1_weight_pinned_max",),
+        factor=100.0,
+        from_zero=True,
+    ),
+    _Panel(
+        "Pinned at the minimum",
+        "% of features",
+        ("metrics/l1_weight_pinned_min",),
+        factor=100.0,
+        from_zero=True,
+    ),
 )
 _ADAPTIVE_KEYS = {key for panel in _ADAPTIVE for key in panel.keys}  # constant without adaptive weights
 _CURVES = (
     (
         "training", "Training", "Training curves", _TRAINING,
-        "Lines are single training batches, so they are noisy; dots are the whole validation split. Good: L0 settles "
-        "where you want it, and explained variance then rises and flattens (before, while an L1 penalty warms up, both fall together). "
-        "Still rising at the end: train longer. Validation clearly below "
-        "training: overfitting. A shrinkage ratio well below 1 means the L1 penalty makes reconstructions too small. Errors are "
-        "in the space the dictionary trains in, after any input scaling.",
+        "Lines are single training batches, so they are noisy; dots are the whole validation split. Good: "
+        "L0 settles where you want it, and explained variance then rises and flattens (before, while an L1 "
+        "penalty warms up, both fall together). Still rising at the end: train longer. Validation clearly "
+        "below training: overfitting. A shrinkage ratio well below 1 means the L1 penalty makes "
+        "reconstructions too small. Errors are in the space the dictionary trains in, after any input "
+        "scaling.",
     ),
     (
         "dead", "Dead features", "Dead features and their recovery", _DEAD,
-        "Silent now: features that have not fired for the run's dead_feature_window (steps). Dead in a window: features that never "
-        "fired in the last full window of steps (a stair each). Recovered: of those dead in the window before, how many fired again (with "
-        "hardly any dead, it jumps between 0 and 100). Good: the first two low and falling. High and flat with no recovery means features are lost for good: lower the L1 coefficient or warm it up "
-        "more slowly. Early on everything counts as alive, because no window is full yet.",
+        "Silent now: features that have not fired for the run's dead_feature_window (steps). Dead in a "
+        "window: features that never fired in the last full window of steps (a stair each). Recovered: of "
+        "those dead in the window before, how many fired again (with hardly any dead, it jumps between 0 "
+        "and 100). Good: the first two low and falling. High and flat with no recovery means features are "
+        "lost for good: lower the L1 coefficient or warm it up more slowly. Early on everything counts as "
+        "alive, because no window is full yet.",
     ),
     (
         "adaptive", "Adaptive weights", "How the adaptive weights came in", _ADAPTIVE,
-        "Every feature has its own multiple of the L1 coefficient, which the ramp lets in after a delay. Good: the mean settles and few "
-        "weights are pinned. Nearly all pinned at the maximum means that the penalty is a uniform, larger one, and adapts no more.",
+        "Every feature has its own multiple of the L1 coefficient, which the ramp lets in after a delay. "
+        "Good: the mean settles and few weights are pinned. Nearly all pinned at the maximum means that the "
+        "penalty is a uniform, larger one, and adapts no more.",
     ),
 )  # fmt: skip
 
@@ -84,9 +115,16 @@ def curve_figures(dictionaries: Sequence[TrainedSAE]) -> list[Figure]:
 
 
 def _curves(
-    dictionaries: Sequence[TrainedSAE], id: str, section: str, title: str, panels: Sequence[_Panel], caption: str
+    dictionaries: Sequence[TrainedSAE],
+    id: str,
+    section: str,
+    title: str,
+    panels: Sequence[_Panel],
+    caption: str,
 ) -> Figure | None:
-    panels = [p for p in panels if any(_series(d, key, p) is not None for d in dictionaries for key in p.keys)]
+    panels = [
+        p for p in panels if any(_series(d, key, p) is not None for d in dictionaries for key in p.keys)
+    ]
     if not panels:
         return None
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
@@ -111,12 +149,20 @@ def _curves(
                 style = (
                     {
                         "mode": "markers",
-                        "marker": {"color": colour[d.label], "size": 7, "line": {"width": 1, "color": "white"}},
+                        "marker": {
+                            "color": colour[d.label],
+                            "size": 7,
+                            "line": {"width": 1, "color": "white"},
+                        },
                     }
                     if sparse
                     else {
                         "mode": "lines",
-                        "line": {"color": colour[d.label], "width": 1.8, "shape": "hv" if panel.stairs else "linear"},
+                        "line": {
+                            "color": colour[d.label],
+                            "width": 1.8,
+                            "shape": "hv" if panel.stairs else "linear",
+                        },
                     }
                 )
                 name = plain(f"{d.label} (validation)" if held_out else d.label)

@@ -1,4 +1,4 @@
-"""What a feature has to do with the vocabulary: the texts of tokens, and the output tokens that a direction pushes."""
+"""The vocabulary for pages of features: texts of tokens, and the LM head that a direction pushes on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from transformers import AutoModelForCausalLM
 from aen_lightning.language_model.cut_model import cut_config, load_config
 from aen_lightning.language_model.hook_points import resolve_hook
 
-_RESIDUAL = ("hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+_RESIDUAL = (
+    "hook_embed",
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_attn_out",
+    "hook_mlp_out",
+)
 
 
 def load_unembedding(
@@ -24,8 +31,9 @@ def load_unembedding(
     """The LM head's weight, (vocabulary, d_model), without loading more than one of the model's blocks.
 
     Returns:
-        None if decoder directions at this hook are not directions of the residual stream (``mlp.hook_post``, ``attn.hook_z``, a module
-        path), or the LM head is not applied to it (OPT's projected embeddings): no output token can be named there.
+        None if decoder directions at this hook are not directions of the residual stream (``mlp.hook_post``,
+        ``attn.hook_z``, a module path), or the LM head is not applied to it (OPT's projected embeddings): no
+        output token can be named there.
     """
     kwargs = dict(model_from_pretrained_kwargs or {})
     config = load_config(model_name, revision=revision, model_from_pretrained_kwargs=kwargs)
@@ -33,7 +41,9 @@ def load_unembedding(
     if not hook.hook_name.endswith(_RESIDUAL):
         return None
     small = cut_config(config, 0)
-    model = AutoModelForCausalLM.from_pretrained(model_name, config=small, revision=revision or "main", **kwargs)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_name, config=small, revision=revision or "main", **kwargs
+    )
     head = model.get_output_embeddings()
     if head is None or head.weight.shape[1] != hook.d_in:
         return None
@@ -41,7 +51,7 @@ def load_unembedding(
 
 
 def token_texts(tokenizer: Any) -> Callable[[int], str]:
-    """Text of a single token as it stands in a sentence: with its space, and a visible sign for a line break."""
+    """Text of a single token as in a sentence: with its space, and a visible sign for a line break."""
     known: dict[int, str] = {}
 
     def text_of(token: int) -> str:

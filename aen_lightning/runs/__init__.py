@@ -1,4 +1,4 @@
-"""What a run leaves on disk, and the only reader of it: where things are, the dictionaries, the curves, the provenance."""
+"""What a run leaves on disk, and its only reader: the layout, dictionaries, curves and provenance."""
 
 from aen_lightning.runs.curves import Curves, read_curves, read_sweep
 from aen_lightning.runs.dictionary import Dictionary, find_dictionaries

@@ -11,7 +11,7 @@ import pandas as pd
 from aen_lightning.runs.layout import METRICS_FILE, SWEEP_FILE
 
 METRICS = ("l0", "explained_variance", "mse", "shrinkage_ratio", "dead_features_pct")
-"""What every SAE is measured by on held-out data: log keys behind ``val/metrics/`` and columns of ``sweep.csv``."""
+"""What every SAE is measured by on held-out data: keys behind ``val/metrics/``, columns of ``sweep.csv``."""
 
 _SPLITS = ("val", "test")
 _TRAINING = ("details", "losses", "metrics", "sparsity", "weights")
@@ -25,8 +25,8 @@ class Curves:
 
     Args:
         by_name: For each SAE of the run, by its name, the values by log key without that name
-            (``metrics/l0``, ``val/metrics/l0``), each indexed by the training step, without gaps. The empty name
-            has what the run logged for all, or for its only SAE.
+            (``metrics/l0``, ``val/metrics/l0``), each indexed by the training step, without gaps. The empty
+            name has what the run logged for all, or for its only SAE.
     """
 
     by_name: dict[str, dict[str, pd.Series[float]]]
@@ -45,7 +45,7 @@ class Curves:
         return {key: float(series.iloc[-1]) for key, series in self.of(name).items()}
 
     def held_out(self, name: str = "") -> dict[str, float]:
-        """The last metrics on held-out data: ``l0`` of the validation split, ``test/l0`` of the test split."""
+        """The last held-out metrics: ``l0`` of the validation split, ``test/l0`` of the test split."""
         found = {}
         for key, value in self.last(name).items():
             split, _, rest = key.partition("/")
@@ -127,7 +127,8 @@ def _read_csv(path: Path, column: str) -> pd.DataFrame:
 def _name_and_key(column: str) -> tuple[str, str]:
     """The SAE's name and the log key in a column; an empty key if it is no value of an SAE.
 
-    ``NAME/metrics/l0``, ``NAME/val/metrics/l0`` and ``test/NAME/downstream/kl`` have a name, which has no slash.
+    ``NAME/metrics/l0``, ``NAME/val/metrics/l0`` and ``test/NAME/downstream/kl`` have a name, which has no
+    slash.
     """
     first, _, rest = column.partition("/")
     second, _, beyond = rest.partition("/")

@@ -53,7 +53,7 @@ class Dictionary:
         return read_log_sparsity(self.path)
 
     def l1_weights(self) -> Tensor | None:
-        """L1 weights at the end of training, shape (d_sae,), multiples of the L1 coefficient; None if not saved.
+        """L1 weights at the end of training, (d_sae,), multiples of the L1 coefficient; None if not saved.
 
         They lie beside an exported dictionary, and among the weights of one that was saved for training.
         """
@@ -83,12 +83,14 @@ def read_cfg(path: Path) -> dict[str, Any]:
     file = path / SAE_CFG_FILENAME
     cfg = read_json(file)
     if missing := [key for key in ("d_in", "d_sae") if key not in cfg]:
-        raise ValueError(f"{file} is not the config of a SAELens dictionary: it has no {' and no '.join(missing)}")
+        raise ValueError(
+            f"{file} is not the config of a SAELens dictionary: it has no {' and no '.join(missing)}"
+        )
     return cfg
 
 
 def read_log_sparsity(path: Path) -> Tensor | None:
-    """``log10`` of each feature's firing rate per token beside a dictionary's weights, shape (d_sae,), or None."""
+    """``log10`` of each feature's firing rate per token as saved in a folder, shape (d_sae,), or None."""
     file = path / SPARSITY_FILENAME
     return read_tensor(file, "sparsity") if file.is_file() else None
 
@@ -109,9 +111,10 @@ def read_activation_scale(path: Path) -> float | None:
 
 
 def dictionaries_in(root: Path) -> list[Dictionary]:
-    """The finished dictionaries in a folder, which may be one itself, in the order of their paths; perhaps none.
+    """The finished dictionaries in a folder, which may be one itself, by their paths; perhaps none.
 
-    What a run wrote beside its checkpoints (``sae/step_N``) is left out; name such a folder itself to have it.
+    What a run wrote beside its checkpoints (``sae/step_N``) is left out; name such a folder itself to have
+    it.
 
     Raises:
         ValueError: For a ``cfg.json`` that is none.
@@ -134,7 +137,8 @@ def _below(root: Path) -> list[Path]:
 def find_dictionaries(root: str | Path, *, sae_id: str | None = None) -> list[Dictionary]:
     """The finished dictionaries in a folder, with the IDs they get in a repository.
 
-    What a run wrote beside its checkpoints (``sae/step_N``) is left out; name such a folder itself to have it.
+    What a run wrote beside its checkpoints (``sae/step_N``) is left out; name such a folder itself to have
+    it.
 
     Args:
         root: A SAELens folder, a run's folder, or a folder of runs.
@@ -160,7 +164,9 @@ def find_dictionaries(root: str | Path, *, sae_id: str | None = None) -> list[Di
             "(a run writes them to sae/final when it ends; a sae/step_N folder can be named itself)"
         )
     if sae_id is not None and len(found) > 1:
-        raise ValueError(f"an ID can be given to one dictionary only, and below {str(root)!r} there are {len(found)}")
+        raise ValueError(
+            f"an ID can be given to one dictionary only, and below {str(root)!r} there are {len(found)}"
+        )
     if sae_id is not None:
         ids = [sae_id]
     elif len(found) == 1:
@@ -168,4 +174,6 @@ def find_dictionaries(root: str | Path, *, sae_id: str | None = None) -> list[Di
         ids = [id_of_one(root, found[0].path, hook_name)]
     else:
         ids = ids_of_several([d.path.relative_to(root).parts for d in found])
-    return sorted((replace(d, sae_id=check_id(i)) for d, i in zip(found, ids, strict=True)), key=lambda d: d.sae_id)
+    return sorted(
+        (replace(d, sae_id=check_id(i)) for d, i in zip(found, ids, strict=True)), key=lambda d: d.sae_id
+    )

@@ -21,7 +21,8 @@ def check_id(sae_id: str) -> str:
     parts = sae_id.split("/")
     if _NOT_ALLOWED.search(sae_id) or any(part in ("", ".", "..") for part in parts) or parts[0] == ".git":
         raise ValueError(
-            f"{sae_id!r} cannot be the ID of a dictionary: use letters, digits and . _ = + -, with / between folders"
+            f"{sae_id!r} cannot be the ID of a dictionary: use letters, digits and . _ = + -, with / "
+            f"between folders"
         )
     return sae_id
 

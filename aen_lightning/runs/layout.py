@@ -65,7 +65,7 @@ def versions(folder: Path) -> list[Path]:
 
 
 def export_folder(run: Path) -> Path | None:
-    """``sae/final`` of a run; of one that has not ended its last ``sae/step_N``; None if it exported nothing."""
+    """``sae/final`` of a run, or the last ``sae/step_N`` of one that has not ended, or None."""
     root = run / DICTIONARIES_FOLDER
     if (root / FINAL_FOLDER).is_dir():
         return root / FINAL_FOLDER
@@ -80,7 +80,8 @@ def run_of(folder: Path) -> tuple[Path | None, str]:
         folder: ``RUN/sae/final`` or ``RUN/sae/final/NAME``, the same with ``step_N``, or any other folder.
 
     Returns:
-        The run's folder, None if ``folder`` does not lie in one; and the name, empty for the only one of a run.
+        The run's folder, None if ``folder`` does not lie in one; and the name, empty for the only one of a
+        run.
     """
     folder = folder.resolve()
     for up in (folder, *folder.parents):

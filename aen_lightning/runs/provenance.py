@@ -1,4 +1,4 @@
-"""Where a dictionary comes from: what its run's folder and this process can tell, without secrets or local paths."""
+"""Where a dictionary comes from: what its run and this process can tell, without secrets or local paths."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def collect_provenance(dictionary: Dictionary) -> dict[str, Any]:
     """What is known of the training, in plain JSON types; what is not known is left out.
 
     Returns:
-        ``evaluation`` (held-out metrics by name), ``training_metrics`` (the last logged), ``n_training_samples``,
-        ``n_training_steps``, ``seed``, ``recipe`` (model, data and trainer sections of ``config.yaml``),
-        ``environment_at_publishing`` (package versions), ``git_commit_at_publishing`` (of the working directory, with
-        ``-dirty`` if it had changes).
+        ``evaluation`` (held-out metrics by name), ``training_metrics`` (the last logged),
+        ``n_training_samples``, ``n_training_steps``, ``seed``, ``recipe`` (model, data and trainer sections
+        of ``config.yaml``), ``environment_at_publishing`` (package versions), ``git_commit_at_publishing``
+        (of the working directory, with ``-dirty`` if it had changes).
 
     Raises:
         ValueError: If the run's ``metrics.csv`` is not one.
@@ -72,7 +72,8 @@ def _finite(values: Mapping[str, float]) -> dict[str, float]:
 def training_settings(dictionary: Dictionary) -> dict[str, Any]:
     """What a dictionary says it was trained with: sizes, and the fields of its training config.
 
-    Where an AEN-SAE has SAELens's coefficients, ``lambda_1`` and ``lambda_2`` of the paper stand in their place.
+    Where an AEN-SAE has SAELens's coefficients, ``lambda_1`` and ``lambda_2`` of the paper stand in their
+    place.
     """
     cfg, details = dictionary.cfg, dict(dictionary.metadata.get("training_architecture_details") or {})
     settings: dict[str, Any] = {"d_in": cfg["d_in"], "d_sae": cfg["d_sae"]}
@@ -101,7 +102,9 @@ def git_commit(folder: Path | None = None) -> str | None:
     """Commit of the repository that holds ``folder`` (the working directory), or None outside of any."""
     where = ["git", "-C", str(folder or Path.cwd())]
     try:
-        head = subprocess.run([*where, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        head = subprocess.run(
+            [*where, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
         changes = subprocess.run(
             [*where, "status", "--porcelain", "--untracked-files=no"],
             capture_output=True, text=True, timeout=30, check=True,
@@ -114,12 +117,16 @@ def git_commit(folder: Path | None = None) -> str | None:
 def scrub(value: Any) -> Any:
     """A copy without secrets, and with local paths cut to their last part.
 
-    Entries under keys such as ``token`` or ``password`` are left out; strings that look like an access token, or hold
-    a password in an address, become ``"(removed)"``; an absolute path, or one that leads out of the working directory,
-    keeps its name only.
+    Entries under keys such as ``token`` or ``password`` are left out; strings that look like an access token,
+    or hold a password in an address, become ``"(removed)"``; an absolute path, or one that leads out of the
+    working directory, keeps its name only.
     """
     if isinstance(value, Mapping):
-        return {str(k): scrub(v) for k, v in value.items() if not (_SECRET_KEY.search(str(k)) and isinstance(v, str))}
+        return {
+            str(k): scrub(v)
+            for k, v in value.items()
+            if not (_SECRET_KEY.search(str(k)) and isinstance(v, str))
+        }
     if isinstance(value, list | tuple):
         return [scrub(v) for v in value]
     if isinstance(value, Path):

@@ -26,9 +26,7 @@ _START = {
 STATE_BUFFERS = tuple(_START)
 """Training state that no inference architecture knows: dropped when a dictionary is exported."""
 
-_SCALE_DECAY = (
-    0.99  # of the running mean activation of the concave penalties; it follows the activations, not the features
-)
+_SCALE_DECAY = 0.99  # of the running mean activation of the concave penalties; it follows the activations, not the features
 
 
 class AdaptiveState(FullPrecisionBuffers):
@@ -150,7 +148,9 @@ class AdaptiveState(FullPrecisionBuffers):
 
     def scheduled_ramp(self, n_steps: int) -> float:
         """The ramp that the config asks for at training step ``n_steps``, the first being 1."""
-        return warmup_ramp(n_steps, delay_steps=self.cfg.warmup_delay_steps, ramp_steps=self.cfg.warmup_ramp_steps)
+        return warmup_ramp(
+            n_steps, delay_steps=self.cfg.warmup_delay_steps, ramp_steps=self.cfg.warmup_ramp_steps
+        )
 
     def adaptive_metrics(self) -> dict[str, Callable[[], Tensor]]:
         """What to log of the state, computed when called."""
@@ -214,7 +214,9 @@ class AdaptiveState(FullPrecisionBuffers):
             if buffer is None:
                 state_dict.pop(name, None)
             else:  # the loader makes this SAE on the meta device, so a start is made anew
-                found = state_dict.get(name, torch.full(buffer.shape, start, device=state_dict["W_dec"].device))
+                found = state_dict.get(
+                    name, torch.full(buffer.shape, start, device=state_dict["W_dec"].device)
+                )
                 state_dict[name] = found.to(buffer.dtype)
 
 

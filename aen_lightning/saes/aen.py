@@ -77,7 +77,9 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         return {
-            "l1": TrainCoefficientConfig(value=self.cfg.l1_coefficient, warm_up_steps=self.cfg.l1_warmup_steps),
+            "l1": TrainCoefficientConfig(
+                value=self.cfg.l1_coefficient, warm_up_steps=self.cfg.l1_warmup_steps
+            ),
             "l2": self.cfg.l2_coefficient,
         }
 
@@ -101,7 +103,10 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
     ) -> dict[str, Tensor]:
         """``l1_loss`` and ``l2_loss``, each with its coefficient; reads the state and never writes it."""
         l1, l2 = elastic_net_terms(feature_acts, self.l1_weights, self._slopes(feature_acts))
-        return {"l1_loss": step_input.coefficients["l1"] * l1, "l2_loss": self._l2_coefficient(step_input) * l2}
+        return {
+            "l1_loss": step_input.coefficients["l1"] * l1,
+            "l2_loss": self._l2_coefficient(step_input) * l2,
+        }
 
     def _slopes(self, feature_acts: Tensor) -> Tensor | None:
         if self.activation_scale is None:
@@ -251,7 +256,9 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
         self.decoder_norm.div_(scaling_factor)
 
     @override
-    def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
+    def fold_activation_whitening(
+        self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
+    ) -> None:
         super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
         self.decoder_norm.copy_(self.get_W_dec_norm())
 

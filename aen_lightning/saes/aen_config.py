@@ -96,7 +96,9 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
         super().__post_init__()
         for name, ok, expected in self._constraints():
             if not ok:
-                raise ValueError(f"{type(self).__name__}.{name} must be {expected}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{type(self).__name__}.{name} must be {expected}, got {getattr(self, name)!r}"
+                )
 
     def _constraints(self) -> list[tuple[str, bool, str]]:
         def at_least(value: Any, bound: float) -> bool:
@@ -121,7 +123,11 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
                 "in (0, 1]",
             ),
             ("warmup_delay_steps", steps(self.warmup_delay_steps), "an integer number of steps"),
-            ("warmup_ramp_steps", steps(self.warmup_ramp_steps) and self.warmup_ramp_steps >= 0, "an integer >= 0"),
+            (
+                "warmup_ramp_steps",
+                steps(self.warmup_ramp_steps) and self.warmup_ramp_steps >= 0,
+                "an integer >= 0",
+            ),
             ("l1_warmup_steps", steps(self.l1_warmup_steps) and self.l1_warmup_steps >= 0, "an integer >= 0"),
             ("starvation_guard", at_least(self.starvation_guard, 0), "a finite number >= 0"),
             ("penalty", self.penalty in get_args(PenaltyName), f"one of {', '.join(get_args(PenaltyName))}"),
@@ -135,7 +141,11 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
             ("guard_decay", at_least(self.guard_decay, 0) and self.guard_decay < 1, "in [0, 1)"),
             ("decoder_init_norm", norm is None or (at_least(norm, 0) and norm > 0), "None or a number > 0"),
             ("sparse_step", self.sparse_step in ("auto", "on", "off"), "'auto', 'on' or 'off'"),
-            ("inference_architecture", self.inference_architecture in ("standard", "aen"), "'standard' or 'aen'"),
+            (
+                "inference_architecture",
+                self.inference_architecture in ("standard", "aen"),
+                "'standard' or 'aen'",
+            ),
         ]
 
     @classmethod
@@ -156,7 +166,9 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
         """
         for name in ("l1_coefficient", "l2_coefficient"):
             if name in rest:
-                raise TypeError(f"from_paper sets {name} from the lambdas; got {name}={rest[name]!r} as well: drop one")
+                raise TypeError(
+                    f"from_paper sets {name} from the lambdas; got {name}={rest[name]!r} as well: drop one"
+                )
         l1, l2 = coefficients_from_paper(d_in=d_in, lambda_1=lambda_1, lambda_2=lambda_2)
         return cls(d_in=d_in, d_sae=d_sae, l1_coefficient=l1, l2_coefficient=l2, **rest)
 

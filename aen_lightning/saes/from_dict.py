@@ -49,7 +49,9 @@ def build_sae_config(sae: dict[str, Any]) -> TrainingSAEConfig:
     missing = [
         name
         for name, field in known.items()
-        if name not in fields and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if name not in fields
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ValueError(f"sae lacks {', '.join(missing)} (architecture {architecture!r})")
@@ -59,7 +61,9 @@ def build_sae_config(sae: dict[str, Any]) -> TrainingSAEConfig:
             raise ValueError(f"sae.{key} must be {_type_name(hints[key])}, got {value!r}")
     k = fields.get("k", known["k"].default if "k" in known else 0)
     if k > fields["d_sae"]:
-        raise ValueError(f"sae.k must be at most d_sae={fields['d_sae']}, got {k} (architecture {architecture!r})")
+        raise ValueError(
+            f"sae.k must be at most d_sae={fields['d_sae']}, got {k} (architecture {architecture!r})"
+        )
     if is_aen:
         _convert_paper_lambdas(fields)
     return cfg_class.from_dict({**fields, "architecture": architecture})

@@ -35,7 +35,9 @@ class InputScaling:
             raise ValueError(f"input scaling must be 'none', 'per_token' or 'average', got {self.kind!r}")
         if self.kind != "average" and self.factor is not None:
             raise ValueError(f"input scaling {self.kind!r} takes no factor, got {self.factor}")
-        if self.kind == "average" and not (self.factor is not None and math.isfinite(self.factor) and self.factor > 0):
+        if self.kind == "average" and not (
+            self.factor is not None and math.isfinite(self.factor) and self.factor > 0
+        ):
             raise ValueError(f"input scaling 'average' needs a positive finite factor, got {self.factor}")
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -168,7 +168,9 @@ def warmup_ramp(n_steps: int, *, delay_steps: int, ramp_steps: int) -> float:
     return min(1.0, (n_steps - delay_steps) / ramp_steps)
 
 
-def elastic_net_terms(feature_acts: Tensor, l1_weights: Tensor, slopes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def elastic_net_terms(
+    feature_acts: Tensor, l1_weights: Tensor, slopes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The two penalty terms before their coefficients: ``mean_b sum_j u_j s_bj h_bj`` and ``mean_b sum_j h_bj^2``.
 
     Args:

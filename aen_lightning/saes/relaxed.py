@@ -81,7 +81,9 @@ class RelaxedTrainingSAE(TrainingSAE[RelaxedTrainingSAEConfig]):
             b_enc = b_enc - sae.b_dec @ sae.W_enc  # the support must not move when b_dec does
         weights = {"W_enc": sae.W_enc, "b_enc": b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
         if sae.cfg.architecture() == "jumprelu":
-            weights["threshold"] = sae.threshold.clamp_min(0)  # its ReLU stays at zero under a negative threshold
+            weights["threshold"] = sae.threshold.clamp_min(
+                0
+            )  # its ReLU stays at zero under a negative threshold
         with torch.no_grad():
             for name, value in weights.items():
                 getattr(relaxed, name).copy_(value)

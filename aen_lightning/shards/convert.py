@@ -93,7 +93,9 @@ def to_saelens(
     source, notes = ShardSet(source_path), []
     stored = source.manifest.dtype
     if dtype is None and stored == "bfloat16":
-        notes.append("SAELens's cache (Arrow) has no bfloat16: written as float32, exactly, at twice the size")
+        notes.append(
+            "SAELens's cache (Arrow) has no bfloat16: written as float32, exactly, at twice the size"
+        )
     dtype = dtype or ("float32" if stored == "bfloat16" else stored)
     if dtype not in ("float32", "float16"):
         raise ValueError(f"SAELens's cache holds float32 or float16, not {dtype!r}")
@@ -124,7 +126,9 @@ def to_saelens(
         columns = {}
         for name, tensor in piece.items():
             rows = tensor[: n_rows * context_size].view(n_rows, context_size, *tensor.shape[1:])
-            columns[name] = (rows if name == "token_ids" else _fit(rows, dtype, f"{source.path}, {name}")).numpy()
+            columns[name] = (
+                rows if name == "token_ids" else _fit(rows, dtype, f"{source.path}, {name}")
+            ).numpy()
         datasets.Dataset.from_dict(columns, features=features).save_to_disk(
             str(pieces / f"shard_{i:05d}"), num_shards=1
         )
@@ -209,4 +213,6 @@ def convert(
         FileNotFoundError: If the source is neither.
     """
     ours = isinstance(open_activations(source_path, verify="never"), ShardSet)
-    return (to_saelens if ours else from_saelens)(source_path, target_path, dtype=dtype, force_disk=force_disk)
+    return (to_saelens if ours else from_saelens)(
+        source_path, target_path, dtype=dtype, force_disk=force_disk
+    )

@@ -105,7 +105,9 @@ class Manifest:
         """
         path = folder / MANIFEST_NAME
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no {MANIFEST_NAME}: it is not a set of activation shards")
+            raise FileNotFoundError(
+                f"{folder} holds no {MANIFEST_NAME}: it is not a set of activation shards"
+            )
         content = read_record(path)
         if content.get("format") != FORMAT:
             raise ShardError(

@@ -16,7 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aen_lightning.files import DTYPES, write_json
-from aen_lightning.shards.manifest import MANIFEST_NAME, Manifest, ShardError, ShardRecord, loose_records, read_record
+from aen_lightning.shards.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ShardError,
+    ShardRecord,
+    loose_records,
+    read_record,
+)
 from aen_lightning.shards.saelens_cache import SAELensCache
 from aen_lightning.shards.source import ActivationSource
 
@@ -50,7 +57,9 @@ class ShardSet(ActivationSource):
                 "the harvest (run it again), or allow_incomplete=True to use what there is"
             )
         if not self.manifest.n_tokens:
-            raise ShardError(f"{self.path} holds no activations: its {len(self.manifest.shards)} shards are empty")
+            raise ShardError(
+                f"{self.path} holds no activations: its {len(self.manifest.shards)} shards are empty"
+            )
         self.d_in, self.dtype = self.manifest.d_in, DTYPES[self.manifest.dtype]
         self.context_size, self.metadata = self.manifest.context_size, self.manifest.metadata
         self.records = [s for s in self.manifest.shards if s.n_tokens]
@@ -167,7 +176,11 @@ def info(path: str | Path) -> str:
         "dtype": str(source.dtype).removeprefix("torch."),
         "context_size": source.context_size,
         "tokens": f"{source.n_tokens:,}",
-        **{k: v for k, v in source.metadata.items() if v is not None and k not in ("hook_name", "context_size")},
+        **{
+            k: v
+            for k, v in source.metadata.items()
+            if v is not None and k not in ("hook_name", "context_size")
+        },
     }
     if manifest:
         rows |= {f"tokens {name}": f"{n:,}" for name, n in manifest.counts.items()}
@@ -179,7 +192,9 @@ def info(path: str | Path) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
-def open_activations(path: str | Path, *, allow_incomplete: bool = False, verify: Verify = "once") -> ActivationSource:
+def open_activations(
+    path: str | Path, *, allow_incomplete: bool = False, verify: Verify = "once"
+) -> ActivationSource:
     """Open a folder of activations, ours or SAELens's, told apart by what is in it.
 
     Raises:

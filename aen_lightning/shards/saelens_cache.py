@@ -32,7 +32,9 @@ class SAELensCache(ActivationSource):
         if not isinstance(dataset, datasets.Dataset):
             raise ShardError(f"{path} holds several datasets ({', '.join(dataset)}): give the folder of one")
         if is_index_into_other_rows(dataset):
-            raise ShardError(f"{path} is an index into other rows: write it with dataset.flatten_indices() first")
+            raise ShardError(
+                f"{path} is an index into other rows: write it with dataset.flatten_indices() first"
+            )
         self._table = dataset.data
         columns = {n: f for n, f in dataset.features.items() if isinstance(f, datasets.Array2D)}
         if not columns:

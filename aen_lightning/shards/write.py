@@ -40,7 +40,13 @@ class ShardStream:
     """
 
     def __init__(self, folder: Path, index: int, d_in: Mapping[str, int], dtype: str, capacity: int) -> None:
-        self.folder, self.index, self.d_in, self.dtype, self.capacity = folder, index, dict(d_in), dtype, capacity
+        self.folder, self.index, self.d_in, self.dtype, self.capacity = (
+            folder,
+            index,
+            dict(d_in),
+            dtype,
+            capacity,
+        )
         self.n_tokens = 0
         self.counts: dict[str, int] = {}
         # int32 first: whatever n_tokens is, every tensor then begins at a multiple of its element size
@@ -51,7 +57,9 @@ class ShardStream:
         self._starts = self._tensor_starts(capacity)
 
     def _make_header(self, n: int, length: int | None = None) -> bytes:
-        tensors = {"token_ids": (torch.int32, (n,))} | {h: (DTYPES[self.dtype], (n, d)) for h, d in self.d_in.items()}
+        tensors = {"token_ids": (torch.int32, (n,))} | {
+            h: (DTYPES[self.dtype], (n, d)) for h, d in self.d_in.items()
+        }
         return safetensors_header(tensors, {"format": "pt", "shard": str(self.index)}, length=length)
 
     def _tensor_starts(self, n: int) -> dict[str, int]:
@@ -75,7 +83,9 @@ class ShardStream:
         if set(activations) != set(self.d_in):
             raise ValueError(f"shard {self.index} holds hooks {sorted(self.d_in)}, got {sorted(activations)}")
         if self.n_tokens + n > self.capacity:
-            raise ValueError(f"shard {self.index} has room for {self.capacity} tokens, got {self.n_tokens + n}")
+            raise ValueError(
+                f"shard {self.index} has room for {self.capacity} tokens, got {self.n_tokens + n}"
+            )
         for hook, x in activations.items():
             if x.shape != (n, self.d_in[hook]):
                 raise ValueError(

@@ -72,7 +72,9 @@ class _DenseTerms(torch.autograd.Function):
             l1_loss = mse_loss.new_zeros(())
         else:
             # Without slopes the sums that the statistics took serve for the loss as well.
-            weighted_sums = code.feature_sums if slopes is None else (h * slopes).sum(dim=0, dtype=mse_loss.dtype)
+            weighted_sums = (
+                code.feature_sums if slopes is None else (h * slopes).sum(dim=0, dtype=mse_loss.dtype)
+            )
             l1_loss = torch.dot(weighted_sums.to(mse_loss.dtype), l1_weights.to(mse_loss.dtype)) / batch
         if l2_coefficient:
             l2_loss = _squared_norm(h).to(mse_loss.dtype) * (l2_coefficient / batch)

@@ -82,7 +82,9 @@ class EncoderBlocks:
         if screen is None:
             screen = dtype == W_enc.dtype and screening_pays(x.device, dtype)
         elif screen and dtype != torch.float32:
-            raise ValueError(f"screen=True needs a float32 encoder product, but this one is {dtype}; use screen=None")
+            raise ValueError(
+                f"screen=True needs a float32 encoder product, but this one is {dtype}; use screen=None"
+            )
         self.batch, self.d_sae = x.shape[0], W_enc.shape[1]
         self._weight, self._bias = W_enc.detach().t(), b_enc.detach()
         self._step = _features_per_block(self.batch, self.d_sae, block_elements)
@@ -118,7 +120,9 @@ class EncoderBlocks:
     def code(self, parts: list[Entries]) -> SparseCode:
         """The code of all entries kept; they lie in feature order."""
         tokens, features, values = joined(parts)
-        return SparseCode(offsets_of(features, self.d_sae), tokens, features, values, (self.batch, self.d_sae))
+        return SparseCode(
+            offsets_of(features, self.d_sae), tokens, features, values, (self.batch, self.d_sae)
+        )
 
 
 def joined(parts: list[Entries]) -> Entries:

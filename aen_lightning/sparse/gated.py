@@ -100,4 +100,6 @@ def _positive(code: SparseCode, values: Tensor) -> SparseCode:
     """The code with other values, less the entries that are not positive in them."""
     kept = nonzero_flat(values <= 0)
     features = code.features[kept]
-    return SparseCode(offsets_of(features, code.shape[1]), code.tokens[kept], features, values[kept], code.shape)
+    return SparseCode(
+        offsets_of(features, code.shape[1]), code.tokens[kept], features, values[kept], code.shape
+    )

@@ -52,11 +52,15 @@ class SAETrainingModule(pl.LightningModule):
         super().__init__()
         self.optimizer_settings = OptimizerSettings(**optimizer)
         self.compile_sae = compile_sae
-        self.sae_compilation_mode, self.sae_compilation_backend = sae_compilation_mode, sae_compilation_backend
+        self.sae_compilation_mode, self.sae_compilation_backend = (
+            sae_compilation_mode,
+            sae_compilation_backend,
+        )
         self.tracked = cast(
             "Sequence[TrackedSAE]",
             nn.ModuleList(
-                TrackedSAE(sae, name=name, dead_feature_window=dead_feature_window) for name, sae in saes.items()
+                TrackedSAE(sae, name=name, dead_feature_window=dead_feature_window)
+                for name, sae in saes.items()
             ),
         )
         self.n_training_samples = 0
@@ -159,7 +163,8 @@ class SAETrainingModule(pl.LightningModule):
         return (
             self.optimizer_settings.is_plain_adam
             and "mixed" not in str(self.trainer.precision)
-            and self.trainer.world_size == 1  # DDP and FSDP lay out their buckets before the optimizer is made
+            and self.trainer.world_size
+            == 1  # DDP and FSDP lay out their buckets before the optimizer is made
             and not self.compile_sae
             and any(sae.sparse_step_applies() for sae in self._adaptive_saes())
             and sparse.FusedAdam.supported()
@@ -239,7 +244,9 @@ class SAETrainingModule(pl.LightningModule):
         def mean(key: str) -> Tensor:
             return torch.stack([values[key].float() for values in logs.values()]).mean()
 
-        dead = [logs[tracked.name]["sparsity/dead_features"] / tracked.sae.cfg.d_sae for tracked in self.tracked]
+        dead = [
+            logs[tracked.name]["sparsity/dead_features"] / tracked.sae.cfg.d_sae for tracked in self.tracked
+        ]
         bar = {
             "loss": mean("losses/overall_loss"),
             "l0": mean("metrics/l0"),
@@ -272,7 +279,9 @@ class SAETrainingModule(pl.LightningModule):
         for tracked in self.tracked:
             metrics = tracked.val_metrics if stage == "val" else tracked.test_metrics
             values = metrics.compute()
-            self.log_dict({prefixed(tracked.name, f"{stage}/metrics/{name}"): value for name, value in values.items()})
+            self.log_dict(
+                {prefixed(tracked.name, f"{stage}/metrics/{name}"): value for name, value in values.items()}
+            )
             metrics.reset()
 
     # --- saving ---------------------------------------------------------------------------------------------------

@@ -37,7 +37,9 @@ def expand_grid(sae: dict[str, Any] | list[dict[str, Any]], seed: int | list[int
             fields = dict(zip((key for key, _ in axes), values, strict=True))
             combinations += [(fields, one_seed) for one_seed in seeds]
     if not combinations:
-        raise ValueError("the sweep has no member: give sae at least one dict, and every list at least one value")
+        raise ValueError(
+            "the sweep has no member: give sae at least one dict, and every list at least one value"
+        )
     keys = list(dict.fromkeys(key for fields, _ in combinations for key in fields))
     differing = [key for key in keys if len({_value_of(fields, key) for fields, _ in combinations}) > 1]
     listed = [key for key in differing if any(len(_values(b, key, b[key])) > 1 for b in blocks if key in b)]

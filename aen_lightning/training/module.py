@@ -62,7 +62,9 @@ class SweepModule(SAETrainingModule):
         ValueError: For a grid without members, or one whose members do not hold together.
     """
 
-    def __init__(self, sae: dict[str, Any] | list[dict[str, Any]], seed: int | list[int] = 0, **training: Any) -> None:
+    def __init__(
+        self, sae: dict[str, Any] | list[dict[str, Any]], seed: int | list[int] = 0, **training: Any
+    ) -> None:
         members: list[Member] = expand_grid(sae, seed)
         super().__init__({m.name: new_sae(build_sae_config(m.sae), m.seed) for m in members}, **training)
         self.members = members

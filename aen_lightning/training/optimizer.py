@@ -50,7 +50,9 @@ class OptimizerSettings:
         accepted = inspect.signature(self.optimizer_class).parameters
         unknown = [key for key in self.optimizer_kwargs or {} if key not in accepted]
         if unknown:
-            raise ValueError(f"{self.optimizer} takes no argument {unknown[0]!r}; it takes {', '.join(accepted)}")
+            raise ValueError(
+                f"{self.optimizer} takes no argument {unknown[0]!r}; it takes {', '.join(accepted)}"
+            )
 
     @property
     def optimizer_class(self) -> type[torch.optim.Optimizer]:
@@ -96,10 +98,14 @@ class OptimizerSettings:
         # Adam's fused kernel takes the same steps several times faster
         if self.optimizer_class in (torch.optim.Adam, torch.optim.AdamW) and not mixed_precision:
             arguments.setdefault("fused", device.type in ("cpu", "cuda"))
-        optimizer = (optimizer_class or self.optimizer_class)([{"params": list(g)} for g in groups], **arguments)
+        optimizer = (optimizer_class or self.optimizer_class)(
+            [{"params": list(g)} for g in groups], **arguments
+        )
         known = training_steps != float("inf")
         if (self.lr_decay_steps or self.lr_scheduler_name != "constant") and not known:
-            raise ValueError("lr_decay_steps and cosine schedules need to know the end: set trainer.max_steps")
+            raise ValueError(
+                "lr_decay_steps and cosine schedules need to know the end: set trainer.max_steps"
+            )
         scheduler = get_lr_scheduler(
             self.lr_scheduler_name,
             optimizer=optimizer,

@@ -27,7 +27,11 @@ def sweep_table(trainer: pl.Trainer, module: SweepModule, datamodule: pl.Lightni
         )
     rows = []
     for member, tracked in zip(module.members, module.tracked, strict=True):
-        row: dict[str, Any] = {"name": member.name, "architecture": tracked.sae.cfg.architecture(), **member.varied}
+        row: dict[str, Any] = {
+            "name": member.name,
+            "architecture": tracked.sae.cfg.architecture(),
+            **member.varied,
+        }
         row |= {metric: values[f"{member.name}/val/metrics/{metric}"] for metric in METRICS}
         row |= {"d_in": tracked.sae.cfg.d_in, "d_sae": tracked.sae.cfg.d_sae, "seed": member.seed}
         row |= {"n_training_samples": module.n_training_samples}
@@ -45,7 +49,9 @@ def write_table(table: pd.DataFrame, folder: Path) -> list[Path]:
     csv, parquet, pareto = folder / SWEEP_FILE, folder / SWEEP_PARQUET_FILE, folder / PARETO_FILE
     table.to_csv(csv, index=False)
     # a column may hold numbers for one architecture and strings for another, which parquet cannot
-    mixed = [column for column in table if table[column].map(type).nunique() > 1 and table[column].dtype == object]
+    mixed = [
+        column for column in table if table[column].map(type).nunique() > 1 and table[column].dtype == object
+    ]
     table.astype(dict.fromkeys(mixed, str)).to_parquet(parquet, index=False)
     fronts = {
         "explained_variance": pareto_fronts(table, "explained_variance", higher_is_better=True),
@@ -55,7 +61,9 @@ def write_table(table: pd.DataFrame, folder: Path) -> list[Path]:
     return [csv, parquet, pareto]
 
 
-def pareto_fronts(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> dict[str, list[dict[str, Any]]]:
+def pareto_fronts(
+    table: pd.DataFrame, metric: str, *, higher_is_better: bool
+) -> dict[str, list[dict[str, Any]]]:
     """Per architecture, the rows with the best ``metric`` among those with at most their L0.
 
     Args:

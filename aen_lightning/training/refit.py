@@ -29,7 +29,9 @@ class RefitModule(SAETrainingModule):
         source = load_dictionary(dictionary)
         super().__init__({"": RelaxedTrainingSAE.of(source)}, **training)
         self.save_hyperparameters(logger=False)
-        self._scaled_by = "per_token" if source.cfg.normalize_activations == "constant_norm_rescale" else "none"
+        self._scaled_by = (
+            "per_token" if source.cfg.normalize_activations == "constant_norm_rescale" else "none"
+        )
         self._hook_name = source.cfg.metadata.hook_name
 
     def setup(self, stage: str) -> None:

@@ -64,7 +64,9 @@ class TrackedSAE(nn.Module):
             value, warm_up = cfg if isinstance(cfg, TrainCoefficientConfig) else (cfg, 0)
             scheduler = CoefficientScheduler(warm_up_steps=warm_up, final_value=value)
             scheduler.load_state_dict({"current_step": n_training_steps})
-            values[name] = scheduler.value * self.sparsity_multiplier if name in ("l1", "l0") else scheduler.value
+            values[name] = (
+                scheduler.value * self.sparsity_multiplier if name in ("l1", "l0") else scheduler.value
+            )
         return values
 
     def compile(self, *, mode: str | None, backend: str) -> None:

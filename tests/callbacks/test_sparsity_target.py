@@ -32,21 +32,39 @@ class Record(pl.Callback):
 @pytest.mark.parametrize(
     "sae",
     [
-        {"architecture": "aen", "gamma": 0.0, "l2_coefficient": 0.0, "decoder_init_norm": 0.1, "l1_coefficient": 0.05},
-        {"architecture": "aen", "gamma": 0.0, "l2_coefficient": 0.0, "decoder_init_norm": 0.1, "l1_coefficient": 2.0},
+        {
+            "architecture": "aen",
+            "gamma": 0.0,
+            "l2_coefficient": 0.0,
+            "decoder_init_norm": 0.1,
+            "l1_coefficient": 0.05,
+        },
+        {
+            "architecture": "aen",
+            "gamma": 0.0,
+            "l2_coefficient": 0.0,
+            "decoder_init_norm": 0.1,
+            "l1_coefficient": 2.0,
+        },
         {"architecture": "standard"},
         {"architecture": "gated", "l1_coefficient": 0.3},
     ],
     ids=str,
 )
-def test_from_a_cold_start_it_is_at_the_target_by_two_fifths_of_the_run_and_stays(tmp_path: Path, sae: dict[str, Any]):
+def test_from_a_cold_start_it_is_at_the_target_by_two_fifths_of_the_run_and_stays(
+    tmp_path: Path, sae: dict[str, Any]
+):
     n_steps, target = 1500, 8.0
     record = Record()
     torch.manual_seed(0)
     module = SAEModule({"d_in": D_IN, "d_sae": D_SAE, **sae}, lr_decay_steps=n_steps // 5)
     data = SpikedDataModule(d_in=D_IN, n_features=D_SAE, k=4, rho=0.0, train_batch_size_tokens=256)
     trainer = make_trainer(
-        tmp_path, n_steps, gradient_clip_val=float(D_IN), callbacks=[TargetL0(target), record], limit_val_batches=0
+        tmp_path,
+        n_steps,
+        gradient_clip_val=float(D_IN),
+        callbacks=[TargetL0(target), record],
+        limit_val_batches=0,
     )
     trainer.fit(module, datamodule=data)
     after = torch.tensor(record.l0)[2 * n_steps // 5 :].unfold(0, 50, 50).mean(dim=1)  # means of 50 steps
@@ -92,9 +110,21 @@ def test_a_resumed_run_steers_as_an_uninterrupted_one(tmp_path: Path):
 @pytest.mark.parametrize(
     ("sae", "l0", "message"),
     [
-        ({"architecture": "topk", "k": 4}, 4.0, "steers an L1 coefficient, which architecture 'topk' does not have"),
-        ({"architecture": "jumprelu"}, 4.0, "steers an L1 coefficient, which architecture 'jumprelu' does not have"),
-        ({"architecture": "aen", "l1_coefficient": 0.0}, 4.0, "coefficient of architecture 'aen', which is 0"),
+        (
+            {"architecture": "topk", "k": 4},
+            4.0,
+            "steers an L1 coefficient, which architecture 'topk' does not have",
+        ),
+        (
+            {"architecture": "jumprelu"},
+            4.0,
+            "steers an L1 coefficient, which architecture 'jumprelu' does not have",
+        ),
+        (
+            {"architecture": "aen", "l1_coefficient": 0.0},
+            4.0,
+            "coefficient of architecture 'aen', which is 0",
+        ),
         ({"architecture": "aen"}, 64.0, "l0 is 64.0, but architecture 'aen' has d_sae=32 features"),
     ],
 )

@@ -28,9 +28,15 @@ _KEEP = "from aen_lightning.cli.allocator import keep_freed_memory; print(keep_f
 
 
 def run(before: str, **env: str) -> list[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))} | env
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))
+    } | env
     done = subprocess.run(
-        [sys.executable, "-c", _KEPT.format(before=before)], env=environment, check=True, capture_output=True, text=True
+        [sys.executable, "-c", _KEPT.format(before=before)],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     return done.stdout.split()
 

@@ -20,7 +20,11 @@ from aen_lightning.training.grid import expand_grid
 from tests.support.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parents[2]
-QUICK = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.log_every_n_steps=5"]
+QUICK = [
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.log_every_n_steps=5",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -99,12 +103,17 @@ def test_validate_and_test_read_a_checkpoint(tmp_path: Path, capsys: pytest.Capt
     [
         (["--model.sae.gamam=1"], "sae has no key 'gamam' for architecture 'aen' (did you mean 'gamma'?)"),
         (["--model.sae.d_in=48"], "the SAE has d_in=48, but SpikedDataModule gives activations of width 32"),
-        (["--model.sae.weight_max=0.5"], "AENTrainingSAEConfig.weight_max must be a finite number >= 1, got 0.5"),
+        (
+            ["--model.sae.weight_max=0.5"],
+            "AENTrainingSAEConfig.weight_max must be a finite number >= 1, got 0.5",
+        ),
         (["--data.init_args.k=0"], "k must be between 1 and n_features=64, got 0"),
         (["--num_threads=0"], "num_threads must be >= 1, got 0"),
     ],
 )
-def test_errors_of_use_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str):
+def test_errors_of_use_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+):
     assert fit(tmp_path, *args) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -123,7 +132,9 @@ def test_recipes_are_listed_with_a_line_each_and_shown(capsys: pytest.CaptureFix
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(recipes())
-    assert all(len(line.split()) > 5 for line in lines), "each recipe starts with a comment that says what it is"
+    assert all(len(line.split()) > 5 for line in lines), (
+        "each recipe starts with a comment that says what it is"
+    )
     assert main(["recipes", "show", "debug"]) == 0
     assert capsys.readouterr().out == find_config("recipes/debug.yaml").read_text()
     assert main(["recipes", "sho"]) == 2
@@ -137,10 +148,16 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == f"aen-lightning {aen_lightning.__version__}\n"
 
 
-def test_demo_prints_the_comparison_and_loads_the_dictionary_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_demo_prints_the_comparison_and_loads_the_dictionary_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     assert main(["demo", "--steps", "120", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("AEN", "L1 ", "TopK "))}
+    rows = {
+        line.split()[0]: line.split()[1:]
+        for line in out.splitlines()
+        if line.startswith(("AEN", "L1 ", "TopK "))
+    }
     assert set(rows) == {"AEN", "AEN+guard", "L1", "TopK"}
     assert float(rows["TopK"][0]) == 8.0
     assert "StandardSAE" in out
@@ -222,7 +239,10 @@ def text_run(tmp_path: Path, *args: str) -> int:
                 "--trainer.val_check_interval=12",
                 f"--trainer.default_root_dir={tmp_path / 'run'}",
             ),
-            *(f"--data.init_args.model_name={model}", f"--data.init_args.dataset_path={tmp_path / 'text.jsonl'}"),
+            *(
+                f"--data.init_args.model_name={model}",
+                f"--data.init_args.dataset_path={tmp_path / 'text.jsonl'}",
+            ),
             *("--data.init_args.hook_name=blocks.1.hook_resid_post", "--data.init_args.context_size=16"),
             *("--data.init_args.train_batch_size_tokens=64", "--num_threads=1", *QUICK, *args),
         ]
@@ -243,7 +263,10 @@ def test_fit_on_a_language_model_from_end_to_end(tmp_path: Path):
     [
         (["--data.init_args.hook_name=blocks.9.hook_resid_post"], "blocks.9.hook_resid_post"),
         (["--data.init_args.hook_name=blocks.1.hook_resid_pst"], "hook_resid_post"),
-        (["--model.sae.d_in=24"], "the SAE has d_in=24, but TextActivationsDataModule gives activations of width 16"),
+        (
+            ["--model.sae.d_in=24"],
+            "the SAE has d_in=24, but TextActivationsDataModule gives activations of width 16",
+        ),
         (["--data.init_args.dataset_path=missing.jsonl"], "missing.jsonl"),
     ],
 )

@@ -36,7 +36,8 @@ def test_open_dataset_opens_what_documents_lie_in(tmp_path: Path):
 
 @pytest.mark.parametrize("where", ["a.jsonl", "saved"])
 @pytest.mark.parametrize(
-    ("split", "rows"), [("train[:-2]", [0, 1, 2, 3]), ("held[50%:]", [3, 4, 5]), ("train[:1]+train[5:]", [0, 5])]
+    ("split", "rows"),
+    [("train[:-2]", [0, 1, 2, 3]), ("held[50%:]", [3, 4, 5]), ("train[:1]+train[5:]", [0, 5])],
 )
 def test_a_part_of_a_split_of_local_files(tmp_path: Path, where: str, split: str, rows: list[int]):
     dataset = Dataset.from_dict({"n": list(range(6))})
@@ -80,7 +81,9 @@ def test_retrying_loses_nothing_and_says_what_it_waits_for(monkeypatch: pytest.M
     start, starts = flaky({0, 4, 9})
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)
-    with pytest.warns(UserWarning, match=r"reading books failed after 4 documents \(ConnectionError: no answer for 4"):
+    with pytest.warns(
+        UserWarning, match=r"reading books failed after 4 documents \(ConnectionError: no answer for 4"
+    ):
         items = list(retrying(start, retries=2, backoff_seconds=0.5, what="books"))
     assert items == list(range(10))
     assert starts == [0, 0, 4, 9]

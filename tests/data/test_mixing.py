@@ -21,4 +21,6 @@ def test_mixing_buffer_is_saelens_mixing_buffer(buffer_size: int, batch_size: in
     buffer = MixingBuffer(buffer_size, batch_size, mix, torch.Generator().manual_seed(5))
     ours = [batch for chunk in chunks for batch in buffer.push(chunk)]
     assert len(ours) > 10
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=False))  # theirs also serves the rest at the end
+    assert all(
+        torch.equal(a, b) for a, b in zip(ours, theirs, strict=False)
+    )  # theirs also serves the rest at the end

@@ -48,7 +48,8 @@ def test_the_command_line_has_each_option_with_its_default_type_and_help(
 
 
 @pytest.mark.parametrize(
-    "argument", ["model_dtype=int8", "model_class_name=GPT", "streaming=7", "exclude_token_ids=[a]", "context_size=x"]
+    "argument",
+    ["model_dtype=int8", "model_class_name=GPT", "streaming=7", "exclude_token_ids=[a]", "context_size=x"],
 )
 def test_the_command_line_checks_types(argument: str):
     with pytest.raises(ArgumentError, match=argument.partition("=")[0]):
@@ -56,7 +57,9 @@ def test_the_command_line_checks_types(argument: str):
 
 
 def test_a_name_that_does_not_exist_is_an_error_with_the_nearest():
-    with pytest.raises(TypeError, match=r"no option 'contxt_size' \(did you mean 'context_size'\?\); there are .*seed"):
+    with pytest.raises(
+        TypeError, match=r"no option 'contxt_size' \(did you mean 'context_size'\?\); there are .*seed"
+    ):
         TextActivationsDataModule(contxt_size=8)
     with pytest.raises(TypeError, match=r"no option 'prefetch'; there are .*n_tokens"):
         HarvestDataModule("text.jsonl", prefetch=8)

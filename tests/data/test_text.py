@@ -32,7 +32,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("text") / "text.jsonl.gz"
     with gzip.open(path, "wt") as file:
-        file.writelines(json.dumps({"text": document, "id": i}) + "\n" for i, document in enumerate(documents(120)))
+        file.writelines(
+            json.dumps({"text": document, "id": i}) + "\n" for i, document in enumerate(documents(120))
+        )
     return str(path)
 
 
@@ -53,7 +55,9 @@ def take(datamodule: TextActivationsDataModule, n: int) -> list[Any]:
 # --- what a batch holds -----------------------------------------------------------------------------------------
 
 
-def test_unshuffled_batches_are_the_whole_models_hidden_states_without_special_tokens(folder: str, text_file: str):
+def test_unshuffled_batches_are_the_whole_models_hidden_states_without_special_tokens(
+    folder: str, text_file: str
+):
     datamodule = make(
         folder, text_file, held_out_documents=0, shuffle_documents=False, activations_mixing_fraction=0.0,
         buffer_size_tokens=32,
@@ -127,12 +131,16 @@ def test_per_token_scaling_gives_norm_sqrt_d_in(folder: str, text_file: str):
     torch.testing.assert_close(batch.norm(dim=1), torch.full((96,), D_MODEL**0.5))
 
 
-def test_average_scaling_measures_the_beginning_of_the_dataset_and_costs_training_nothing(folder: str, text_file: str):
+def test_average_scaling_measures_the_beginning_of_the_dataset_and_costs_training_nothing(
+    folder: str, text_file: str
+):
     raw = make(folder, text_file)
     scaled = make(folder, text_file, input_scaling="average", n_batches_for_norm_estimate=3)
     call = torch.stack(list(islice(packed_by_hand(documents(120), 16), 12)))
     with torch.no_grad():
-        hidden = AutoModelForCausalLM.from_pretrained(folder)(call, output_hidden_states=True).hidden_states[2]
+        hidden = AutoModelForCausalLM.from_pretrained(folder)(call, output_hidden_states=True).hidden_states[
+            2
+        ]
     factor = D_MODEL**0.5 / float(hidden[call != EOS].double().norm(dim=1).mean())
     assert scaled.input_scaling.factor == pytest.approx(factor, rel=1e-5)
     for a, b in zip(take(raw, 5), take(scaled, 5), strict=True):
@@ -153,7 +161,9 @@ def test_evaluation_is_repeatable_shared_by_ranks_and_finite(folder: str, text_f
     assert not torch.equal(once[0][:8], next(iter(datamodule.test_dataloader()))[:8])
     ranks = []
     for rank in range(2):
-        monkeypatch.setattr(TextActivationsDataModule, "_rank_and_world_size", lambda self, rank=rank: (rank, 2))
+        monkeypatch.setattr(
+            TextActivationsDataModule, "_rank_and_world_size", lambda self, rank=rank: (rank, 2)
+        )
         ranks.append(list(make(folder, text_file, held_out_documents=40).val_dataloader()))
     assert len(ranks[0]) == len(ranks[1])
     # as many rows on each rank, so at most one row of 16 tokens is lost
@@ -227,7 +237,9 @@ def test_other_settings_on_resuming_are_said(folder: str, text_file: str):
 def test_prefetching_changes_nothing_and_ends_with_teardown(folder: str, text_file: str):
     import threading
 
-    expected = take(make(folder, text_file), 12)  # first: loading a model may start threads of others, a progress bar's
+    expected = take(
+        make(folder, text_file), 12
+    )  # first: loading a model may start threads of others, a progress bar's
     before = threading.active_count()
     prefetching = make(folder, text_file, prefetch=3)
     assert all(torch.equal(a, b) for a, b in zip(take(prefetching, 12), expected, strict=True))
@@ -267,9 +279,13 @@ def trainer(tmp_path: Path, **options: Any) -> pl.Trainer:
 
 
 @pytest.mark.parametrize("epochs", [{}, {"limit_train_batches": 4}])
-def test_lightning_resumes_where_it_stopped_twice(folder: str, text_file: str, tmp_path: Path, epochs: dict[str, int]):
+def test_lightning_resumes_where_it_stopped_twice(
+    folder: str, text_file: str, tmp_path: Path, epochs: dict[str, int]
+):
     whole = Recorder()
-    trainer(tmp_path, max_steps=14, val_check_interval=None, **epochs).fit(whole, datamodule=make(folder, text_file))
+    trainer(tmp_path, max_steps=14, val_check_interval=None, **epochs).fit(
+        whole, datamodule=make(folder, text_file)
+    )
     assert len(whole.batches) == 14
     batches, path = [], None
     for stop in (3, 9, 14):
@@ -283,7 +299,9 @@ def test_lightning_resumes_where_it_stopped_twice(folder: str, text_file: str, t
     assert all(torch.equal(a, b) for a, b in zip(batches, whole.batches, strict=True))
 
 
-def test_lightning_checkpoints_in_mid_run_hold_the_right_position(folder: str, text_file: str, tmp_path: Path):
+def test_lightning_checkpoints_in_mid_run_hold_the_right_position(
+    folder: str, text_file: str, tmp_path: Path
+):
     whole = Recorder()
     saver = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
     trainer(tmp_path, max_steps=12, enable_checkpointing=True, callbacks=[saver]).fit(
@@ -316,16 +334,24 @@ def test_setup_reads_no_weights_and_a_wrong_hook_is_an_error(tmp_path: Path, tex
         make(str(folder), text_file, hook_name="blocks.1.hook_resid_pst")
     with pytest.raises(ValueError, match="context_size is 65, but the model has 64 positions"):
         make(str(folder), text_file, context_size=65)
-    with pytest.raises(ValueError, match="sequence_separator_token is 'sep', but the tokenizer has no such token"):
+    with pytest.raises(
+        ValueError, match="sequence_separator_token is 'sep', but the tokenizer has no such token"
+    ):
         make(str(folder), text_file, sequence_separator_token="sep")
-    with pytest.raises(ValueError, match="no text_column 'txt': set text_column to one of its columns, text, id"):
+    with pytest.raises(
+        ValueError, match="no text_column 'txt': set text_column to one of its columns, text, id"
+    ):
         make(str(folder), text_file, text_column="txt")
     with pytest.raises(RuntimeError, match="is not set up"):
-        TextActivationsDataModule(model_name=str(folder), hook_name=HOOK, dataset_path=text_file).val_dataloader()
+        TextActivationsDataModule(
+            model_name=str(folder), hook_name=HOOK, dataset_path=text_file
+        ).val_dataloader()
 
 
 def test_metadata_is_what_saelens_needs_to_use_the_sae(folder: str, text_file: str):
-    metadata = make(folder, text_file, model_from_pretrained_kwargs={"attn_implementation": "eager"}).sae_metadata
+    metadata = make(
+        folder, text_file, model_from_pretrained_kwargs={"attn_implementation": "eager"}
+    ).sae_metadata
     expected = {
         "model_name": folder, "hook_name": HOOK, "hf_hook_name": "model.layers.1",
         "model_class_name": "AutoModelForCausalLM", "context_size": 16, "prepend_bos": False,

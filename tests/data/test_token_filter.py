@@ -20,7 +20,12 @@ def test_a_norm_counts_against_the_median_of_its_hook_point():
     first = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])
     second = torch.tensor([[10.0], [10.0], [-10.0], [31.0]])
     assert TokenFilter(norm_outlier_multiple=2.0).by_norm([first]).tolist() == [False, True, True, True]
-    assert TokenFilter(norm_outlier_multiple=2.0).by_norm([first, second]).tolist() == [False, True, True, False]
+    assert TokenFilter(norm_outlier_multiple=2.0).by_norm([first, second]).tolist() == [
+        False,
+        True,
+        True,
+        False,
+    ]
     assert TokenFilter(norm_outlier_multiple=2.5).by_norm([first]).all()  # 2.5 times the median is within it
 
 

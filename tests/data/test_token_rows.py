@@ -20,7 +20,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:the dataset is exhausted")
 
 
 def token_rows(dataset: Dataset | IterableDataset, **options: Any) -> TokenRows:
-    defaults: dict[str, Any] = {"column": "input_ids", "pretokenized": True, "tokenizer": None, "context_size": 4}
+    defaults: dict[str, Any] = {
+        "column": "input_ids",
+        "pretokenized": True,
+        "tokenizer": None,
+        "context_size": 4,
+    }
     return TokenRows(dataset, **{**defaults, **options})
 
 
@@ -134,7 +139,9 @@ def test_options_name_the_tokens_between_documents_and_at_the_beginning():
     options = DatasetOptions(context_size=4, prepend_bos=True, sequence_separator_token="eos")
     rows = TokenRows.of(options, dataset, tiny_tokenizer()).first()
     assert [row.tolist() for row in rows] == [[BOS, 4, 5, 6], [BOS, 7, 8, 9]]
-    rows = TokenRows.of(DatasetOptions(context_size=7, sequence_separator_token=60), dataset, tiny_tokenizer()).first()
+    rows = TokenRows.of(
+        DatasetOptions(context_size=7, sequence_separator_token=60), dataset, tiny_tokenizer()
+    ).first()
     assert next(rows).tolist() == [4, 5, 6, 60, 7, 8, 9]
 
 
@@ -145,7 +152,9 @@ def test_tokens_that_the_tokenizer_lacks_are_errors_for_text_only():
     options = DatasetOptions(context_size=2, prepend_bos=True)
     with pytest.raises(ValueError, match="prepend_bos is set, but the tokenizer has no BOS token"):
         TokenRows.of(options, text, bare)
-    with pytest.raises(ValueError, match="sequence_separator_token is 'eos', but the tokenizer has no such token"):
+    with pytest.raises(
+        ValueError, match="sequence_separator_token is 'eos', but the tokenizer has no such token"
+    ):
         TokenRows.of(DatasetOptions(context_size=2), text, bare)
     assert [row.tolist() for row in TokenRows.of(options, tokens, bare).first()] == [[4, 5]]
     with pytest.raises(ValueError, match="prepend_bos is set"):  # a document is a row, and begins with BOS

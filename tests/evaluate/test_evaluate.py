@@ -229,11 +229,15 @@ def test_agrees_with_run_evals_on_the_same_tokens(
         dataset = Dataset.from_dict({"tokens": inputs.rows.tolist()})
         options: dict[str, Any] = {"streaming": False, "store_batch_size_prompts": n, "context_size": CONTEXT}
         store = ActivationsStore.from_sae(proxy, sae, dataset, **options)
-        assert torch.equal(ActivationsStore.from_sae(proxy, sae, dataset, **options).get_batch_tokens(n), inputs.rows)
+        assert torch.equal(
+            ActivationsStore.from_sae(proxy, sae, dataset, **options).get_batch_tokens(n), inputs.rows
+        )
         config = EvalConfig(
             batch_size_prompts=n, n_eval_reconstruction_batches=1, n_eval_sparsity_variance_batches=1, **part
         )
-        metrics, features = run_evals(sae, store, proxy, ActivationScaler(), config, exclude_special_tokens=True)
+        metrics, features = run_evals(
+            sae, store, proxy, ActivationScaler(), config, exclude_special_tokens=True
+        )
         for group in metrics.values():
             theirs |= group
 
@@ -307,7 +311,9 @@ def test_a_dictionary_that_says_the_mean_recovers_nothing(model_path: str, rows:
     assert down["kl"]["spliced"]["value"] == pytest.approx(down["kl"]["mean_ablated"]["value"], rel=1e-4)
     # with every position ablated, special tokens too, the ablation is another one
     everywhere = evaluate_downstream(sae, inputs, mean, ablate="all")
-    assert everywhere["kl"]["mean_ablated"]["value"] != pytest.approx(down["kl"]["mean_ablated"]["value"], rel=1e-4)
+    assert everywhere["kl"]["mean_ablated"]["value"] != pytest.approx(
+        down["kl"]["mean_ablated"]["value"], rel=1e-4
+    )
 
 
 def test_standard_errors_shrink_with_the_number_of_rows(model_path: str):
@@ -328,7 +334,9 @@ def test_every_architecture_of_saelens_is_evaluated(
 ):
     torch.manual_seed(0)
     fields = {"k": 4, "n_heads": 2, "sae_diff_type": "topk", "kval_topk": 4, "bottleneck_factor": 2}
-    sae = SAE.from_dict({"architecture": architecture, "d_in": D_MODEL, "d_sae": D_SAE, "metadata": {}, **fields})
+    sae = SAE.from_dict(
+        {"architecture": architecture, "d_in": D_MODEL, "d_sae": D_SAE, "metadata": {}, **fields}
+    )
     for parameter in sae.parameters():
         parameter.data.normal_(0, 0.3)
     sae.save_model(tmp_path)
@@ -355,7 +363,8 @@ def test_transcoders_are_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "gemma2", "opt"])
 @pytest.mark.parametrize(
-    "kind", ["hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z", "mlp.hook_post"]
+    "kind",
+    ["hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z", "mlp.hook_post"],
 )
 def test_splicing_its_own_activation_changes_nothing_and_another_one_does(family: str, kind: str):
     lm = tiny_model(family)
@@ -381,7 +390,9 @@ def test_zeroed_heads_are_a_zeroed_attention_output():
     lm, tokens = tiny_model("llama"), torch.randint(4, 64, (2, 7))
     logits = []
     for kind in ("attn.hook_z", "hook_attn_out"):
-        with replaced_activation(lm, resolve_hook(lm.config, f"blocks.1.{kind}"), torch.zeros_like, tokens.shape):
+        with replaced_activation(
+            lm, resolve_hook(lm.config, f"blocks.1.{kind}"), torch.zeros_like, tokens.shape
+        ):
             logits.append(lm(input_ids=tokens).logits)
     assert_close(*logits)
 
@@ -449,7 +460,9 @@ def shard_set(folder: Path) -> tuple[Path, Tensor, Tensor]:
 def test_a_dictionary_that_never_fires_has_a_result_too(tmp_path: Path):
     sae = dictionary("standard")
     sae.b_enc.data.fill_(-1e6)
-    result = evaluate_dictionary(sae, SyntheticInputs(SpikedDataModule(d_in=D_MODEL, n_features=32, k=3), n_samples=64))
+    result = evaluate_dictionary(
+        sae, SyntheticInputs(SpikedDataModule(d_in=D_MODEL, n_features=32, k=3), n_samples=64)
+    )
     assert result["features"]["dead_pct"] == 100
     assert result["features"]["gini"] is None
     assert result["sparsity"]["l0"]["value"] == 0
@@ -503,7 +516,9 @@ def test_the_callback_evaluates_at_the_end_of_a_test(model_path: str, rows: list
 def test_the_callback_on_synthetic_data_and_on_data_it_does_not_know(tmp_path: Path):
     data = SpikedDataModule(d_in=8, n_features=16, k=2, n_eval_samples=64)
     result, logged = lightning_test(data, tmp_path, {"architecture": "topk", "d_in": 8, "d_sae": 16, "k": 2})
-    assert logged["test/ground_truth/matched_cosine"] == pytest.approx(result["ground_truth"]["matched_cosine"])
+    assert logged["test/ground_truth/matched_cosine"] == pytest.approx(
+        result["ground_truth"]["matched_cosine"]
+    )
     with pytest.raises(TypeError, match="got NoneType"):
         EvaluateDictionaries()._inputs(None, "cpu")
     with pytest.raises(ValueError, match="n_rows must be at least 1"):
@@ -597,7 +612,9 @@ def test_evaluate_command_on_shards_and_on_synthetic_data(tmp_path: Path, capsys
     assert json.loads((tmp_path / "a" / "evaluation.json").read_text())["data"]["kind"] == "shards"
 
     data = SpikedDataModule(d_in=D_MODEL, n_features=32, k=3, seed=1)
-    perfect = SAE.from_dict({"architecture": "standard", "d_in": D_MODEL, "d_sae": 32, "metadata": data.sae_metadata})
+    perfect = SAE.from_dict(
+        {"architecture": "standard", "d_in": D_MODEL, "d_sae": 32, "metadata": data.sae_metadata}
+    )
     perfect.W_dec.data.copy_(data.feature_vectors)
     perfect.save_model(tmp_path / "b")
     assert evaluate_command([str(tmp_path / "b"), "--n-tokens", "512"]) == 0
@@ -613,7 +630,14 @@ def test_evaluate_command_refuses_what_does_not_fit(model_path: str, rows: list[
         evaluate_command([str(folder), str(folder), "--out", "x.json"])
     with pytest.raises(ValueError, match=r"the dictionary has d_in=16, but the inputs are 24 wide"):
         evaluate_command(
-            [str(folder), "--held-out-documents", "24", "--no-downstream", "--hook-name", "blocks.1.mlp.hook_post"]
+            [
+                str(folder),
+                "--held-out-documents",
+                "24",
+                "--no-downstream",
+                "--hook-name",
+                "blocks.1.mlp.hook_post",
+            ]
         )
     dictionary("standard").save_model(tmp_path / "bare")
     with pytest.raises(ValueError, match="give --dataset_path"):

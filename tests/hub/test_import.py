@@ -20,12 +20,16 @@ from aen_lightning.hub import authors_checkpoint_disk_loader, import_checkpoint,
 from tests.support.commands import import_command
 
 D_IN, D_SAE = 6, 10
-AEN = "checkpoints/llama8b/regularization/seed0/adaptive_elastic_net/lambda1_0p002_lambda2_0p0001_gamma_0p5.pt"
+AEN = (
+    "checkpoints/llama8b/regularization/seed0/adaptive_elastic_net/lambda1_0p002_lambda2_0p0001_gamma_0p5.pt"
+)
 TOPK = "checkpoints/llama8b/topk/seed0/k3_llm-topk_baseline_sweep000-seed0.pt"
 L1 = "checkpoints/llama8b/regularization/seed0/l1/lambda1_0p002.pt"
 
 
-def checkpoint(*, adaptive: bool = True, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> dict[str, Any]:
+def checkpoint(
+    *, adaptive: bool = True, dtype: torch.dtype = torch.bfloat16, **changes: Any
+) -> dict[str, Any]:
     """What the authors save (spec, section 8), with random weights."""
     g = torch.Generator().manual_seed(0)
 
@@ -131,7 +135,9 @@ def test_adaptive_state_is_kept_beside_an_inference_dictionary(tmp_path: Path) -
 def test_imported_files_may_be_read_as_the_umask_says(tmp_path: Path, for_training: bool) -> None:
     before = os.umask(0o022)
     try:
-        folder = import_checkpoint(save(tmp_path, AEN, checkpoint()), tmp_path / "out", for_training=for_training)
+        folder = import_checkpoint(
+            save(tmp_path, AEN, checkpoint()), tmp_path / "out", for_training=for_training
+        )
     finally:
         os.umask(before)
     assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"0o644"}
@@ -248,7 +254,9 @@ def with_tensor(name: str, tensor: Any) -> dict[str, Any]:
         (checkpoint(run_metadata={"d_sae": 99}), "disagrees with itself on d_sae: 10 by the weights, 99"),
     ],
 )  # fmt: skip
-def test_a_checkpoint_that_is_not_right_is_refused_with_a_reason(tmp_path: Path, content: Any, message: str) -> None:
+def test_a_checkpoint_that_is_not_right_is_refused_with_a_reason(
+    tmp_path: Path, content: Any, message: str
+) -> None:
     path = save(tmp_path, AEN, content)
     with pytest.raises(ValueError, match=message):
         import_checkpoint(path, tmp_path / "out")

@@ -40,7 +40,9 @@ def test_a_sweep_is_one_commit_in_saelens_layout(tmp_path: Path, hub: HubServer)
     done = push(tmp_path / "sweep", REPO)
     assert [c.oid for c in hub.commits(REPO)] == [done.commit]
     assert sorted(hub.files(REPO)) == ["README.md"] + [
-        f"{i}/{file}" for i in "ab" for file in ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors")
+        f"{i}/{file}"
+        for i in "ab"
+        for file in ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors")
     ]
     original = (tmp_path / "sweep" / "a" / "sae" / "final" / "sae_weights.safetensors").read_bytes()
     assert hub.files(REPO)["a/sae_weights.safetensors"] == original
@@ -98,7 +100,9 @@ def test_a_second_push_adds_and_keeps(tmp_path: Path, hub: HubServer) -> None:
     push(make_run(tmp_path / "one"), REPO, sae_id="one")
     first = hub.commits(REPO)[-1].oid
     uploads = len(hub.requests("PUT /lfs/"))
-    assert push(tmp_path / "one", REPO, sae_id="one").commit == first  # nothing changed: no commit, nothing sent
+    assert (
+        push(tmp_path / "one", REPO, sae_id="one").commit == first
+    )  # nothing changed: no commit, nothing sent
     assert len(hub.requests("PUT /lfs/")) == uploads
     push(make_run(tmp_path / "two", seed=1), REPO, sae_id="two")
     card = hub.files(REPO)["README.md"].decode()
@@ -159,7 +163,9 @@ def test_card_and_provenance(tmp_path: Path, hub: HubServer) -> None:
     assert cfg["architecture"] == "standard"
 
 
-def test_the_snippet_in_the_card_works(tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_snippet_in_the_card_works(
+    tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     push(make_run(tmp_path / "run"), REPO)
     snippets = re.findall(r"```python\n(.*?)```", hub.files(REPO)["README.md"].decode(), re.DOTALL)
     assert len(snippets) == 2
@@ -191,7 +197,9 @@ def test_secrets_and_local_paths_are_not_published(
     text = b"".join(v for k, v in hub.files(REPO).items() if not k.endswith(".safetensors")).decode()
     for secret in ("abc123", "hf_aaaa", "/home/me", TOKEN, str(tmp_path)):
         assert secret not in text
-    assert json.loads(hub.files(REPO)["blocks.3.hook_resid_post/cfg.json"])["metadata"]["model_name"] == "llama"
+    assert (
+        json.loads(hub.files(REPO)["blocks.3.hook_resid_post/cfg.json"])["metadata"]["model_name"] == "llama"
+    )
     assert scrub({"n_tokens": 5, "sequence_separator_token": 3, "max_tokens": "8"}) == {
         "n_tokens": 5, "sequence_separator_token": 3, "max_tokens": "8",
     }  # fmt: skip

@@ -67,7 +67,9 @@ def test_every_hook_is_what_transformer_lens_caches_under_its_name(family: str, 
     for name, x in ours.items():
         # the bridge computes attention eagerly, transformers by SDPA: the same up to rounding
         tolerance = {"rtol": 1e-4, "atol": 1e-5 * float(x.abs().max())}
-        torch.testing.assert_close(x, theirs[name].reshape(x.shape), **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            x, theirs[name].reshape(x.shape), **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -94,14 +96,22 @@ def test_a_module_path_without_a_transformer_lens_name_is_read_with_its_width():
 
 @pytest.mark.parametrize("model_type", ["stablelm", "olmo2", "bloom"])
 def test_module_paths_work_in_families_we_do_not_list(model_type: str):
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0}
+    sizes = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "pad_token_id": 0,
+    }
     config = AutoConfig.for_model(model_type, num_hidden_layers=3, intermediate_size=24, **sizes)
     whole = AutoModelForCausalLM.from_config(config).eval()
     path = "transformer.h.1" if model_type == "bloom" else "model.layers.1"
     cut = cut_model(whole, [path])
     assert len(layers_of(cut.model)) == 2
     assert torch.equal(cut.activations(IDS)[path], module_output(whole, path))
-    with pytest.raises(ValueError, match=f"known for gpt2, .* of type '{model_type}' give the path of a module"):
+    with pytest.raises(
+        ValueError, match=f"known for gpt2, .* of type '{model_type}' give the path of a module"
+    ):
         resolve_hook(config, "blocks.1.hook_resid_post")
 
 
@@ -163,7 +173,9 @@ def test_the_model_is_frozen_in_eval_mode_and_keeps_no_cache(tmp_path: Path):
     assert not activations.is_inference()  # an SAE has to be able to save it for backward
 
 
-def test_missing_weights_are_an_error_and_unread_ones_are_no_news(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_missing_weights_are_an_error_and_unread_ones_are_no_news(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     from safetensors.torch import load_file, save_file
 
     folder = Path(save_tiny_model("llama", tmp_path))
@@ -205,7 +217,11 @@ def test_cut_config_cuts_per_layer_lists_and_copies():
 @pytest.mark.parametrize(
     ("family", "name", "message"),
     [
-        ("llama", "blocks.4.hook_resid_post", "does not exist: the model has 4 layers, so blocks.0 to blocks.3"),
+        (
+            "llama",
+            "blocks.4.hook_resid_post",
+            "does not exist: the model has 4 layers, so blocks.0 to blocks.3",
+        ),
         ("llama", "blocks.1.hook_resid_pots", "Did you mean blocks.1.hook_resid_post"),
         ("llama", "model.layer.1", "Did you mean model.layers.1"),
         ("llama", "layers.1", "Did you mean model.layers.1"),
@@ -267,13 +283,24 @@ def test_tl_model_reads_transformer_lens_models(kind: str, tmp_path: Path):
     else:
         torch.manual_seed(0)
         cfg = HookedTransformerConfig(
-            n_layers=3, d_model=16, n_ctx=16, d_head=12, n_heads=2, d_vocab=64, act_fn="gelu", d_mlp=24, device="cpu"
+            n_layers=3,
+            d_model=16,
+            n_ctx=16,
+            d_head=12,
+            n_heads=2,
+            d_vocab=64,
+            act_fn="gelu",
+            d_mlp=24,
+            device="cpu",
         )
         hooked = HookedTransformer(cfg)
         model = TLModel(hooked, names)
         expected = {}
         hooked.run_with_hooks(
-            IDS, fwd_hooks=[(n, lambda x, hook: expected.update({hook.name: x.detach().flatten(2)})) for n in names]
+            IDS,
+            fwd_hooks=[
+                (n, lambda x, hook: expected.update({hook.name: x.detach().flatten(2)})) for n in names
+            ],
         )
     assert [(h.hook_name, h.d_in, h.layer) for h in model.hooks] == [(names[0], 16, 1), (names[1], 24, 0)]
     acts = model.activations(IDS)

@@ -41,7 +41,9 @@ def dictionary(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model_name=lm, model_class_name="AutoModelForCausalLM", hook_name=HOOK, dataset_path=str(documents),
         context_size=CONTEXT, prepend_bos=False, sequence_separator_token="eos", exclude_special_tokens=True,
     )  # fmt: skip
-    cfg = StandardSAEConfig(d_in=D_MODEL, d_sae=D_SAE, metadata=metadata, normalize_activations="constant_norm_rescale")
+    cfg = StandardSAEConfig(
+        d_in=D_MODEL, d_sae=D_SAE, metadata=metadata, normalize_activations="constant_norm_rescale"
+    )
     sae = StandardSAE(cfg)
     with torch.no_grad():
         sae.W_enc.normal_(0, 0.3, generator=generator)

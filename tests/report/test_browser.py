@@ -41,7 +41,9 @@ def test_without_a_browser_the_report_is_written_and_says_so(
     dictionary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert report_command([str(dictionary), "-o", str(tmp_path / "r.html"), "--png", str(tmp_path / "png")]) == 0
+    assert (
+        report_command([str(dictionary), "-o", str(tmp_path / "r.html"), "--png", str(tmp_path / "png")]) == 0
+    )
     assert "no pictures: there is no chromium" in capsys.readouterr().out
     assert (tmp_path / "r.html").is_file()
     assert not (tmp_path / "png").exists()

@@ -27,7 +27,11 @@ def test_one_run_with_a_resumed_and_a_long_curve(sweep: tuple[Path, SweepModule]
     lines[-1] = "5998,1234.5,"
     (run / "metrics.csv").write_text("step,losses/mse_loss,metrics/l0\n" + "\n".join(lines) + "\n")
     report = collect([run])
-    (trace,) = [t for t in Page(render_report(report, make_figures(report))).traces("training") if t["mode"] == "lines"]
+    (trace,) = [
+        t
+        for t in Page(render_report(report, make_figures(report))).traces("training")
+        if t["mode"] == "lines"
+    ]
     assert len(trace["y"]) == MAX_POINTS
     assert (trace["x"][0], trace["x"][-1], trace["y"][-1]) == (0, 5998, 1234.5)
     assert "exported no dictionary" in report.notes[0]

@@ -30,7 +30,9 @@ def reference(dictionary: Path, inputs: Any) -> tuple[torch.Tensor, torch.Tensor
     with torch.no_grad():
         hidden = lm(inputs.rows, output_hidden_states=True).hidden_states[2]  # embedding, block 0, block 1
         x = hidden * (D_MODEL**0.5 / hidden.norm(dim=-1, keepdim=True))
-        codes = torch.relu((x - sae.b_dec * (1.0 if sae.cfg.apply_b_dec_to_input else 0.0)) @ sae.W_enc + sae.b_enc)
+        codes = torch.relu(
+            (x - sae.b_dec * (1.0 if sae.cfg.apply_b_dec_to_input else 0.0)) @ sae.W_enc + sae.b_enc
+        )
     return codes, inputs.rows != EOS
 
 
@@ -46,7 +48,9 @@ def test_features_agree_with_the_whole_language_model(dictionary: Path):
     lm = tiny_model("llama")
     activations = collect_activations(sae, inputs)
     head = load_unembedding(str(sae.cfg.metadata.model_name), HOOK)
-    page = feature_pages(sae, activations, token_texts(tiny_tokenizer()), unembedding=head, feature_ids=range(D_SAE))
+    page = feature_pages(
+        sae, activations, token_texts(tiny_tokenizer()), unembedding=head, feature_ids=range(D_SAE)
+    )
     assert page["n_tokens"] == int(keep.sum())
     assert not keep.all()  # special tokens are among them
     codes[~keep] = 0
@@ -127,9 +131,13 @@ def test_the_unembedding_is_that_of_the_whole_model(family: str, tmp_path: Path)
     assert load_unembedding(path, "blocks.1.attn.hook_z") is None
 
 
-def test_the_command_says_whose_features_it_needs(sweep: tuple[Path, SweepModule], dictionary: Path, tmp_path: Path):
+def test_the_command_says_whose_features_it_needs(
+    sweep: tuple[Path, SweepModule], dictionary: Path, tmp_path: Path
+):
     out = str(tmp_path / "r.html")
-    with pytest.raises(ValueError, match=r"5 dictionaries: say whose features, by --features_of 'AEN λ₁=0.0025'"):
+    with pytest.raises(
+        ValueError, match=r"5 dictionaries: say whose features, by --features_of 'AEN λ₁=0.0025'"
+    ):
         report_command([str(sweep[0]), "--features", "-o", out])
     with pytest.raises(ValueError, match="no dictionary 'nobody' in the report"):
         report_command([str(sweep[0]), "--features_of", "nobody", "-o", out])

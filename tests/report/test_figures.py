@@ -36,7 +36,9 @@ def test_the_page_holds_the_numbers_of_metrics_csv(sweep: tuple[Path, SweepModul
         for label, member in zip(labels, module.members, strict=True):
             column = f"{member.name}/{key}"
             expected = {int(r["step"]): factor * float(r[column]) for r in rows if r[column]}
-            (trace,) = [t for t in traces if t["legendgroup"] == label and t["yaxis"] == axis and t["mode"] == "lines"]
+            (trace,) = [
+                t for t in traces if t["legendgroup"] == label and t["yaxis"] == axis and t["mode"] == "lines"
+            ]
             assert trace["x"] == list(expected)
             assert trace["y"] == pytest.approx(list(expected.values()), rel=1e-12)
     silent = next(t for t in page.traces("dead") if t["legendgroup"] == "TopK k=2" and t["yaxis"] == "y")["y"]
@@ -48,7 +50,11 @@ def test_validation_is_drawn_as_points_beside_the_lines(sweep: tuple[Path, Sweep
     folder, module = sweep
     table = pd.read_csv(folder / "metrics.csv")
     expected = table[f"{module.members[0].name}/val/metrics/explained_variance"].dropna()
-    points = [t for t in written([folder]).traces("training") if t["mode"] == "markers" and t.get("yaxis", "y") == "y"]
+    points = [
+        t
+        for t in written([folder]).traces("training")
+        if t["mode"] == "markers" and t.get("yaxis", "y") == "y"
+    ]
     assert len(points) == 5
     assert points[0]["y"] == pytest.approx(list(expected))
 
@@ -100,7 +106,9 @@ def test_adaptive_weights_are_read_beside_the_dictionary_and_nowhere_else(
     (run / "sae" / "final" / "adaptive_state.safetensors").unlink()
     report = collect([run])
     assert "weights" not in [figure.id for figure in make_figures(report)]
-    assert "run has no adaptive_state.safetensors with L1 weights beside it: they are not shown." in report.notes
+    assert (
+        "run has no adaptive_state.safetensors with L1 weights beside it: they are not shown." in report.notes
+    )
 
 
 def test_density_accounts_for_every_feature(sweep: tuple[Path, SweepModule], tmp_path: Path):
@@ -108,7 +116,9 @@ def test_density_accounts_for_every_feature(sweep: tuple[Path, SweepModule], tmp
     assert folder is not None
     SAE.load_from_disk(folder).save_model(tmp_path / "d")
     rates = np.array([0.0] * 6 + [1e-4] * 6 + [0.05] * 6 + [1.0] * 6)
-    save_file({"sparsity": torch.tensor(np.log10(rates + 1e-10)).float()}, tmp_path / "d" / "sparsity.safetensors")
+    save_file(
+        {"sparsity": torch.tensor(np.log10(rates + 1e-10)).float()}, tmp_path / "d" / "sparsity.safetensors"
+    )
     histogram, bar = written([tmp_path / "d"]).traces("density")
     assert sum(histogram["y"]) == pytest.approx(75)
     assert bar["x"] == pytest.approx([25])

@@ -36,7 +36,9 @@ def report_about(folder: Path, name: str, text: str) -> str:
         write_dictionary(run / "sae" / "final" / member, text, i)
     with (run / "sweep.csv").open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["name", "architecture", "l0", "explained_variance", "dead_features_pct", f"column {text}"])
+        table.writerow(
+            ["name", "architecture", "l0", "explained_variance", "dead_features_pct", f"column {text}"]
+        )
         table.writerows([member, text, 3 + i, 0.5, 10, f"{text}{i}"] for i, member in enumerate(members))
     keys = ("metrics/l0", "val/metrics/l0", "losses/mse_loss", "sparsity/dead_features", f"metrics/{text}")
     with (run / "metrics.csv").open("w", newline="") as file:
@@ -61,7 +63,9 @@ def write_dictionary(folder: Path, text: str, number: int) -> None:
     }  # fmt: skip
     (folder / "cfg.json").write_text(json.dumps(cfg))
     save_file({"W_dec": torch.eye(6, 4)}, folder / "sae_weights.safetensors")
-    save_file({"sparsity": torch.tensor([-1.0, -2.0, -2.5, -3.0, -10.0, -1.5])}, folder / "sparsity.safetensors")
+    save_file(
+        {"sparsity": torch.tensor([-1.0, -2.0, -2.5, -3.0, -10.0, -1.5])}, folder / "sparsity.safetensors"
+    )
     save_file({"l1_weights": torch.linspace(0.5, 5, 6)}, folder / "adaptive_state.safetensors")
     evaluation = {
         "command": "evaluate",
@@ -101,7 +105,9 @@ def test_no_element_and_no_attribute_comes_from_data(hostile: str, tmp_path: Pat
     harmless = Page(report_about(tmp_path, "member ", "some text"))
     page = Page(hostile)
     assert page.elements == harmless.elements
-    assert harmless.text.count("some text") == page.text.count(ANYWHERE) >= 20, "the data are on the page, as text"
+    assert harmless.text.count("some text") == page.text.count(ANYWHERE) >= 20, (
+        "the data are on the page, as text"
+    )
     assert "49" not in page.text.replace(ANYWHERE, ""), "and no template"
     for place in ("column", "setting", "found at 0.7"):
         assert f"{place} {ANYWHERE}".replace("0.7 ", "0.7") in page.text
@@ -111,7 +117,11 @@ def test_a_label_in_a_figure_is_no_markup_to_plotly(hostile: str):
     texts = []
     for figure in json.loads(Page(hostile).data["figure-data"]):
         for trace in figure["figure"]["data"]:
-            texts += [trace.get("name", ""), trace["hovertemplate"], *trace.get("text", [])] if "name" in trace else []
+            texts += (
+                [trace.get("name", ""), trace["hovertemplate"], *trace.get("text", [])]
+                if "name" in trace
+                else []
+            )
     assert any("&lt;img" in text for text in texts)
     allowed = re.compile(r"<br>|<extra></extra>")
     assert not [text for text in texts if "<" in allowed.sub("", text)]
@@ -133,7 +143,9 @@ def without_policy(html: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome here: the page is not looked at in a browser")
+@pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium or Chrome here: the page is not looked at in a browser"
+)
 def test_in_a_browser_nothing_of_it_runs_even_without_the_policy(hostile: str, tmp_path: Path):
     dom = dom_of(without_policy(hostile).replace("</body>", f"{HOVER_EVERYTHING}</body>"), tmp_path)
     assert "data-heights" in dom, "the page's own scripts have finished"
@@ -145,7 +157,9 @@ def test_in_a_browser_nothing_of_it_runs_even_without_the_policy(hostile: str, t
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome here: the page is not looked at in a browser")
+@pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium or Chrome here: the page is not looked at in a browser"
+)
 def test_in_a_browser_the_policy_stops_what_would_slip_through(hostile: str, tmp_path: Path):
     html = hostile.replace("</body>", f"<script>{RUN}</script><img src=x onerror='{RUN}'></body>")
     assert pwned(dom_of(without_policy(html), tmp_path)), "it runs where nothing forbids it"

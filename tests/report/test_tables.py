@@ -48,7 +48,9 @@ def test_dead_features_of_a_sweep_are_those_of_its_validation(sweep: tuple[Path,
     assert column(table, "dead, %") == [(f"{float(row[at]):.4g}", source) for row in csv[1:]]
 
 
-def test_without_a_validation_dead_features_are_told_by_what_there_is(sweep: tuple[Path, SweepModule], tmp_path: Path):
+def test_without_a_validation_dead_features_are_told_by_what_there_is(
+    sweep: tuple[Path, SweepModule], tmp_path: Path
+):
     folder = collect([sweep[0]]).dictionaries[0].folder
     assert folder is not None
 
@@ -61,19 +63,25 @@ def test_without_a_validation_dead_features_are_told_by_what_there_is(sweep: tup
     rates = torch.tensor([0.0] * 6 + [0.01] * 18)  # 6 of 24 never fired
     save_file({"sparsity": torch.log10(rates + 1e-10)}, run / "sae" / "final" / "sparsity.safetensors")
     assert dead() == [("25", "last window of training (sparsity.safetensors)")]
-    (run / "metrics.csv").write_text("step,metrics/l0,sparsity/dead_features_window_pct\n5,3,50\n10,3,12.5\n15,4,\n")
+    (run / "metrics.csv").write_text(
+        "step,metrics/l0,sparsity/dead_features_window_pct\n5,3,50\n10,3,12.5\n15,4,\n"
+    )
     assert dead() == [("12.5", "last full window of training")]
     evaluation = {"command": "evaluate", "features": {"dead_pct": 8.25}}
     (run / "sae" / "final" / "evaluation.json").write_text(json.dumps(evaluation))
     assert dead() == [("8.25", "aen evaluate")]
     note = summary_table(collect([run])).note
-    assert note.startswith("Metrics are from: last training batch. Where these say nothing of dead features, that is")
+    assert note.startswith(
+        "Metrics are from: last training batch. Where these say nothing of dead features, that is"
+    )
 
 
 @pytest.mark.parametrize(
     ("left_out", "cells"), [(True, ["25 / 50", "25", "50"]), (False, ["-", "-", "-"])], ids=["live", "all"]
 )
-def test_a_comparison_says_how_many_dead_features_it_left_out(dictionary: Path, left_out: bool, cells: list[str]):
+def test_a_comparison_says_how_many_dead_features_it_left_out(
+    dictionary: Path, left_out: bool, cells: list[str]
+):
     share = {"0.9": {"of_a": 0.5, "of_b": 0.75}}
     chance: dict[str, Any] = {"cosine": {"mean": 0.1}, "found_again": {"0.9": 0.0}}
     report = collect([dictionary])

@@ -19,7 +19,13 @@ from tests.support.training import step_input
 
 
 def make_sae(**overrides: Any) -> AENTrainingSAE:
-    fields: dict[str, Any] = {"d_in": 8, "d_sae": 24, "warmup_delay_steps": 2, "warmup_ramp_steps": 4, "ema_decay": 0.9}
+    fields: dict[str, Any] = {
+        "d_in": 8,
+        "d_sae": 24,
+        "warmup_delay_steps": 2,
+        "warmup_ramp_steps": 4,
+        "ema_decay": 0.9,
+    }
     torch.manual_seed(overrides.pop("seed", 0))
     return AENTrainingSAE(AENTrainingSAEConfig(**{**fields, **overrides}))
 
@@ -96,7 +102,9 @@ def test_family_gamma_zero_is_the_elastic_net_and_without_l2_the_standard_l1_sae
     standard.load_state_dict({k: v for k, v in sae.state_dict().items() if k in standard.state_dict()})
     x = torch.randn(16, 8, dtype=torch.float64)
     ours = sae.training_forward_pass(step_input(x, l1=0.5, l2=0.0))
-    theirs = standard.training_forward_pass(step_input(x, l1=0.5))  # SAELens's own L1 SAE; decoder rows have norm 1
+    theirs = standard.training_forward_pass(
+        step_input(x, l1=0.5)
+    )  # SAELens's own L1 SAE; decoder rows have norm 1
     assert_close(ours.loss, theirs.loss, rtol=1e-12, atol=0)
     assert_close(sae.l1_weights, torch.ones(24, dtype=torch.float64))
 
@@ -114,7 +122,9 @@ def test_evaluating_never_changes_state():
 
 @pytest.mark.parametrize("sparse_step", ["off", "on"])
 def test_a_training_forward_pass_in_eval_mode_changes_no_state_and_gives_the_same_loss(sparse_step: str):
-    sae = make_sae(sparse_step=sparse_step, starvation_guard=0.1, dtype="float64", warmup_delay_steps=0, d_sae=200)
+    sae = make_sae(
+        sparse_step=sparse_step, starvation_guard=0.1, dtype="float64", warmup_delay_steps=0, d_sae=200
+    )
     with torch.no_grad():
         sae.b_enc.fill_(-1.5)
     x = torch.randn(64, 8, dtype=torch.float64)
@@ -125,7 +135,9 @@ def test_a_training_forward_pass_in_eval_mode_changes_no_state_and_gives_the_sam
     for name, value in sae.state_dict().items():
         assert torch.equal(value, before[name]), name
     acts = sae.encode(x)
-    by_hand = (x - sae.decode(acts)).square().sum(-1) + 0.5 * acts @ sae.l1_weights + 0.1 * acts.square().sum(-1)
+    by_hand = (
+        (x - sae.decode(acts)).square().sum(-1) + 0.5 * acts @ sae.l1_weights + 0.1 * acts.square().sum(-1)
+    )
     assert_close(torch.stack(evaluated), by_hand.mean().expand(3))
 
 
@@ -229,7 +241,9 @@ def test_importing_and_reloading_twice_is_harmless():
 
 
 @pytest.mark.parametrize(("asked", "loaded"), [("standard", StandardSAE), ("aen", AENSAE)])
-def test_exported_for_inference_under_either_name_with_identical_outputs(tmp_path: Path, asked: str, loaded: type):
+def test_exported_for_inference_under_either_name_with_identical_outputs(
+    tmp_path: Path, asked: str, loaded: type
+):
     sae = make_sae(inference_architecture=asked)
     sae.save_inference_model(tmp_path)
     cfg = json.loads((tmp_path / "cfg.json").read_text())
@@ -349,7 +363,9 @@ def test_defaults_are_those_published_for_pythia():
 
 
 def test_from_paper_refuses_both_forms_at_once():
-    with pytest.raises(TypeError, match="from_paper sets l1_coefficient from the lambdas; got l1_coefficient=3"):
+    with pytest.raises(
+        TypeError, match="from_paper sets l1_coefficient from the lambdas; got l1_coefficient=3"
+    ):
         AENTrainingSAEConfig.from_paper(d_in=4, d_sae=8, lambda_1=1e-3, lambda_2=0.0, l1_coefficient=3)
 
 

@@ -34,4 +34,6 @@ def test_a_step_of_adam_uses_the_tensors_that_change_put_there() -> None:
     compat.on_adam_tensors(optimizer, change)
     optimizer.step()
     assert param.tolist() == [1.0, 1.0]
-    assert torch.allclose(other, torch.tensor([-0.1, -0.1]))  # Adam's first step is lr long, against the gradient
+    assert torch.allclose(
+        other, torch.tensor([-0.1, -0.1])
+    )  # Adam's first step is lr long, against the gradient

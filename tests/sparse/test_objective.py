@@ -153,7 +153,9 @@ def test_gradcheck(apply_b_dec: bool, dense: bool) -> None:
         code: Any = sparse.encode_dense(*encoder) if dense else sparse.encode(*encoder)
         assert 0 < int(code.feature_counts.sum()) < 6 * 9
         return tuple(
-            sparse.loss(x, code, l1_weights=weights, l2_coefficient=0.3, apply_b_dec_to_input=apply_b_dec, **p)
+            sparse.loss(
+                x, code, l1_weights=weights, l2_coefficient=0.3, apply_b_dec_to_input=apply_b_dec, **p
+            )
         )
 
     assert torch.autograd.gradcheck(step, (x, weights, *(p[name] for name in NAMES)))

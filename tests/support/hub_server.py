@@ -32,7 +32,9 @@ class Commit:
 class Repo:
     private: bool = False
     gated: bool = False
-    branches: dict[str, list[Commit]] = field(default_factory=lambda: {"main": [Commit("0" * 40, "initial", "", {})]})
+    branches: dict[str, list[Commit]] = field(
+        default_factory=lambda: {"main": [Commit("0" * 40, "initial", "", {})]}
+    )
 
     def find(self, revision: str) -> Commit | None:
         if revision in self.branches:
@@ -146,7 +148,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
-        self.body = self._chunked() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
+        self.body = (
+            self._chunked() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
+        )
         url = urlsplit(self.path)
         self.route, self.query = unquote(url.path), parse_qs(url.query)
         line = f"{self.command} {self.route}"
@@ -211,7 +215,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _refuse(self, status: int, code: str, message: str) -> None:
-        self._send(status, json.dumps({"error": message}).encode(), {"X-Error-Code": code, "X-Error-Message": message})
+        self._send(
+            status,
+            json.dumps({"error": message}).encode(),
+            {"X-Error-Code": code, "X-Error-Message": message},
+        )
 
     @property
     def _logged_in(self) -> bool:
@@ -288,7 +296,12 @@ class _Handler(BaseHTTPRequestHandler):
         entries: list[dict[str, object]] = []
         for path, blob in commit.files.items():
             data = self.hub.content(blob)
-            entry: dict[str, object] = {"type": "file", "path": path, "size": len(data), "oid": _git_hash(blob)}
+            entry: dict[str, object] = {
+                "type": "file",
+                "path": path,
+                "size": len(data),
+                "oid": _git_hash(blob),
+            }
             if blob.startswith(b"lfs:"):
                 entry["lfs"] = {"oid": blob[4:].decode(), "size": len(data), "pointerSize": 134}
             entries.append(entry)
@@ -392,7 +405,11 @@ class _Handler(BaseHTTPRequestHandler):
         oid = _oid(repo_id, revision, str(len(log)), title, header["description"])
         log.append(Commit(oid, title, header["description"], files))
         return self._json(
-            {"commitUrl": f"{self.hub.endpoint}/{repo_id}/commit/{oid}", "commitOid": oid, "pullRequestUrl": None}
+            {
+                "commitUrl": f"{self.hub.endpoint}/{repo_id}/commit/{oid}",
+                "commitOid": oid,
+                "pullRequestUrl": None,
+            }
         )
 
     def resolve(self, repo_id: str, revision: str, path: str) -> None:
@@ -414,7 +431,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(200, data, headers | {"Content-Length": str(len(data))})
         self.hub.ranges.append(asked[0])
         start, end = int(asked[1]), int(asked[2] or len(data) - 1)
-        return self._send(206, data[start : end + 1], headers | {"Content-Range": f"bytes {start}-{end}/{len(data)}"})
+        return self._send(
+            206, data[start : end + 1], headers | {"Content-Range": f"bytes {start}-{end}/{len(data)}"}
+        )
 
 
 _ID = r"([^/]+/[^/]+)"

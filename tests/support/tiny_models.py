@@ -81,7 +81,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny_model(family: str, folder: Path, *, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any) -> str:
+def save_tiny_model(
+    family: str, folder: Path, *, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any
+) -> str:
     """Save ``tiny_model`` and ``tiny_tokenizer`` as a Hugging Face folder and return its path."""
     path = folder / family
     tiny_model(family, seed=seed, **overrides).save_pretrained(path, max_shard_size=max_shard_size)
