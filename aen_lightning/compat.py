@@ -1,7 +1,8 @@
-"""Every touch of a private name of torch, SAELens, Lightning, transformers or datasets, and of a seam they do not promise.
+"""Every touch of a private name of torch, SAELens, Lightning, transformers or datasets, and of a seam they do
+not promise.
 
-One function or import a seam. ``tests/test_compat.py`` has a test for each, which fails when the library moves it. Nothing else in
-the package may use a name with a leading underscore that is not our own.
+One function or import a seam. ``tests/test_compat.py`` has a test for each, which fails when the library
+moves it. Nothing else in the package may use a name with a leading underscore that is not our own.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ M = TypeVar("M", bound=nn.Module)
 class FullPrecisionBuffers:
     """Mixin of a module whose ``full_precision_buffers`` stay float32 when it is cast to half precision.
 
-    ``Module.to(bfloat16)`` casts floating-point buffers as well; running statistics must keep their precision. torch has no public
-    hook for it: every cast and move goes through ``Module._apply``.
+    ``Module.to(bfloat16)`` casts floating-point buffers as well; running statistics must keep their
+    precision. torch has no public hook for it: every cast and move goes through ``Module._apply``.
     """
 
     full_precision_buffers: tuple[str, ...] = ()
@@ -44,7 +45,9 @@ class FullPrecisionBuffers:
 
 
 def adam_tensors_known() -> bool:
-    """Whether ``torch.optim.Adam`` gathers its tensors in the way :func:`on_adam_tensors` knows (torch 2.6 to 2.13)."""
+    """Whether ``torch.optim.Adam`` gathers its tensors in the way :func:`on_adam_tensors` knows (torch 2.6 to
+    2.13).
+    """
     import inspect
 
     import torch
@@ -64,12 +67,13 @@ def adam_tensors_known() -> bool:
 
 
 def on_adam_tensors(optimizer: Any, change: Callable[[tuple[list[Any], ...]], None]) -> None:
-    """Call ``change`` with the tensors that each step of an Adam hands to its kernel, to exchange views in place.
+    """Call ``change`` with the tensors that each step of an Adam hands to its kernel, to exchange views in
+    place.
 
     Args:
         optimizer: A ``torch.optim.Adam``. A second call replaces the first one's ``change``.
-        change: Gets five lists, one entry a parameter with a gradient: parameters, gradients, first and second
-            moments, greatest second moments (empty without ``amsgrad``).
+        change: Gets five lists, one entry a parameter with a gradient: parameters, gradients, first and
+            second moments, greatest second moments (empty without ``amsgrad``).
     """
     gather = type(optimizer)._init_group
 
@@ -82,7 +86,8 @@ def on_adam_tensors(optimizer: Any, change: Callable[[tuple[list[Any], ...]], No
 
 
 def with_own_children(module: M) -> M:
-    """A shallow copy with the same children, of which some can then be exchanged without the original's noticing.
+    """A shallow copy with the same children, of which some can then be exchanged without the original's
+    noticing.
 
     ``copy.copy`` shares the table of children, which has no public name.
     """
@@ -103,7 +108,8 @@ def local_slice(tensor: DTensor) -> tuple[slice, ...]:
 
 
 def initialize(model: PreTrainedModel, module: nn.Module) -> None:
-    """Give a module of a transformers model its first values, computed buffers (rotary frequencies, ...) among them.
+    """Give a module of a transformers model its first values, computed buffers (rotary frequencies, ...)
+    among them.
 
     The public ``init_weights`` takes the whole model only, weights and all.
     """
@@ -113,7 +119,8 @@ def initialize(model: PreTrainedModel, module: nn.Module) -> None:
 def find_in_repository(model_name: str, file: str, **where: Any) -> Path | None:
     """A file of a Hub repository, fetched if need be, or of a folder; None if it is not there.
 
-    The public ``cached_file`` raises the same ``OSError`` for a file that does not exist and for a Hub that does not answer.
+    The public ``cached_file`` raises the same ``OSError`` for a file that does not exist and for a Hub that
+    does not answer.
 
     Args:
         model_name: Hub name or folder.
@@ -127,12 +134,16 @@ def find_in_repository(model_name: str, file: str, **where: Any) -> Path | None:
 
 
 def is_index_into_other_rows(dataset: Dataset) -> bool:
-    """Whether a dataset lists rows of another, so that its table is not its content; datasets does not say so in public."""
+    """Whether a dataset lists rows of another, so that its table is not its content.
+
+    Datasets does not say so in public.
+    """
     return dataset._indices is not None
 
 
 def consolidate_saelens_shards(pieces: Path, target: Path) -> None:
-    """Make one dataset at ``target`` of those in the folders of ``pieces``, moving files, as SAELens does for its own cache.
+    """Make one dataset at ``target`` of those in the folders of ``pieces``, moving files, as SAELens does for
+    its own cache.
 
     In public it is done only by a run of ``CacheActivationsRunner``.
     """
@@ -142,7 +153,10 @@ def consolidate_saelens_shards(pieces: Path, target: Path) -> None:
 
 
 def compute_again(metric: Metric) -> Tensor:
-    """The value of a metric whose states were changed from outside; torchmetrics would return the value it gave before."""
+    """The value of a metric whose states were changed from outside.
+
+    Torchmetrics would return the value it gave before.
+    """
     metric._computed = None
     value: Tensor = metric.compute()
     return value

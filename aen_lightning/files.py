@@ -1,4 +1,7 @@
-"""Files: written whole or not at all, JSON, dtype names, and the headers of safetensors files. Each is here once."""
+"""Files.
+
+Written whole or not at all, JSON, dtype names, and the headers of safetensors files. Each is here once.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ SAFETENSORS_NAMES: dict[torch.dtype, str] = {
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """A temporary file beside ``path``, which takes its place when the block ends and is removed if it raises.
+    """A temporary file beside ``path``, which takes its place when the block ends and is removed if it
+    raises.
 
     So a reader sees the old file or the new one, never a part; also after a power cut, if ``durable``.
 
@@ -56,7 +60,10 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def temporary_beside(path: Path) -> Path:
-    """Where a file is written before it gets its name: hidden, in the same folder, another one for each process."""
+    """Where a file is written before it gets its name.
+
+    Hidden, in the same folder, another one for each process.
+    """
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
@@ -113,7 +120,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors header says of a tensor: its ``shape``, and its ``dtype`` by the format's name (``F32``, ``BF16``, ...)."""
+    """What a safetensors header says of a tensor.
+
+    Its ``shape``, and its ``dtype`` by the format's name (``F32``, ``BF16``, ...).
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -139,7 +149,8 @@ def safetensors_header(
     *,
     length: int | None = None,
 ) -> bytes:
-    """The beginning of a safetensors file, for files too large for safetensors to write: it takes tensors in memory only.
+    """The beginning of a safetensors file, for files too large for safetensors to write: it takes tensors in
+    memory only.
 
     Args:
         tensors: Dtype and shape of each, in the order in which their bytes follow.

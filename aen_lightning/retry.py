@@ -26,7 +26,8 @@ def retry(
         call: Must be safe to repeat.
         attempts: Calls in all.
         worth_it: Whether another call may mend this error.
-        announce: Told of the error, the wait that follows in seconds, and the number of the call that failed, from 1.
+        announce: Told of the error, the wait that follows in seconds, and the number of the call that failed,
+            from 1.
         wait_seconds: The first wait; each further one is twice as long.
         longest_wait_seconds: No wait is longer.
         asked_wait: The wait that an error asks for, in seconds; it counts if it is the longer one.

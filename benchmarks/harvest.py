@@ -3,17 +3,19 @@
     python benchmarks/harvest.py --quick                                   # small random model, under two minutes
     python benchmarks/harvest.py --model FOLDER_OR_NAME --layer 14 --json out.json
 
-Harvest: tokens per second of `aen harvest`, of SAELens's CacheActivationsRunner on the same Hugging Face model, and of the bare forward
-pass of the cut model (same rows, same batches, nothing written), each in a process of its own, as its users run it. Imports and model
-loading are left out everywhere; writing is in. `aen` lets the C library keep freed memory (aen_lightning/allocator.py); without
---quick or --fewer, ours without that ("plain") and the others with it ("kept") are measured too; the kept limit also runs rows in parallel
-(aen_lightning/row_parallel.py), as ours does.
-Read: rows per second of ActivationsDataModule, fully shuffled; of SAELens's cached reader, which does not shuffle; and of reading the
-same files from end to end. Train: steps of the same SAE fed from disk and from memory. Memory: peak resident set of a process that
-harvests, its imports included.
+Harvest: tokens per second of `aen harvest`, of SAELens's CacheActivationsRunner on the same Hugging Face
+model, and of the bare forward pass of the cut model (same rows, same batches, nothing written), each in a
+process of its own, as its users run it. Imports and model loading are left out everywhere; writing is in.
+`aen` lets the C library keep freed memory (aen_lightning/allocator.py); without --quick or --fewer, ours
+without that ("plain") and the others with it ("kept") are measured too; the kept limit also runs rows in
+parallel (aen_lightning/row_parallel.py), as ours does.
+Read: rows per second of ActivationsDataModule, fully shuffled; of SAELens's cached reader, which does not
+shuffle; and of reading the same files from end to end. Train: steps of the same SAE fed from disk and from
+memory. Memory: peak resident set of a process that harvests, its imports included.
 
-Contenders run in turns of a fraction of a second (slices.py) where they are processes, and whole turns where not; ratios are medians
-over --turns, since a shared machine drifts by more than they differ. "_cpu" ratios are of CPU seconds over all threads.
+Contenders run in turns of a fraction of a second (slices.py) where they are processes, and whole turns where
+not; ratios are medians over --turns, since a shared machine drifts by more than they differ. "_cpu" ratios
+are of CPU seconds over all threads.
 """
 
 from __future__ import annotations
@@ -115,7 +117,10 @@ def harvest_saelens(
 
 
 def forward_limit(spans: Spans, model: str, layer: int, data: Path, *, row_parallel: bool) -> int:
-    """The cut model's forward passes alone, as torch runs them or with rows in parallel; returns the tokens."""
+    """The cut model's forward passes alone, as torch runs them or with rows in parallel.
+
+    Returns the tokens.
+    """
     from aen_lightning.language_model.cut_model import load_cut_model
 
     lm = load_cut_model(model, [f"blocks.{layer}.hook_resid_post"])
@@ -127,7 +132,10 @@ def forward_limit(spans: Spans, model: str, layer: int, data: Path, *, row_paral
 
 
 def worker(name: str, model: str, layer: int, data: Path, out: Path, shard_mib: float) -> None:
-    """One contender, alone in this process; ``_kept`` is with what ``aen`` does to the process and, for the limit, to the forward pass."""
+    """One contender, alone in this process.
+
+    ``_kept`` is with what ``aen`` does to the process and, for the limit, to the forward pass.
+    """
     contender, _, kept = name.partition("_")
     if kept and not keep_freed_memory():
         raise SystemExit(
@@ -169,7 +177,8 @@ def bench_harvest(
 
 
 def bench_memory(model: str, layer: int, folder: Path) -> dict[str, float]:
-    """Peak memory, each in a process of its own: same tokens, each with its own default size of shard or buffer.
+    """Peak memory, each in a process of its own: same tokens, each with its own default size of shard or
+    buffer.
 
     SAELens's default buffer, 2 GB, is cut down to the tokens of this run, which it would otherwise exceed.
     """
@@ -312,7 +321,10 @@ def bench_train(steps: int, turns: int, folder: Path) -> dict[str, float]:
 
 
 def _rates_and_cpu_ratios(seconds: dict[str, list[tuple[float, float]]], unit: str) -> dict[str, float]:
-    """Of wall and CPU seconds: all of the first, and the second's ratios, which other work on the machine disturbs less."""
+    """Of wall and CPU seconds.
+
+    All of the first, and the second's ratios, which other work on the machine disturbs less.
+    """
     wall, cpu = (_rates({name: [x[i] for x in v] for name, v in seconds.items()}, unit) for i in (0, 1))
     return wall | {f"{k}_cpu": v for k, v in cpu.items() if "_to_" in k}
 

@@ -1,10 +1,12 @@
-"""Peak memory of importing one of the authors' checkpoints at full size, and whether the dictionary computes the same.
+"""Peak memory of importing one of the authors' checkpoints at full size, and whether the dictionary computes
+the same.
 
     python benchmarks/import_memory.py [--d-in 4096] [--d-sae 131072] [--kind aen|topk] [--folder FOLDER]
 
-Writes a synthetic bfloat16 checkpoint (random weights, with the optimizer state that the authors' files carry), imports it in a
-process of its own, and compares the outputs with the formulas on a few tokens. Memory is what the kernel says of that process (Linux):
-"anonymous" is memory that must be there; "peak" has also the pages of the mapped file that were read, which the kernel may drop.
+Writes a synthetic bfloat16 checkpoint (random weights, with the optimizer state that the authors' files
+carry), imports it in a process of its own, and compares the outputs with the formulas on a few tokens. Memory
+is what the kernel says of that process (Linux): "anonymous" is memory that must be there; "peak" has also the
+pages of the mapped file that were read, which the kernel may drop.
 """
 
 from __future__ import annotations
@@ -83,7 +85,9 @@ def write_checkpoint(path: Path, d_in: int, d_sae: int, kind: str) -> None:
 
 
 def largest_error(checkpoint: Path, folder: Path, kind: str) -> tuple[float, float]:
-    """Largest difference of features and reconstructions from the formulas in float32, relative to the largest value."""
+    """Largest difference of features and reconstructions from the formulas in float32, relative to the
+    largest value.
+    """
     from sae_lens import SAE
 
     s = {
@@ -149,7 +153,8 @@ def main() -> None:
             f"import {m['seconds']:.1f} s (process {time.perf_counter() - start:.1f} s with the comparison)"
         )
         print(
-            f"largest relative error against the formulas: features {h_error:.1e}, reconstruction {x_error:.1e}"
+            f"largest relative error against the formulas: features {h_error:.1e}, reconstruction "
+            f"{x_error:.1e}"
         )
 
 

@@ -1,11 +1,13 @@
-"""Eight SAEs on one live stream of activations, against eight separate runs: same data, same steps, same results.
+"""Eight SAEs on one live stream of activations, against eight separate runs: same data, same steps, same
+results.
 
     python benchmarks/sweep.py --model models/smollm2-135m --text text.jsonl.gz     a real model (benchmarks/make_smollm2.py)
     python benchmarks/sweep.py --quick --json out.json                              a random model of a few layers
 
-Both ways build their data module and load the model anew, as a user's runs do. The separate runs and the sweep are timed in one
-process, the sweep between the halves of the separate runs, so that a machine that slows down or speeds up does not favour one side.
-The weights must agree bit for bit, or the script fails. ``--prefetch N`` has the language model make N batches ahead in a thread.
+Both ways build their data module and load the model anew, as a user's runs do. The separate runs and the
+sweep are timed in one process, the sweep between the halves of the separate runs, so that a machine that
+slows down or speeds up does not favour one side. The weights must agree bit for bit, or the script fails.
+``--prefetch N`` has the language model make N batches ahead in a thread.
 """
 
 from __future__ import annotations
@@ -136,7 +138,8 @@ def main() -> None:
     total = sum(seconds)
     tokens = options.steps * options.batch
     print(
-        f"{len(grid)} SAEs of {options.expansion * d_in} x {d_in}, {options.steps} steps of {options.batch} tokens, {options.threads} threads"
+        f"{len(grid)} SAEs of {options.expansion * d_in} x {d_in}, {options.steps} steps of "
+        f"{options.batch} tokens, {options.threads} threads"
     )
     print(f"{'one stream':<16}{together:>9.1f} s{len(grid) * tokens / together:>12.0f} SAE-tokens/s")
     print(f"{'separate runs':<16}{total:>9.1f} s{len(grid) * tokens / total:>12.0f} SAE-tokens/s")

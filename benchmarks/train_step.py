@@ -1,4 +1,5 @@
-"""One training step of a ReLU SAE, side by side: ours on the non-zeros, ours dense, SAELens's, plain autograd.
+"""One training step of a ReLU SAE, side by side: ours on the non-zeros, ours dense, SAELens's, plain
+autograd.
 
     python benchmarks/train_step.py                      all shapes and sparsities, with memory
     python benchmarks/train_step.py --quick --json out.json
@@ -7,14 +8,15 @@
     python benchmarks/train_step.py --crossover          the density at which dense and sparse cost the same
     python benchmarks/train_step.py --growth             cost against d_sae at fixed L0
 
-A step is everything: forward, loss, backward, clipping to norm 1, Adam; for ours also the statistics, the adaptive
-weights and the projection of the decoder rows. All contestants run in one process, turn by turn, and medians are
-compared, so that a busy machine slows all alike. On a machine too busy for that, ``--cpu-time`` takes one thread and
-its CPU time, which leaves only the shared caches and memory to disturb. The learning rate is 0: Adam does its full work, but the weights and
-with them L0 stay put. Tokens are Gaussian, scaled to norm sqrt(d_in); the decoder is random with unit rows, the encoder
-its transpose, one bias sets the mean L0. A Gaussian has more pre-activations just below zero than a trained SAE, which
-is the hard case for the screening of the encoder product. Ours uses Adam with ``fused=True`` (SAELens's trainer does
-not); the "plain autograd" row has it too, which isolates that effect.
+A step is everything: forward, loss, backward, clipping to norm 1, Adam; for ours also the statistics, the
+adaptive weights and the projection of the decoder rows. All contestants run in one process, turn by turn, and
+medians are compared, so that a busy machine slows all alike. On a machine too busy for that, ``--cpu-time``
+takes one thread and its CPU time, which leaves only the shared caches and memory to disturb. The learning
+rate is 0: Adam does its full work, but the weights and with them L0 stay put. Tokens are Gaussian, scaled to
+norm sqrt(d_in); the decoder is random with unit rows, the encoder its transpose, one bias sets the mean L0. A
+Gaussian has more pre-activations just below zero than a trained SAE, which is the hard case for the screening
+of the encoder product. Ours uses Adam with ``fused=True`` (SAELens's trainer does not); the "plain autograd"
+row has it too, which isolates that effect.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ class Problem:
 
 
 class OurStep:
-    """The AEN step built from the functions of ``aen_lightning.sparse`` and ``aen_lightning.saes.penalty``, without an SAE around them.
+    """The AEN step built from the functions of ``aen_lightning.sparse`` and ``aen_lightning.saes.penalty``,
+    without an SAE around them.
 
     ``mark`` is called after each phase, for ``--profile``.
     """
@@ -129,7 +132,10 @@ class OurStep:
 
 
 class ProductStep:
-    """The step as ``SAEModule`` takes it: ``AENTrainingSAE.training_forward_pass``, backward, clip, Adam, projection."""
+    """The step as ``SAEModule`` takes it.
+
+    ``AENTrainingSAE.training_forward_pass``, backward, clip, Adam, projection.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -213,7 +219,10 @@ class AutogradStep:
 
 
 class TopKGatherStep(AutogradStep):
-    """TopK as the common sparse-decoder trainers do it: dense encoder, ``topk``, embedding-bag decoder, autograd."""
+    """TopK as the common sparse-decoder trainers do it.
+
+    Dense encoder, ``topk``, embedding-bag decoder, autograd.
+    """
 
     def step(self) -> Tensor:
         """One training step; returns its loss."""
@@ -286,7 +295,8 @@ def interleaved(contestants: dict[str, Any], repeats: int) -> dict[str, float]:
 def peak_mib(step: Callable[[], Any]) -> float:
     """Most memory (MiB) that PyTorch's allocator held at once during a step, beyond what lived before it.
 
-    From the profiler's record of every allocation: exact, unlike resident memory, and blind only to scratch space inside BLAS.
+    From the profiler's record of every allocation: exact, unlike resident memory, and blind only to scratch
+    space inside BLAS.
     """
     gc.collect()
     with torch.profiler.profile(
@@ -370,7 +380,8 @@ def show_profile(problem: Problem, repeats: int) -> None:
     medians = {name: statistics.median(values) for name, values in phases.items()}
     total = sum(medians.values())
     print(
-        f"\nbatch {problem.batch}, d_in {problem.d_in}, d_sae {problem.d_sae}, L0 {problem.l0:g}: {1e3 * total:.0f} ms"
+        f"\nbatch {problem.batch}, d_in {problem.d_in}, d_sae {problem.d_sae}, L0 {problem.l0:g}: "
+        f"{1e3 * total:.0f} ms"
     )
     for name, value in medians.items():
         print(f"  {name:18}{1e3 * value:8.1f} ms{100 * value / total:6.0f} %")
@@ -400,7 +411,8 @@ def growth(repeats: int, autocast: bool) -> None:
         }
         seconds = interleaved(contestants, repeats)
         print(
-            f"  {d_sae:6}{1e3 * seconds['ours']:12.0f}{1e3 * seconds['saelens']:12.0f}{1e3 * seconds['p']:20.0f}"
+            "  "
+            f"{d_sae:6}{1e3 * seconds['ours']:12.0f}{1e3 * seconds['saelens']:12.0f}{1e3 * seconds['p']:20.0f}"
         )
 
 
@@ -438,7 +450,8 @@ def main() -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {'bf16 autocast' if args.autocast else 'float32'}"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{'bf16 autocast' if args.autocast else 'float32'}"
     )
     if args.crossover:
         return crossover(args.repeats, args.autocast)

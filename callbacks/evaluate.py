@@ -33,13 +33,16 @@ _LOGGED = {
 
 
 class EvaluateDictionaries(pl.Callback):
-    """At the end of ``trainer.test``, what ``aen evaluate`` does with the exported dictionaries, on the data module's test split.
+    """At the end of ``trainer.test``, what ``aen evaluate`` does with the exported dictionaries, on the data
+    module's test split.
 
-    Writes ``evaluation.json`` (with several SAEs ``NAME/evaluation.json``) below ``output_dir`` and logs the main numbers as ``test/downstream/...``,
-    ``test/raw/...``, ``test/features/...`` and ``test/ground_truth/...``. Runs on the first rank only.
+    Writes ``evaluation.json`` (with several SAEs ``NAME/evaluation.json``) below ``output_dir`` and logs the
+    main numbers as ``test/downstream/...``, ``test/raw/...``, ``test/features/...`` and
+    ``test/ground_truth/...``. Runs on the first rank only.
 
     Args:
-        downstream: Cross-entropy and KL, for which the whole language model is loaded (on text from a Hugging Face model).
+        downstream: Cross-entropy and KL, for which the whole language model is loaded (on text from a Hugging
+            Face model).
         n_rows: Most rows of text; None: the whole split.
         n_downstream_rows: Most rows for the downstream metrics; None: as many.
         batch_size_prompts: Rows a model call.
@@ -100,7 +103,8 @@ class EvaluateDictionaries(pl.Callback):
             lm = data.source.whole_model(device) if self.downstream else None
             return TextInputs(data, n_rows=self.n_rows, batch_size_prompts=self.batch_size_prompts, lm=lm)
         raise TypeError(
-            "EvaluateDictionaries knows SpikedDataModule, ActivationsDataModule and TextActivationsDataModule, got "
+            "EvaluateDictionaries knows SpikedDataModule, ActivationsDataModule and "
+            "TextActivationsDataModule, got "
             f"{type(data).__name__}: evaluate the exported folder with `aen evaluate`"
         )
 

@@ -20,12 +20,15 @@ class _Exportable(Protocol):
 
 
 class ExportSAE(pl.Callback):
-    """Leaves a folder that ``SAE.load_from_disk`` reads: ``<dirpath>/step_<n>`` with every checkpoint, ``<dirpath>/final`` at the end.
+    """Leaves a folder that ``SAE.load_from_disk`` reads: ``<dirpath>/step_<n>`` with every checkpoint,
+    ``<dirpath>/final`` at the end.
 
-    With several SAEs each gets a folder of its name below these. Only rank 0 writes, and nothing here waits for another rank.
+    With several SAEs each gets a folder of its name below these. Only rank 0 writes, and nothing here waits
+    for another rank.
 
     Args:
-        dirpath: Where the folders go. None: ``sae`` below the logger's folder, or below the Trainer's ``default_root_dir``.
+        dirpath: Where the folders go. None: ``sae`` below the logger's folder, or below the Trainer's
+            ``default_root_dir``.
         with_checkpoints: Write a folder with every checkpoint, not only at the end.
     """
 

@@ -14,15 +14,18 @@ _CHUNK = 4096  # features whose pre-activations are in memory at a time
 
 
 class InitializeFromData(pl.Callback):
-    """Sets ``b_dec`` to the middle of the first training batch, and ``b_enc`` so that every feature fires on a share of it.
+    """Sets ``b_dec`` to the middle of the first training batch, and ``b_enc`` so that every feature fires on
+    a share of it.
 
-    A feature that starts silent on all data has no gradient and stays dead; one that starts on everything crowds out others. Works
-    for every architecture with these parameters, before the first step of a run that does not resume. On several ranks each
-    batch counts equally.
+    A feature that starts silent on all data has no gradient and stays dead; one that starts on everything
+    crowds out others. Works for every architecture with these parameters, before the first step of a run that
+    does not resume. On several ranks each batch counts equally.
 
     Args:
-        b_dec: ``mean``; ``geometric_median`` (the point with the least sum of distances, which outliers move less); None: as it is.
-        active_share: Share of the batch on which each feature fires at first, in (0, 1). None: ``b_enc`` as it is.
+        b_dec: ``mean``; ``geometric_median`` (the point with the least sum of distances, which outliers move
+            less); None: as it is.
+        active_share: Share of the batch on which each feature fires at first, in (0, 1). None: ``b_enc`` as
+            it is.
 
     Raises:
         ValueError: For a value out of range; at ``setup``, for an SAE without the parameter.
@@ -48,7 +51,8 @@ class InitializeFromData(pl.Callback):
             for name in wanted:
                 if not isinstance(getattr(sae, name, None), torch.nn.Parameter):
                     raise ValueError(
-                        f"InitializeFromData sets {name}, which architecture {sae.cfg.architecture()!r} does not have: "
+                        f"InitializeFromData sets {name}, which architecture {sae.cfg.architecture()!r} "
+                        "does not have: "
                         f"give {'active_share: null' if name == 'b_enc' else 'b_dec: null'}"
                     )
 

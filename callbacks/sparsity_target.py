@@ -15,23 +15,27 @@ _CORRECTION_LIMIT = 1.0  # of log(L0 / target), so that one batch far off does n
 
 
 class TargetL0(pl.Callback):
-    """Holds L0 at a target: no coefficient to tune, for architectures with an L1 term (``aen``, ``standard``, ``gated``).
+    """Holds L0 at a target: no coefficient to tune, for architectures with an L1 term (``aen``, ``standard``,
+    ``gated``).
 
-    The L1 coefficient is multiplied by ``exp(i + p)``: p follows the distance ``log(L0 / goal)``, i sums it up. The goal falls from the
-    L0 of the first steps to the target along a geometric path and stays there. Everything is computed on the device; nothing waits
-    for it. The multipliers are part of the module, so a checkpoint has them, and ``details/sparsity_multiplier`` logs them; at the
-    end of a fit the coefficient that was reached is written to the SAE's metadata as ``reached_l1_coefficient``. SAELens's JumpReLU is
+    The L1 coefficient is multiplied by ``exp(i + p)``: p follows the distance ``log(L0 / goal)``, i sums it
+    up. The goal falls from the L0 of the first steps to the target along a geometric path and stays there.
+    Everything is computed on the device; nothing waits for it. The multipliers are part of the module, so a
+    checkpoint has them, and ``details/sparsity_multiplier`` logs them; at the end of a fit the coefficient
+    that was reached is written to the SAE's metadata as ``reached_l1_coefficient``. SAELens's JumpReLU is
     refused: its thresholds hardly come down again, so that L0 does not follow its coefficient within a run.
 
     Args:
         l0: The target: mean active features per token (a count), ``> 0``.
-        reach_at: Share of the run in (0, 1] after which the goal is the target. 0.3 leaves most of the run at the target.
+        reach_at: Share of the run in (0, 1] after which the goal is the target. 0.3 leaves most of the run at
+            the target.
         gain: Change of ``i`` per optimizer step for an L0 that is off by a factor of e.
         damping: ``p`` for an L0 that is off by a factor of e.
         average_steps: L0 is averaged over about this many steps.
 
     Raises:
-        ValueError: For a value out of range; at ``setup``, for an SAE without an L1 coefficient, or with one of 0.
+        ValueError: For a value out of range; at ``setup``, for an SAE without an L1 coefficient, or with one
+            of 0.
     """
 
     def __init__(

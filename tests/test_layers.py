@@ -44,7 +44,9 @@ def room_of(module: Path) -> str:
 
 
 def imports(module: Path) -> list[tuple[int, str, str]]:
-    """Line, imported module below the package, and imported name, of everything from this package, also inside functions."""
+    """Line, imported module below the package, and imported name, of everything from this package, also
+    inside functions.
+    """
     found = []
     for node in ast.walk(ast.parse((PACKAGE / module).read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):

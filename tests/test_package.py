@@ -48,7 +48,8 @@ def test_every_public_name_is_there_and_no_other() -> None:
     [
         "import aen_lightning\nimport sae_lens",
         "import sae_lens\nimport aen_lightning",
-        "import aen_lightning, importlib\nimportlib.reload(aen_lightning)\nfrom sae_lens.registry import get_sae_class",
+        "import aen_lightning, importlib\nimportlib.reload(aen_lightning)\nfrom sae_lens.registry import "
+        "get_sae_class",
     ],
     ids=["ours first", "SAELens first", "ours twice, a module of SAELens first"],
 )
@@ -94,7 +95,8 @@ def _file_of(module: str) -> Path | None:
 
 
 def test_what_registration_needs_imports_sae_lens_only_under_saes() -> None:
-    # else that module, imported first, would import sae_lens, which would import it again, half made, by registration
+    # else that module, imported first, would import sae_lens, which would import it again, half made, by
+    # registration
     waiting, seen = {"aen_lightning.saes.aen"}, set[str]()
     while waiting:
         module = waiting.pop()
@@ -109,7 +111,8 @@ def test_what_registration_needs_imports_sae_lens_only_under_saes() -> None:
     assert "aen_lightning.saes.penalty" in seen
 
 
-# --- after_import, with a module of the test's own -----------------------------------------------------------------
+# --- after_import, with a module of the test's own
+# -----------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""``--config``: a recipe's name stands for its file, and the file is looked at before anything heavy is imported."""
+"""``--config``.
+
+A recipe's name stands for its file, and the file is looked at before anything heavy is imported.
+"""
 
 from __future__ import annotations
 

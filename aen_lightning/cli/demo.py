@@ -1,4 +1,7 @@
-"""``aen demo``: AEN, with and without a starvation guard, beside L1 and TopK on one synthetic stream, without downloads."""
+"""``aen demo``.
+
+AEN, with and without a starvation guard, beside L1 and TopK on one synthetic stream, without downloads.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ _D_IN, _D_SAE, _K = 128, 256, 8
 
 
 def _variants(n_steps: int, l1_warmup: float) -> dict[str, dict[str, Any]]:
-    # the published delay and ramp, 10 000 and 2 000 of 50 000 steps, shortened with the run; the paper has no warm-up of
-    # the L1 term, which here is a quarter of the run for both: without it twice as many features die (--l1_warmup 0
-    # shows it)
+    # the published delay and ramp, 10 000 and 2 000 of 50 000 steps, shortened with the run; the paper has no
+    # warm-up of the L1 term, which here is a quarter of the run for both: without it twice as many features
+    # die (--l1_warmup 0 shows it)
     schedule = {
         "warmup_delay_steps": n_steps // 5,
         "warmup_ramp_steps": n_steps // 25,
@@ -44,7 +47,8 @@ def demo(
 ) -> None:
     """AEN, with and without a starvation guard, beside L1 and TopK on one stream of synthetic activations.
 
-    Trains the four SAEs, prints the comparison, and loads AEN's dictionary back through SAELens. Downloads nothing.
+    Trains the four SAEs, prints the comparison, and loads AEN's dictionary back through SAELens. Downloads
+    nothing.
 
     Args:
         steps: Training steps of each SAE, at least 100.
@@ -60,7 +64,8 @@ def demo(
     from sae_lens import SAE
 
     print(
-        f"Spiked synthetic data: {_D_SAE} features in {_D_IN} dimensions, {_K} active per sample, expected cosine "
+        f"Spiked synthetic data: {_D_SAE} features in {_D_IN} dimensions, {_K} active per sample, expected "
+        "cosine "
         f"0.3.\nEach SAE sees the same {steps} batches of 256 samples.\n"
     )
     header = (
@@ -83,14 +88,17 @@ def demo(
             flush=True,
         )
     print(
-        "\nL0: active features per sample (the truth is 8). EV: explained variance. dead %: features silent on 8192 "
-        "held-out\nsamples. shrinkage: |reconstruction| / |input|. matched cosine: to the true dictionary, 1 is every "
+        "\nL0: active features per sample (the truth is 8). EV: explained variance. dead %: features "
+        "silent on 8192 "
+        "held-out\nsamples. shrinkage: |reconstruction| / |input|. matched cosine: to the true dictionary, "
+        "1 is every "
         "feature found.\n"
         "The guard (starvation_guard 0.1) is not in the paper.\n"
     )
     loaded = SAE.load_from_disk(folders["AEN"])
     print(
-        f"Loaded back with sae_lens.SAE.load_from_disk: {type(loaded).__name__}, W_dec {tuple(loaded.W_dec.shape)}"
+        f"Loaded back with sae_lens.SAE.load_from_disk: {type(loaded).__name__}, W_dec "
+        f"{tuple(loaded.W_dec.shape)}"
     )
     print("Dictionaries (SAELens folders) and metrics.csv of each run:")
     for name, folder in folders.items():
@@ -128,7 +136,8 @@ def _train(sae: dict[str, Any], steps: int, folder: Path, progress: bool) -> Pat
         callbacks=[export, DeadFeatureTracker(window_steps=max(1, steps // 5))],
     )
     with warnings.catch_warnings():
-        # said by Lightning and pointless here: the stream needs no workers, and CSVLogger reuses a folder by design
+        # said by Lightning and pointless here: the stream needs no workers, and CSVLogger reuses a folder by
+        # design
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
         warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
         trainer.fit(SAEModule(sae), datamodule=_data())

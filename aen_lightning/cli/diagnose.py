@@ -28,9 +28,9 @@ def diagnose(
 ) -> None:
     """What ails a dictionary.
 
-    Coherence of its atoms, geometry of those active together, how far a small change of the input moves the code, how
-    far the encoder is from the exact code, and what becomes of features that are active together. Writes
-    diagnosis.json into the dictionary's folder.
+    Coherence of its atoms, geometry of those active together, how far a small change of the input moves the
+    code, how far the encoder is from the exact code, and what becomes of features that are active together.
+    Writes diagnosis.json into the dictionary's folder.
 
     Args:
         dictionary: Folder with cfg.json, or RELEASE:ID as for SAE.from_pretrained.
@@ -41,9 +41,9 @@ def diagnose(
         n_lipschitz: Of these, so many for Lipschitz constants.
         l1_coefficient: Of the coding problem, in SAELens's form. null: as trained.
         l2_coefficient: Of the coding problem, in SAELens's form. null: as trained.
-        l1_weights: safetensors file with the adaptive weights l1_weights, e.g. sae_weights.safetensors of a training
-            checkpoint. null: adaptive_state.safetensors beside the dictionary, else computed anew from mean
-            activations.
+        l1_weights: safetensors file with the adaptive weights l1_weights, e.g. sae_weights.safetensors of a
+            training checkpoint. null: adaptive_state.safetensors beside the dictionary, else computed anew
+            from mean activations.
         inputs: What to diagnose on.
     """
     from aen_lightning.cli.opening import InputOpener, device_of

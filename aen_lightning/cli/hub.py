@@ -22,9 +22,9 @@ def push(
 ) -> None:
     """Publish dictionaries on the Hugging Face Hub.
 
-    Those of a run, of several, or of one SAELens folder, in one commit with a model card. Run it again after a failure:
-    what arrived is not sent twice. The token is the one that `hf auth login` stored, or HF_TOKEN; it is never an
-    argument. HF_ENDPOINT names another Hub.
+    Those of a run, of several, or of one SAELens folder, in one commit with a model card. Run it again after
+    a failure: what arrived is not sent twice. The token is the one that `hf auth login` stored, or HF_TOKEN;
+    it is never an argument. HF_ENDPOINT names another Hub.
 
     Args:
         folder: A run's folder, a SAELens folder, or a folder of several.
@@ -68,9 +68,9 @@ def push(
 def pull(repo: str, id: str | None = None, *, revision: str | None = None) -> None:
     """List the dictionaries of a Hub repository, or fetch one.
 
-    With ID: fetch it into huggingface_hub's cache, check shapes, types and hashes, and say how to use it. Without a
-    connection the cache answers. The token is the one that `hf auth login` stored, or HF_TOKEN; HF_ENDPOINT names
-    another Hub.
+    With ID: fetch it into huggingface_hub's cache, check shapes, types and hashes, and say how to use it.
+    Without a connection the cache answers. The token is the one that `hf auth login` stored, or HF_TOKEN;
+    HF_ENDPOINT names another Hub.
 
     Args:
         repo: OWNER/REPO on the Hub.
@@ -87,7 +87,8 @@ def pull(repo: str, id: str | None = None, *, revision: str | None = None) -> No
     remote = look_up(repo, revision)
     ids = remote.sae_ids
     print(
-        f"{remote.repo_id} at commit {remote.commit}{' (offline: what the cache has)' if remote.offline else ''}"
+        f"{remote.repo_id} at commit "
+        f"{remote.commit}{' (offline: what the cache has)' if remote.offline else ''}"
     )
     rows = listing(remote, [(sae_id, read_config(remote, sae_id)) for sae_id in ids[:_MOST_CONFIGS]])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -120,7 +121,8 @@ def import_(
         folder: Where the dictionary goes; made if missing.
         kind: What was trained, where the path does not say it.
         k: Of a TopK model, where the name does not say it.
-        input_scaling: Of the activations it was trained on. null: per_token; none for the authors' synthetic data.
+        input_scaling: Of the activations it was trained on. null: per_token; none for the authors' synthetic
+            data.
         model_name: Language model, where the path does not say it.
         hook_name: TransformerLens name of the hook, likewise.
         for_training: Write the training SAE aen, with its adaptive state.

@@ -1,7 +1,7 @@
 """The ``aen`` command.
 
-Nothing here imports torch, nor does the module of a command that is a plain function, at its top: help and slips are answered at
-once. Only the commands that LightningCLI parses need it to know their options.
+Nothing here imports torch, nor does the module of a command that is a plain function, at its top: help and
+slips are answered at once. Only the commands that LightningCLI parses need it to know their options.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ _OPTIONS = (*_HELP, "--version")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``aen COMMAND ...`` and return the exit code.
 
-    Wrong use (a misspelt key, a hook that does not exist, a file that is missing) ends with one line and code 2; set
-    ``AEN_DEBUG=1`` to see where it was noticed.
+    Wrong use (a misspelt key, a hook that does not exist, a file that is missing) ends with one line and code
+    2; set ``AEN_DEBUG=1`` to see where it was noticed.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -170,7 +170,8 @@ def _usage(names: Iterable[str]) -> str:
             "commands:",
             *lines,
             "",
-            "`aen COMMAND --help` says more. Exit codes: 0 done; 1 failed while it ran; 2 wrong use, said in one line",
+            "`aen COMMAND --help` says more. Exit codes: 0 done; 1 failed while it ran; 2 wrong use, said "
+            "in one line",
             "(AEN_DEBUG=1 shows where it was noticed); 130 interrupted.",
         ]
     )

@@ -26,7 +26,8 @@ class InputOpener:
 
     Args:
         options: What the user asked for.
-        whole_lm: Whether the whole language model is needed (downstream metrics); else it is cut after the hook.
+        whole_lm: Whether the whole language model is needed (downstream metrics); else it is cut after the
+            hook.
     """
 
     def __init__(self, options: EvaluationInputs, *, whole_lm: bool) -> None:
@@ -38,7 +39,8 @@ class InputOpener:
         """The inputs for a dictionary.
 
         Raises:
-            ValueError: If arguments and metadata do not say what to read, or its width is not the dictionary's.
+            ValueError: If arguments and metadata do not say what to read, or its width is not the
+                dictionary's.
         """
         given, metadata = self.options, sae.cfg.metadata
         synthetic = metadata["synthetic_data"]
@@ -57,7 +59,8 @@ class InputOpener:
             inputs = self._once(f"text {options}", lambda: self._text(options, _lm_kwargs(metadata)))
         if inputs.d_in != sae.cfg.d_in:
             raise ValueError(
-                f"the dictionary has d_in={sae.cfg.d_in}, but the inputs are {inputs.d_in} wide: another hook or model "
+                f"the dictionary has d_in={sae.cfg.d_in}, but the inputs are {inputs.d_in} wide: another "
+                "hook or model "
                 "is needed"
             )
         return inputs
@@ -158,7 +161,8 @@ def _or(given: Any, otherwise: Any) -> Any:
 
 
 def _lm_kwargs(metadata: Any) -> dict[str, Any]:
-    """What to load the language model with; the arguments of a TransformerLens model are not those of a Hugging Face one.
+    """What to load the language model with; the arguments of a TransformerLens model are not those of a
+    Hugging Face one.
 
     Raises:
         ValueError: If TransformerLens changed the weights so that its activations are others.
@@ -168,8 +172,10 @@ def _lm_kwargs(metadata: Any) -> dict[str, Any]:
         return kwargs
     if changed := [k for k in ("center_writing_weights", "fold_value_biases") if kwargs.get(k)]:
         raise ValueError(
-            f"the dictionary was trained on activations of a TransformerLens model with {changed[0]}, which are not "
-            "those of the Hugging Face model: harvest them with SAELens's CacheActivationsRunner and give --shards"
+            f"the dictionary was trained on activations of a TransformerLens model with {changed[0]}, "
+            "which are not "
+            "those of the Hugging Face model: harvest them with SAELens's CacheActivationsRunner and give "
+            "--shards"
         )
     return {}
 

@@ -51,17 +51,18 @@ def report(
 ) -> None:
     """One self-contained HTML file about one or more runs.
 
-    Training curves, dead features, trade-offs, adaptive weights, geometry, a table that compares them, and with
-    --features the texts on which features fire.
+    Training curves, dead features, trade-offs, adaptive weights, geometry, a table that compares them, and
+    with --features the texts on which features fire.
 
     Args:
         run: Folder of aen fit or aen sweep (version_N, or its parent), or a dictionary (cfg.json).
         out: Where to write.
         title: Heading of the page.
-        results: JSON files of aen evaluate, diagnose and compare. evaluation.json and diagnosis.json in a dictionary's
-            folder are found without.
+        results: JSON files of aen evaluate, diagnose and compare. evaluation.json and diagnosis.json in a
+            dictionary's folder are found without.
         max_geometry_features: No cosines for larger dictionaries.
-        png: Folder for pictures of the page and of each figure, taken with the Chromium or Chrome that is there.
+        png: Folder for pictures of the page and of each figure, taken with the Chromium or Chrome that is
+            there.
         browser: Path of the one to use. null: found by name.
         pages: Which features to show.
         inputs: What features fire on.
@@ -83,7 +84,8 @@ def report(
     print(f"wrote {path}")
     if png and found is None:
         print(
-            "no pictures: there is no chromium, chromium-browser, google-chrome or chrome here (give --browser PATH)"
+            "no pictures: there is no chromium, chromium-browser, google-chrome or chrome here (give "
+            "--browser PATH)"
         )
     elif png and found is not None:
         ids = ["summary", *(f.id for f in figures), *(["features"] if features else [])]
@@ -124,7 +126,8 @@ def _features(collected: Report, pages: FeaturePages, given: EvaluationInputs) -
             )
             if unembedding is None:
                 collected.notes.append(
-                    f"{d.label}: no promoted output tokens, as decoder directions at {hook_name} are not read by the "
+                    f"{d.label}: no promoted output tokens, as decoder directions at {hook_name} are not "
+                    "read by the "
                     "LM head."
                 )
         page = feature_pages(
@@ -169,6 +172,7 @@ def _note(page: dict[str, Any], described: dict[str, Any], pages: FeaturePages) 
         "the ones asked for" if pages.feature_ids else "chosen evenly from the rarest to the most frequent"
     )
     return (
-        f"{page['n_tokens']:,} tokens in {page['n_rows']:,} rows of {kind} ({source}); {page['n_fired']:,} of "
+        f"{page['n_tokens']:,} tokens in {page['n_rows']:,} rows of {kind} ({source}); {page['n_fired']:,} "
+        "of "
         f"{page['d_sae']:,} features fired on them; {len(page['features']):,} are shown, {chosen}."
     )

@@ -74,7 +74,8 @@ class OneLineCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was typed after ``aen``.
 
-        ``sys.argv`` stays as it is, since Lightning starts the other ranks of a run from it; LightningCLI would warn of that.
+        ``sys.argv`` stays as it is, since Lightning starts the other ranks of a run from it; LightningCLI
+        would warn of that.
         """
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
@@ -141,7 +142,10 @@ def _worth_reading(record: logging.LogRecord) -> bool:
 
 
 def fit(args: Sequence[str]) -> None:
-    """``aen fit ...``; the word comes first in ``args``, as LightningCLI wants it, also ``validate`` and ``test``."""
+    """``aen fit ...``.
+
+    The word comes first in ``args``, as LightningCLI wants it, also ``validate`` and ``test``.
+    """
     AENCLI(SAEModule, args)
 
 

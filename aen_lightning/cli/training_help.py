@@ -1,4 +1,7 @@
-"""The short help of the commands that LightningCLI parses: what matters on one page; ``--help_all`` shows the rest."""
+"""The short help of the commands that LightningCLI parses.
+
+What matters on one page; ``--help_all`` shows the rest.
+"""
 
 from __future__ import annotations
 
@@ -133,12 +136,14 @@ _PAGES: dict[str, tuple[str, Callable[[], list[Section]]]] = {
     "validate": ("Metrics of a checkpoint on the validation split of the data it was trained on.", _fit),
     "test": ("Metrics of a checkpoint on the test split of the data it was trained on.", _fit),
     "sweep": (
-        "Train a grid of SAEs on one stream and compare them. model.sae may hold a list of values for any key, or be a list "
+        "Train a grid of SAEs on one stream and compare them. model.sae may hold a list of values for any "
+        "key, or be a list "
         "of such dicts; model.seed may be a list.",
         _fit,
     ),
     "refit": (
-        "Refit a dictionary on its own support: what an L1 penalty shrank is restored, L0 and dead features stay.",
+        "Refit a dictionary on its own support: what an L1 penalty shrank is restored, L0 and dead "
+        "features stay.",
         _refit,
     ),
     "harvest": (
@@ -146,7 +151,8 @@ _PAGES: dict[str, tuple[str, Callable[[], list[Section]]]] = {
         _harvest,
     ),
     "plan": (
-        "Parameters, memory per rank, disk, FLOPs and time of a recipe of `aen fit` or `aen harvest`, without running it.",
+        "Parameters, memory per rank, disk, FLOPs and time of a recipe of `aen fit` or `aen harvest`, "
+        "without running it.",
         _plan,
     ),
 }

@@ -34,22 +34,24 @@ def open_dataset(
     """Open documents by ``datasets``, whatever they lie in. Remote code is never run.
 
     Args:
-        dataset_path: A Hub name; a folder (one that ``Dataset.save_to_disk`` wrote, or one of data files); a file
-            ``.json``, ``.jsonl``, ``.parquet``, ``.csv``, ``.arrow`` or ``.txt`` (a document a line), compressed or
-            not; a glob of such files; or a list of files and globs.
+        dataset_path: A Hub name; a folder (one that ``Dataset.save_to_disk`` wrote, or one of data files); a
+            file ``.json``, ``.jsonl``, ``.parquet``, ``.csv``, ``.arrow`` or ``.txt`` (a document a line),
+            compressed or not; a glob of such files; or a list of files and globs.
         name: Subset (configuration) of a Hub dataset.
-        split: Which split to read, or a part of it: ``train[:-500]``. Files, and what ``save_to_disk`` wrote, are a split
-            of any name.
+        split: Which split to read, or a part of it: ``train[:-500]``. Files, and what ``save_to_disk`` wrote,
+            are a split of any name.
         streaming: Read as the run goes instead of loading first.
 
     Raises:
         FileNotFoundError: If a file or glob names nothing.
-        ValueError: If the kind of file is unknown, files of different kinds are mixed, or the split does not exist.
+        ValueError: If the kind of file is unknown, files of different kinds are mixed, or the split does not
+            exist.
     """
     paths = [dataset_path] if isinstance(dataset_path, str) else list(dataset_path)
     if streaming and "[" in split:
         raise ValueError(
-            f"dataset_split {split!r} is a part of a split, which a stream cannot give: set streaming to false"
+            f"dataset_split {split!r} is a part of a split, which a stream cannot give: set streaming to "
+            "false"
         )
     if len(paths) == 1 and not _is_file_pattern(paths[0]):
         if (Path(paths[0]) / "dataset_info.json").is_file() and (Path(paths[0]) / "state.json").is_file():
@@ -113,7 +115,8 @@ def find_column(row: dict[str, Any], text_column: str | None) -> tuple[str, bool
 
     Args:
         row: The first row.
-        text_column: The user's choice; None looks for ``tokens``, ``input_ids``, ``text``, ``content``, ``problem``.
+        text_column: The user's choice; None looks for ``tokens``, ``input_ids``, ``text``, ``content``,
+            ``problem``.
 
     Raises:
         ValueError: If the column does not exist or holds neither text nor token ids.
@@ -138,8 +141,8 @@ def retrying(
 ) -> Iterator[T]:
     """Iterate over a source that may fail for a while, e.g. a dataset streamed over a network.
 
-    An iterator that has raised is often finished, and would pass for the end of the data if asked again; so after each
-    failure a new one is made.
+    An iterator that has raised is often finished, and would pass for the end of the data if asked again; so
+    after each failure a new one is made.
 
     Args:
         start: Given the number of items already had, makes an iterator over the rest.
@@ -148,8 +151,8 @@ def retrying(
         what: Name of the source, for the warning.
 
     Raises:
-        OSError: Or another network error, the last one, after ``retries`` failures in a row; at once for a file that is
-            missing or forbidden.
+        OSError: Or another network error, the last one, after ``retries`` failures in a row; at once for a
+            file that is missing or forbidden.
     """
     import aiohttp
     import httpx
@@ -170,7 +173,8 @@ def retrying(
 
     def announce(error: Exception, wait: float, failures: int) -> None:
         warnings.warn(
-            f"reading {what} failed after {had} documents ({type(error).__name__}: {error}); waiting {wait:g} s, then "
+            f"reading {what} failed after {had} documents ({type(error).__name__}: {error}); waiting "
+            f"{wait:g} s, then "
             f"try {failures} of {retries}",
             stacklevel=4,
         )

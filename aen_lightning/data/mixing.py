@@ -1,4 +1,7 @@
-"""From rows of tokens to shuffled batches of activations: reading a language model, the shuffle buffer, resuming it."""
+"""From rows of tokens to shuffled batches of activations.
+
+Reading a language model, the shuffle buffer, resuming it.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ Batch = Tensor | dict[str, Tensor]
 class MixingBuffer:
     """``sae_lens.training.mixing_buffer``, row for row, with its own random numbers and its content in reach.
 
-    SAELens's generator draws from the global generator, which a prefetching thread would share with training, and its
-    content cannot be rebuilt for an exact resume; the order of rows is the same for the same seed.
+    SAELens's generator draws from the global generator, which a prefetching thread would share with training,
+    and its content cannot be rebuilt for an exact resume; the order of rows is the same for the same seed.
 
     Args:
         buffer_size: Rows that set off shuffling and serving.
@@ -98,7 +101,8 @@ class ActivationReader:
         """One model call on tokens (prompts, context).
 
         Returns:
-            Raw activations, float32, hooks side by side: (n_kept, sum of d_in); and the positions kept, (n_kept,).
+            Raw activations, float32, hooks side by side: (n_kept, sum of d_in); and the positions kept,
+            (n_kept,).
         """
         model = self.language_model()
         with torch.autocast(model.device.type, torch.bfloat16, enabled=self.autocast):
@@ -141,15 +145,16 @@ def shuffled_batches(
         reader: Runs the model.
         calls: Tokens (prompts, context) of one model call each.
         buffer: Empty.
-        skip: Batches to leave out at the beginning; those that follow are the same, bit for bit, as without ``skip``.
-            Without a norm filter this needs the model only for what is still in the buffer then.
+        skip: Batches to leave out at the beginning; those that follow are the same, bit for bit, as without
+            ``skip``. Without a norm filter this needs the model only for what is still in the buffer then.
     """
     if skip and reader.token_filter.norm_outlier_multiple is None:
         yield from _replay(reader, calls, buffer, skip)
         skip = 0
     elif skip:
         rank_zero_warn(
-            f"resuming: the model runs again over the tokens of the first {skip} batches, as norm_outlier_multiple "
+            f"resuming: the model runs again over the tokens of the first {skip} batches, as "
+            "norm_outlier_multiple "
             "needs their activations to tell which tokens were left out"
         )
     for tokens in calls:
@@ -165,7 +170,8 @@ def _replay(
 ) -> list[Tensor]:
     """Bring a new buffer to where it was after ``skip`` batches, and return those served beyond them.
 
-    The buffer shuffles pairs (call, position) in place of activations; then the model reads the calls that are left.
+    The buffer shuffles pairs (call, position) in place of activations; then the model reads the calls that
+    are left.
     """
     tokens_of: dict[int, Tensor] = {}
     served: list[Tensor] = []

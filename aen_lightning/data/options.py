@@ -1,4 +1,7 @@
-"""The options of data modules that read text, each said once. Constructors and command lines take them one by one."""
+"""The options of data modules that read text, each said once.
+
+Constructors and command lines take them one by one.
+"""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +15,8 @@ from aen_lightning.language_model.source import LanguageModelOptions
 from aen_lightning.saes.from_dict import suggest
 from aen_lightning.saes.input_scaling import ScalingKind
 
-# jsonargparse reads the types of inherited fields as they are: `from __future__ import annotations` would make strings of them
+# jsonargparse reads the types of inherited fields as they are: `from __future__ import annotations` would
+# make strings of them
 
 
 def require_at_least(least: int, **options: float | None) -> None:
@@ -50,7 +54,8 @@ class DatasetOptions:
     """Which documents are read, and how they become rows of tokens.
 
     Args:
-        dataset_path: Hub name, folder, file, glob, or list of files: see ``aen_lightning.data.documents.open_dataset``.
+        dataset_path: Hub name, folder, file, glob, or list of files: see
+            ``aen_lightning.data.documents.open_dataset``.
         dataset_name: Subset of a Hub dataset.
         dataset_split: Which split to read, e.g. ``train``, or, not streamed, ``train[:-500]``.
         streaming: Read the dataset as the run goes instead of loading it first.
@@ -58,7 +63,8 @@ class DatasetOptions:
         context_size: Tokens a row.
         prepend_bos: Begin every row with BOS.
         sequence_separator_token: Between documents: ``bos``, ``eos``, ``sep``, a token id, or None.
-        exclude_special_tokens: Leave out activations at BOS, EOS, PAD and SEP tokens; the model still sees these.
+        exclude_special_tokens: Leave out activations at BOS, EOS, PAD and SEP tokens; the model still sees
+            these.
         exclude_token_ids: Leave out activations at these tokens, too.
         stream_retries: Failures in a row that reading the dataset survives.
         stream_backoff_seconds: Wait after the first of them, then doubled; each wait is announced.
@@ -109,17 +115,19 @@ class TextOptions(DatasetOptions, LanguageModelOptions):
     """A stream of a language model's activations on text.
 
     Args:
-        hook_name: Where activations are taken, see ``aen_lightning.language_model.hook_points.resolve_hook``; or a list of such
-            names.
+        hook_name: Where activations are taken, see ``aen_lightning.language_model.hook_points.resolve_hook``;
+            or a list of such names.
         store_batch_size_prompts: Rows a model call.
         train_batch_size_tokens: Tokens a training batch, on each rank.
-        buffer_size_tokens: Tokens that set off shuffling; None: the larger of 8 training batches and 2 model calls.
+        buffer_size_tokens: Tokens that set off shuffling; None: the larger of 8 training batches and 2 model
+            calls.
         activations_mixing_fraction: Share of the buffer kept for the next round, in [0, 1]; 0: no shuffling.
-        norm_outlier_multiple: Leave out tokens whose norm is above this multiple of the median norm in their model call
-            (attention sinks), at any of the hook points; None: none.
-        input_scaling: ``none``; ``per_token``: each row to norm sqrt(d_in); ``average``: all rows by one factor, which
-            makes the mean norm sqrt(d_in).
-        n_batches_for_norm_estimate: Model calls on the beginning of the dataset for that factor; training loses none.
+        norm_outlier_multiple: Leave out tokens whose norm is above this multiple of the median norm in their
+            model call (attention sinks), at any of the hook points; None: none.
+        input_scaling: ``none``; ``per_token``: each row to norm sqrt(d_in); ``average``: all rows by one
+            factor, which makes the mean norm sqrt(d_in).
+        n_batches_for_norm_estimate: Model calls on the beginning of the dataset for that factor; training
+            loses none.
         held_out_documents: The first so many documents are kept from training; 0: no validation and no test.
         n_eval_batches: Most batches a rank in validation and in testing; None: all.
         shuffle_documents: Take documents in a new random order each epoch.
@@ -182,7 +190,10 @@ class TextOptions(DatasetOptions, LanguageModelOptions):
         return max(8 * self.train_batch_size_tokens, 2 * self.store_batch_size_prompts * self.context_size)
 
     def deciding_order(self) -> dict[str, Any]:
-        """The options of which each decides which tokens a run meets when: one resumed with others meets others."""
+        """The options of which each decides which tokens a run meets when.
+
+        One resumed with others meets others.
+        """
         names = (
             "model_name", "hook_name", "dataset_path", "dataset_name", "dataset_split", "streaming", "context_size",
             "prepend_bos", "sequence_separator_token", "store_batch_size_prompts", "train_batch_size_tokens",

@@ -34,25 +34,28 @@ from aen_lightning.saes.input_scaling import InputScaling
 class TextActivationsDataModule(pl.LightningDataModule):
     """An endless stream of shuffled activations of a language model on text, and fixed held-out batches.
 
-    Training batches are tensors (train_batch_size_tokens, d_in), float32, scaled; for a *list* of hooks a dict of them,
-    rows aligned. Every rank reads other documents and makes as many model calls as the others. Validation and test read
-    half of the held-out documents each, a batch a model call, so their sizes vary with the tokens left out.
+    Training batches are tensors (train_batch_size_tokens, d_in), float32, scaled; for a *list* of hooks a
+    dict of them, rows aligned. Every rank reads other documents and makes as many model calls as the others.
+    Validation and test read half of the held-out documents each, a batch a model call, so their sizes vary
+    with the tokens left out.
 
-    A run that is resumed from a checkpoint continues exactly where it stopped: the order of tokens is replayed up to
-    there (tokenising, without the model), then only what the shuffle buffer held is computed again. With
-    ``norm_outlier_multiple`` the replay needs the model, and takes as long as the first time. With other settings or
-    another number of ranks the replay gives another order; this is said in a warning.
+    A run that is resumed from a checkpoint continues exactly where it stopped: the order of tokens is
+    replayed up to there (tokenising, without the model), then only what the shuffle buffer held is computed
+    again. With ``norm_outlier_multiple`` the replay needs the model, and takes as long as the first time.
+    With other settings or another number of ranks the replay gives another order; this is said in a warning.
 
     Args:
-        model: In Python, a loaded model instead of ``model_name``: a transformers or TransformerLens model, or any
-            ``aen_lightning.language_model.cut_model.ActivationModel``.
+        model: In Python, a loaded model instead of ``model_name``: a transformers or TransformerLens model,
+            or any ``aen_lightning.language_model.cut_model.ActivationModel``.
         tokenizer: In Python, a tokenizer.
         dataset: In Python, a ``datasets`` dataset instead of ``dataset_path``.
-        **options: The fields of ``aen_lightning.data.options.TextOptions``: ``model_name``, ``hook_name``, ``dataset_path``, ...
+        **options: The fields of ``aen_lightning.data.options.TextOptions``: ``model_name``, ``hook_name``,
+            ``dataset_path``, ...
 
     Raises:
         TypeError: For an option that does not exist.
-        ValueError: On construction for values out of range; in ``setup`` for what does not fit the model or the data.
+        ValueError: On construction for values out of range; in ``setup`` for what does not fit the model or
+            the data.
     """
 
     def __init__(
@@ -75,10 +78,13 @@ class TextActivationsDataModule(pl.LightningDataModule):
         # training batches handed out, and taken by the trainer, which fetches one ahead
         self._yielded = self._trained = 0
 
-    # --- set-up ---------------------------------------------------------------------------------------------------
+    # --- set-up
+    # ---------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:
-        """Check hook, tokenizer, context and dataset, from the model's config (a TransformerLens model is loaded)."""
+        """Check hook, tokenizer, context and dataset, from the model's config (a TransformerLens model is
+        loaded).
+        """
         if self._rows is not None:
             return
         tokenizer, options = self.source.tokenizer(), self.options
@@ -103,7 +109,8 @@ class TextActivationsDataModule(pl.LightningDataModule):
         kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
 
-    # --- what it says of itself -----------------------------------------------------------------------------------
+    # --- what it says of itself
+    # -----------------------------------------------------------------------------------
 
     @property
     def hooks(self) -> tuple[Hook, ...]:
@@ -118,13 +125,17 @@ class TextActivationsDataModule(pl.LightningDataModule):
 
     @property
     def input_scaling(self) -> InputScaling | dict[str, InputScaling]:
-        """The scaling applied to each batch; for a list of hooks a dict. ``average`` runs the model to find it."""
+        """The scaling applied to each batch.
+
+        For a list of hooks a dict. ``average`` runs the model to find it.
+        """
         scaling = self._scalings()
         return dict(scaling) if isinstance(self.options.hook_name, list) else next(iter(scaling.values()))
 
     @property
     def token_counts(self) -> dict[str, int]:
-        """Tokens of this rank so far: ``seen`` by the model in training, ``dropped_special``, ``dropped_outliers``, and
+        """Tokens of this rank so far: ``seen`` by the model in training, ``dropped_special``,
+        ``dropped_outliers``, and
         ``trained_on``. What is in the shuffle buffer is seen and not yet trained on."""
         return self.reader.counts | {"trained_on": self._trained * self.options.train_batch_size_tokens}
 
@@ -152,7 +163,8 @@ class TextActivationsDataModule(pl.LightningDataModule):
                 metadata.pop(one, None)
         return metadata
 
-    # --- activations ----------------------------------------------------------------------------------------------
+    # --- activations
+    # ----------------------------------------------------------------------------------------------
 
     @property
     def language_model(self) -> ActivationModel:
@@ -192,7 +204,8 @@ class TextActivationsDataModule(pl.LightningDataModule):
         return self._scaling
 
     def _average_scalings(self) -> dict[str, InputScaling]:
-        # the same rows on every rank, in an iterator of their own: ranks agree without talking, and training loses none
+        # the same rows on every rank, in an iterator of their own: ranks agree without talking, and training
+        # loses none
         calls = in_calls(self._require_rows().first(), self.options.store_batch_size_prompts)
         means = self.reader.mean_norms(islice(calls, self.options.n_batches_for_norm_estimate))
         return {
@@ -200,7 +213,8 @@ class TextActivationsDataModule(pl.LightningDataModule):
             for h, mean in zip(self.hooks, means, strict=True)
         }
 
-    # --- training -------------------------------------------------------------------------------------------------
+    # --- training
+    # -------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Endless training batches; started again, it goes on where it stood."""
@@ -224,12 +238,16 @@ class TextActivationsDataModule(pl.LightningDataModule):
             yield batch
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Count the batches that the trainer takes: it fetches one ahead, which is lost when the run stops."""
+        """Count the batches that the trainer takes.
+
+        It fetches one ahead, which is lost when the run stops.
+        """
         if self.trainer is not None and self.trainer.training:
             self._trained += 1
         return batch
 
-    # --- evaluation -----------------------------------------------------------------------------------------------
+    # --- evaluation
+    # -----------------------------------------------------------------------------------------------
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         """The held-out validation batches of this rank, the same each time."""
@@ -246,7 +264,8 @@ class TextActivationsDataModule(pl.LightningDataModule):
         rows = self._require_rows().evaluation(split)
         if (per_rank := len(rows) // world_size) == 0:
             raise ValueError(
-                f"the {split} documents give {len(rows)} rows of {self.options.context_size} tokens for {world_size} ranks: "
+                f"the {split} documents give {len(rows)} rows of {self.options.context_size} tokens for "
+                f"{world_size} ranks: "
                 f"raise held_out_documents ({self.options.held_out_documents})"
             )
         # as many calls on each rank: a sharded model, and Lightning's reductions, hang otherwise
@@ -255,10 +274,13 @@ class TextActivationsDataModule(pl.LightningDataModule):
         ]
         return batch_loader(lambda: (self._scale(self.reader.read(tokens)[0]) for tokens in calls))
 
-    # --- state ----------------------------------------------------------------------------------------------------
+    # --- state
+    # ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the stream (Lightning keeps rank 0's, and all ranks are at the same) and average scaling."""
+        """Position in the stream (Lightning keeps rank 0's, and all ranks are at the same) and average
+        scaling.
+        """
         factors = {h: s.factor for h, s in (self._scaling or {}).items()}
         return {"n_batches": self._trained, "stream": self._stream_settings(), "factors": factors}
 
@@ -268,8 +290,10 @@ class TextActivationsDataModule(pl.LightningDataModule):
         changed = [k for k, v in state_dict["stream"].items() if settings.get(k) != v]
         if changed:
             rank_zero_warn(
-                f"the stream differs from the one the checkpoint was trained on in {', '.join(changed)}: it goes on "
-                f"after {state_dict['n_batches']} batches of the new order, so some text may be repeated or left out"
+                f"the stream differs from the one the checkpoint was trained on in {', '.join(changed)}: "
+                "it goes on "
+                f"after {state_dict['n_batches']} batches of the new order, so some text may be repeated "
+                "or left out"
             )
         self._close_stream()
         self._yielded = self._trained = state_dict["n_batches"]
@@ -283,7 +307,8 @@ class TextActivationsDataModule(pl.LightningDataModule):
         return self.options.deciding_order() | {"world_size": self._rank_and_world_size()[1]}
 
     def held_out_rows(self, split: str) -> list[Tensor]:
-        """Token rows (context_size,) of a held-out split, ``val`` or ``test``: the same every time, on every rank.
+        """Token rows (context_size,) of a held-out split, ``val`` or ``test``: the same every time, on every
+        rank.
 
         Raises:
             RuntimeError: Before ``setup``.

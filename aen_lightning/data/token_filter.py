@@ -13,12 +13,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenFilter:
-    """Tells which tokens to keep, first by their ids and then, among those left, by the norms of their activations.
+    """Tells which tokens to keep, first by their ids and then, among those left, by the norms of their
+    activations.
 
     Args:
         token_ids: Tokens to leave out.
-        norm_outlier_multiple: Leave out a token whose norm exceeds this multiple of the median norm (attention sinks
-            exceed it 100 times and more); None: none.
+        norm_outlier_multiple: Leave out a token whose norm exceeds this multiple of the median norm
+            (attention sinks exceed it 100 times and more); None: none.
 
     Raises:
         ValueError: If the multiple is not above 1.
@@ -41,8 +42,8 @@ class TokenFilter:
         """Which tokens to keep, (n,) bool, or None for all of them.
 
         Args:
-            activations: At each hook point (n, d_in), row by row of the same tokens. A token must be within the multiple
-                of the median over these n at every hook point.
+            activations: At each hook point (n, d_in), row by row of the same tokens. A token must be within
+                the multiple of the median over these n at every hook point.
         """
         if self.norm_outlier_multiple is None or len(activations[0]) == 0:
             return None
@@ -52,6 +53,9 @@ class TokenFilter:
 
 
 def excluded_token_ids(tokenizer: Any, *, special: bool, others: Sequence[int]) -> tuple[int, ...]:
-    """Ids of tokens to leave out, ascending: the tokenizer's special tokens, if wanted and there is one, and ``others``."""
+    """Ids of tokens to leave out, ascending.
+
+    The tokenizer's special tokens, if wanted and there is one, and ``others``.
+    """
     found = get_special_token_ids(tokenizer) if special and tokenizer is not None else []
     return tuple(sorted({*found, *others}))

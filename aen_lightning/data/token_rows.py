@@ -47,15 +47,15 @@ class TokenRows:
     """Rows of ``context_size`` tokens out of a dataset, with some documents held out.
 
     The first ``held_out_documents`` documents of the dataset are held out: even-numbered ones for validation,
-    odd-numbered ones for testing. A training document with the very same content as one of them is left out as well,
-    so shuffling, sharding and repetition cannot bring a held-out text into training.
+    odd-numbered ones for testing. A training document with the very same content as one of them is left out
+    as well, so shuffling, sharding and repetition cannot bring a held-out text into training.
 
     Args:
         dataset: Documents.
         column: Column to read.
-        pretokenized: Whether it holds token ids: each document is then cut into rows of its own, as it is (SAELens
-            reads such data so), a remainder shorter than a row left out. Text is tokenised without special tokens and
-            packed without gaps.
+        pretokenized: Whether it holds token ids: each document is then cut into rows of its own, as it is
+            (SAELens reads such data so), a remainder shorter than a row left out. Text is tokenised without
+            special tokens and packed without gaps.
         tokenizer: For text.
         context_size: Tokens a row.
         begin_batch_token_id: Put before every row of text, or None.
@@ -65,10 +65,11 @@ class TokenRows:
         shuffle_buffer: Documents in the shuffle buffer of a streamed dataset; another is shuffled whole.
         seed: Of the document order; the same on all ranks.
         rank: This process.
-        world_size: Number of processes, which share the training documents out: of a streamed dataset by file if the number
-            of files is a multiple of ``world_size``, else by content, every process reading all of it.
-        pack: Fill rows of text across documents. False: a document is a row, cut every ``context_size`` tokens, also of
-            token ids, and rows are of unequal length.
+        world_size: Number of processes, which share the training documents out: of a streamed dataset by file
+            if the number of files is a multiple of ``world_size``, else by content, every process reading all
+            of it.
+        pack: Fill rows of text across documents. False: a document is a row, cut every ``context_size``
+            tokens, also of token ids, and rows are of unequal length.
         retries: Failures in a row of a streamed dataset that are borne.
         backoff_seconds: Wait after the first of them, then doubled.
     """
@@ -108,7 +109,8 @@ class TokenRows:
             more: Further arguments of the class.
 
         Raises:
-            ValueError: If the dataset is empty or has no such column, or the tokenizer is missing or has no such token.
+            ValueError: If the dataset is empty or has no such column, or the tokenizer is missing or has no
+                such token.
         """
         patience: dict[str, Any] = {
             "retries": options.stream_retries,
@@ -131,7 +133,8 @@ class TokenRows:
             separator = get_special_token_from_cfg(options.sequence_separator_token, tokenizer)
             if separator is None:
                 raise ValueError(
-                    f"sequence_separator_token is {options.sequence_separator_token!r}, but the tokenizer has no such token: "
+                    f"sequence_separator_token is {options.sequence_separator_token!r}, but the tokenizer "
+                    "has no such token: "
                     "give a token id or null"
                 )
         return cls(
@@ -190,7 +193,8 @@ class TokenRows:
             n = 0
             for document in self._documents(dataset):
                 key = document_key(document)
-                # datasets would count documents off instead, and miscounts when it goes on after a failure (5.2)
+                # datasets would count documents off instead, and miscounts when it goes on after a failure
+                # (5.2)
                 if by_content and int.from_bytes(key, "big") % self.world_size != self.rank:
                     continue
                 if key in held_out:
@@ -200,7 +204,8 @@ class TokenRows:
                     yield document
             if n == 0:
                 raise ValueError(
-                    f"no document is left for training on rank {self.rank} of {self.world_size}: the dataset has "
+                    f"no document is left for training on rank {self.rank} of {self.world_size}: the "
+                    "dataset has "
                     f"{self.documents_left_out} for this rank and all are held out (held_out_documents="
                     f"{self.held_out_documents}): hold out fewer or give more data"
                 )
@@ -233,7 +238,8 @@ class TokenRows:
             tokens = torch.as_tensor(document, dtype=torch.long)
             if len(tokens) < self.context_size:
                 raise ValueError(
-                    f"a pretokenised row has {len(tokens)} tokens, fewer than context_size {self.context_size}: "
+                    f"a pretokenised row has {len(tokens)} tokens, fewer than context_size "
+                    f"{self.context_size}: "
                     "set context_size to the length of the rows or less"
                 )
             yield from tokens.split(self.context_size)[: len(tokens) // self.context_size]

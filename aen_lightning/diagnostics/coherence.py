@@ -24,7 +24,10 @@ class Coherence:
     neighbour: Tensor
 
     def summary(self, n_pairs: int = 10) -> dict[str, Any]:
-        """The section ``coherence`` of the JSON: quantiles, how many atoms have a near twin, and the closest pairs."""
+        """The section ``coherence`` of the JSON.
+
+        Quantiles, how many atoms have a near twin, and the closest pairs.
+        """
         top = self.max_abs_cosine.topk(min(2 * n_pairs, self.max_abs_cosine.numel())).indices.tolist()
         pairs = {
             (min(i, j), max(i, j)): float(self.max_abs_cosine[i])
@@ -44,9 +47,10 @@ class Coherence:
 def coherence(W_dec: Tensor, *, chunk_size: int = 4096, max_blocks: int | None = None) -> Coherence:
     """Largest ``|cosine|`` of every atom with another one.
 
-    Works through pairs of chunks of atoms, each pair once (the matrix of cosines is symmetric). Beside the dictionary it needs
-    two chunks in float32, one block of cosines and its copy: ``4 * chunk_size * (2 * d_in + 2 * chunk_size)`` bytes,
-    and 16 bytes per atom. Products are in float32 (float64 for a float64 dictionary), whatever the dictionary's dtype.
+    Works through pairs of chunks of atoms, each pair once (the matrix of cosines is symmetric). Beside the
+    dictionary it needs two chunks in float32, one block of cosines and its copy: ``4 * chunk_size * (2 * d_in
+    + 2 * chunk_size)`` bytes, and 16 bytes per atom. Products are in float32 (float64 for a float64
+    dictionary), whatever the dictionary's dtype.
 
     Args:
         W_dec: Dictionary, shape (d_sae, d_in), any floating dtype. A zero atom has cosine 0 with all.

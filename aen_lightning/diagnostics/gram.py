@@ -21,11 +21,12 @@ def active_gram(W_dec: Tensor, feature_acts: Tensor, *, chunk_size: int = 8192) 
         chunk_size: Atoms a chunk, where all inactive atoms are looked at.
 
     Returns:
-        The section ``active_gram`` of the JSON. ``n_tokens`` looked at; and, each with mean and quantiles over them:
-        ``min_eigenvalue``, ``max_eigenvalue`` of ``D_A^T D_A``, and ``condition_number``, their ratio (None where infinite: the
-        active atoms are dependent to rounding); ``leakage``: ``||D_Ac^T D_A||_F``, over the inactive atoms Ac, and
-        ``leakage_per_pair``: its root mean square per pair of atoms, which compares dictionaries of different sizes;
-        ``cross_leverage_mean``, ``cross_leverage_max``: over the inactive atoms, the squared norm of the projection on the span of D_A
+        The section ``active_gram`` of the JSON. ``n_tokens`` looked at; and, each with mean and quantiles
+        over them: ``min_eigenvalue``, ``max_eigenvalue`` of ``D_A^T D_A``, and ``condition_number``, their
+        ratio (None where infinite: the active atoms are dependent to rounding); ``leakage``: ``||D_Ac^T
+        D_A||_F``, over the inactive atoms Ac, and ``leakage_per_pair``: its root mean square per pair of
+        atoms, which compares dictionaries of different sizes; ``cross_leverage_mean``,
+        ``cross_leverage_max``: over the inactive atoms, the squared norm of the projection on the span of D_A
         (a unit atom at 1 can be written by the active ones alone).
 
     Source: arXiv:2605.05341, section 6.

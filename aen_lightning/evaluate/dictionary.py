@@ -19,11 +19,13 @@ _ELEMENTS_PER_CHUNK = 2**25  # of a (tokens, d_sae) matrix of activations: 128 M
 
 
 def load_dictionary(reference: str | Path, *, device: str = "cpu", dtype: str | None = None) -> SAE[Any]:
-    """Load a dictionary for inference, any SAELens architecture, and make it take flat activations (..., d_in).
+    """Load a dictionary for inference, any SAELens architecture, and make it take flat activations (...,
+    d_in).
 
     Args:
         reference: A SAELens folder (``cfg.json`` and ``sae_weights.safetensors``), or ``RELEASE:ID`` for
-            ``SAE.from_pretrained(RELEASE, ID)``, where RELEASE is one SAELens knows or a Hub repository ``OWNER/REPO``.
+            ``SAE.from_pretrained(RELEASE, ID)``, where RELEASE is one SAELens knows or a Hub repository
+            ``OWNER/REPO``.
         device: Where to put it.
         dtype: ``float32``, ``bfloat16``, ...; None keeps what is stored (``float32`` from the Hub).
 
@@ -47,16 +49,19 @@ def load_dictionary(reference: str | Path, *, device: str = "cpu", dtype: str | 
         sae = SAE.from_pretrained(release, sae_id, device=device, dtype=dtype or "float32")
     else:
         raise FileNotFoundError(
-            f"no dictionary {str(reference)!r}: expected a folder with cfg.json and sae_weights.safetensors, or RELEASE:ID"
+            f"no dictionary {str(reference)!r}: expected a folder with cfg.json and "
+            "sae_weights.safetensors, or RELEASE:ID"
         )
     if "transcoder" in sae.cfg.architecture():
         raise ValueError(
-            f"{reference} is a {sae.cfg.architecture()}: it predicts another activation than its input, and what is "
+            f"{reference} is a {sae.cfg.architecture()}: it predicts another activation than its input, "
+            "and what is "
             "measured here is how well a dictionary reconstructs its input"
         )
     if sae.cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
         raise ValueError(
-            f"{reference} expects activations scaled by SAELens's trainer ({sae.cfg.normalize_activations}), and no scale "
+            f"{reference} expects activations scaled by SAELens's trainer "
+            f"({sae.cfg.normalize_activations}), and no scale "
             "came with it: export it when training has ended, which folds the scale into the weights"
         )
     sae.turn_off_forward_pass_hook_z_reshaping()  # our activations come with heads flattened
@@ -69,7 +74,8 @@ def _load_folder(folder: Path, device: str, dtype: str | None) -> SAE[Any]:
         sae = SAE.load_from_disk(folder, device=device, dtype=dtype)
     except (RuntimeError, KeyError, AssertionError) as err:
         raise ValueError(
-            f"{folder} holds no dictionary for inference ({cfg.get('architecture', 'no architecture')}: {err}); if it is a "
+            f"{folder} holds no dictionary for inference ({cfg.get('architecture', 'no architecture')}: "
+            f"{err}); if it is a "
             "training checkpoint, export it with save_inference_model"
         ) from err
     if sae.cfg.normalize_activations == "expected_average_only_in":
@@ -80,7 +86,10 @@ def _load_folder(folder: Path, device: str, dtype: str | None) -> SAE[Any]:
 
 
 def log_sparsity(reference: str | Path) -> Tensor | None:
-    """``log10`` of each feature's firing rate as stored beside a dictionary in a folder, shape (d_sae,); None if not."""
+    """``log10`` of each feature's firing rate as stored beside a dictionary in a folder, shape (d_sae,).
+
+    None if not.
+    """
     return read_log_sparsity(Path(reference))
 
 
@@ -140,9 +149,11 @@ def to_scaled_space(sae: SAE[Any], x: Tensor) -> Tensor:
 
 @contextmanager
 def scaled_space(sae: SAE[Any]) -> Iterator[SAE[Any]]:
-    """While open, ``encode`` and ``decode`` take and return activations in the space the dictionary was trained in.
+    """While open, ``encode`` and ``decode`` take and return activations in the space the dictionary was
+    trained in.
 
-    SAELens's ``constant_norm_rescale`` and ``layer_norm`` are switched off; for other dictionaries nothing changes.
+    SAELens's ``constant_norm_rescale`` and ``layer_norm`` are switched off; for other dictionaries nothing
+    changes.
     """
     before = sae.run_time_activation_norm_fn_in, sae.run_time_activation_norm_fn_out
     sae.run_time_activation_norm_fn_in = sae.run_time_activation_norm_fn_out = lambda x: x

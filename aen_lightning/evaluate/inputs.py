@@ -26,7 +26,8 @@ class InputBatch:
 
     Args:
         x: Shape (units, tokens, d_in), float32, unscaled.
-        keep: Shape (units, tokens), bool: tokens that count; the others are special tokens, outliers or padding.
+        keep: Shape (units, tokens), bool: tokens that count; the others are special tokens, outliers or
+            padding.
         first_unit: Number of the first unit.
     """
 
@@ -92,7 +93,8 @@ class TextInputs(Inputs):
         rows = data.held_out_rows(split)[:n_rows]
         if not rows:
             raise ValueError(
-                f"the {split} documents give no row of {data.options.context_size} tokens: hold out more documents "
+                f"the {split} documents give no row of {data.options.context_size} tokens: hold out more "
+                "documents "
                 f"({data.options.held_out_documents} now) or lower context_size"
             )
         self.data, self.split, self.batch_size_prompts, self.lm = data, split, batch_size_prompts, lm
@@ -139,7 +141,8 @@ class ShardInputs(Inputs):
         hook_name: Which hook; None: the only one.
         held_out_fraction: Share of the rows, at the end; 1 takes all.
         exclude_token_ids: Rows of these tokens do not count.
-        tokens_per_unit: Length of the runs of rows that standard errors take as units; None: the context size, or 128.
+        tokens_per_unit: Length of the runs of rows that standard errors take as units; None: the context
+            size, or 128.
         n_tokens: Most rows to take; None: all.
 
     Raises:

@@ -1,4 +1,7 @@
-"""One pass of a dictionary over held-out activations: sparsity, reconstruction in both spaces, use of features."""
+"""One pass of a dictionary over held-out activations.
+
+Sparsity, reconstruction in both spaces, use of features.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,8 @@ class Reconstruction:
         sparsity: ``l0``, ``l1``.
         spaces: ``raw`` and ``scaled``, each a metric by name.
         density: Firings per token, shape (d_sae,).
-        mean_when_active: Mean activation where active, in the units the dictionary encodes to, shape (d_sae,).
+        mean_when_active: Mean activation where active, in the units the dictionary encodes to, shape
+            (d_sae,).
         mean_activation: Mean raw input, shape (d_in,).
     """
 

@@ -15,7 +15,10 @@ _PACKAGES = ("aen-lightning", "sae-lens", "torch", "transformers")
 
 
 def head(command: str) -> dict[str, Any]:
-    """``command``, ``schema`` (of the layout), ``created`` (UTC) and ``versions``: the first keys of every result."""
+    """``command``, ``schema`` (of the layout), ``created`` (UTC) and ``versions``.
+
+    The first keys of every result.
+    """
     return {
         "command": command,
         "schema": SCHEMA,
@@ -41,7 +44,10 @@ def write_result(result: dict[str, Any], path: str | Path) -> Path:
 
 
 def result_path(reference: str | Path, given: str | None, file_name: str) -> Path | None:
-    """Where a result goes: where asked, else into the dictionary's own folder; None for a dictionary that is no local folder."""
+    """Where a result goes.
+
+    Where asked, else into the dictionary's own folder; None for a dictionary that is no local folder.
+    """
     if given is not None:
         return Path(given)
     return Path(reference) / file_name if Path(reference).is_dir() else None

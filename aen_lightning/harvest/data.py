@@ -31,24 +31,28 @@ from aen_lightning.shards.write import ShardFolder
 class HarvestDataModule(pl.LightningDataModule):
     """Rows of tokens for ``HarvestModule``, out of a dataset, in an order that no number of ranks can change.
 
-    Rank 0 tokenises the whole text before the first model call and keeps it beside the shards (4 bytes a token) until the set
-    is complete. So a run that continues needs no network and no tokenizer, and finds the same tokens.
+    Rank 0 tokenises the whole text before the first model call and keeps it beside the shards (4 bytes a
+    token) until the set is complete. So a run that continues needs no network and no tokenizer, and finds the
+    same tokens.
 
     Args:
-        dataset_path: Hub name, folder, file, glob, or list of files. See ``aen_lightning.data.documents.open_dataset``.
+        dataset_path: Hub name, folder, file, glob, or list of files. See
+            ``aen_lightning.data.documents.open_dataset``.
         model_name: Whose tokenizer; None: the harvested model's.
         revision: Of the tokenizer; None: the model's.
         n_tokens: Tokens the model sees in all, before filters; None: the whole dataset, once.
         batch_size_prompts: Rows a model call.
-        pack: Fill rows across documents, no token of padding; a rest that fills no row is left out. False: a document is a row
-            (cut every ``context_size`` tokens) and batches are made of rows of like length.
-        mask_documents: In packed rows, let no token attend to another document, and count positions within documents. The paper
-            does not mask (False).
-        **dataset: The other fields of ``aen_lightning.data.options.DatasetOptions``: ``dataset_split``, ``context_size``, ...
+        pack: Fill rows across documents, no token of padding; a rest that fills no row is left out. False: a
+            document is a row (cut every ``context_size`` tokens) and batches are made of rows of like length.
+        mask_documents: In packed rows, let no token attend to another document, and count positions within
+            documents. The paper does not mask (False).
+        **dataset: The other fields of ``aen_lightning.data.options.DatasetOptions``: ``dataset_split``,
+            ``context_size``, ...
 
     Raises:
         TypeError: For an option that does not exist.
-        ValueError: For values that make no sense; in ``prepare_data`` for what does not fit the model or the dataset.
+        ValueError: For values that make no sense; in ``prepare_data`` for what does not fit the model or the
+            dataset.
     """
 
     def __init__(
@@ -93,7 +97,10 @@ class HarvestDataModule(pl.LightningDataModule):
         return self.trainer.lightning_module, writer_of(self.trainer)
 
     def prepare_data(self) -> None:
-        """On rank 0: begin or continue the folder; tokenise unless that is done; refuse what the disk cannot hold."""
+        """On rank 0.
+
+        Begin or continue the folder; tokenise unless that is done; refuse what the disk cannot hold.
+        """
         module, writer = self._module_and_writer()
         self._check_positions(module)
         manifest = self._manifest(module)
@@ -123,7 +130,10 @@ class HarvestDataModule(pl.LightningDataModule):
         )
 
     def _write_work_orders(self, module: HarvestModule, writer: ShardWriter, manifest: Manifest) -> None:
-        """Tokenise: at first, after being cut off at it, or when a shard of a finished set was deleted to be made again."""
+        """Tokenise.
+
+        At first, after being cut off at it, or when a shard of a finished set was deleted to be made again.
+        """
         shutil.rmtree(writer.path / TOKENS_FOLDER, ignore_errors=True)
         per_shard = manifest.plan.get("rows_per_shard")
         if per_shard is None:
@@ -135,17 +145,20 @@ class HarvestDataModule(pl.LightningDataModule):
         counts = write_token_shards(writer.path, rows, rows_per_shard=per_shard, n_tokens=self.n_tokens)
         if not counts:
             raise ValueError(
-                f"the dataset {self.options.dataset_path!r} fills no row of context_size {self.options.context_size}"
+                f"the dataset {self.options.dataset_path!r} fills no row of context_size "
+                f"{self.options.context_size}"
             )
         if manifest.plan and manifest.plan["rows"] != counts:
             raise ShardError(
-                f"{writer.path} was made of {sum(manifest.plan['rows'])} rows of tokens, and the dataset now gives {sum(counts)}: "
+                f"{writer.path} was made of {sum(manifest.plan['rows'])} rows of tokens, and the dataset "
+                f"now gives {sum(counts)}: "
                 "it has changed; harvest into another folder"
             )
         n_read = sum(len(read_token_shard(writer.path, i).tokens) for i in range(len(counts)))
         if self.n_tokens is not None and n_read < self.n_tokens:
             rank_zero_warn(
-                f"the dataset ends after {n_read} tokens; n_tokens was {self.n_tokens}: the set holds what there is"
+                f"the dataset ends after {n_read} tokens; n_tokens was {self.n_tokens}: the set holds what "
+                "there is"
             )
         manifest.plan = {"rows_per_shard": per_shard, "rows": counts, "exclude_token_ids": excluded}
         manifest.n_shards = len(counts)
@@ -212,9 +225,13 @@ class HarvestDataModule(pl.LightningDataModule):
         return rows.marked(), list(excluded)
 
     def setup(self, stage: str) -> None:
-        """On every rank: take a share of the missing shards; every rank makes the same number of model calls."""
+        """On every rank.
+
+        Take a share of the missing shards; every rank makes the same number of model calls.
+        """
         _, writer = self._module_and_writer()
-        # as rank 0 left it in prepare_data: a quick rank may be writing records by now, and all must see the same work
+        # as rank 0 left it in prepare_data: a quick rank may be writing records by now, and all must see the
+        # same work
         manifest = Manifest.read(writer.path)
         done = {s.index for s in manifest.shards}
         assert self.trainer is not None

@@ -26,20 +26,24 @@ class HarvestModule(pl.LightningModule):
     """Runs a language model up to the deepest hook and hands on the activations of the tokens to keep.
 
     Nothing is loaded before Lightning asks for the model, and then only the layers that the hooks need. Under
-    ``ModelParallelStrategy`` the weights are sharded over the ranks (FSDP2) and each rank reads its own part of them only.
+    ``ModelParallelStrategy`` the weights are sharded over the ranks (FSDP2) and each rank reads its own part
+    of them only.
 
     Args:
         model_name: Hub name or folder of a Hugging Face causal language model.
-        hook_names: Which activations, all taken in one pass. See ``aen_lightning.language_model.hook_points.resolve_hook``.
+        hook_names: Which activations, all taken in one pass. See
+            ``aen_lightning.language_model.hook_points.resolve_hook``.
         revision: Branch, tag or commit on the Hub.
         model_dtype: Of weights and computation: ``float32``, ``bfloat16`` or ``float16``.
         dtype: On disk; None: the same.
-        norm_outlier_multiple: Leave out tokens whose norm, at any of the hooks, exceeds this multiple of the median norm in their
-            batch (attention sinks: 100 times and more). None: keep them.
-        model_from_pretrained_kwargs: For ``AutoModel.from_pretrained``, e.g. a ``quantization_config`` for 8 or 4 bits.
+        norm_outlier_multiple: Leave out tokens whose norm, at any of the hooks, exceeds this multiple of the
+            median norm in their batch (attention sinks: 100 times and more). None: keep them.
+        model_from_pretrained_kwargs: For ``AutoModel.from_pretrained``, e.g. a ``quantization_config`` for 8
+            or 4 bits.
 
     Raises:
-        ValueError: For an unknown dtype or a multiple that is not above 1; from ``hooks`` for a hook that does not exist.
+        ValueError: For an unknown dtype or a multiple that is not above 1; from ``hooks`` for a hook that
+            does not exist.
     """
 
     def __init__(
@@ -70,7 +74,10 @@ class HarvestModule(pl.LightningModule):
     def from_model(
         cls, model: PreTrainedModel, hook_names: list[str], *, model_name: str = "", **kwargs: Any
     ) -> HarvestModule:
-        """For a model that is in memory already; it is frozen. ``model_name`` is where its tokenizer is, if text is read."""
+        """For a model that is in memory already.
+
+        It is frozen. ``model_name`` is where its tokenizer is, if text is read.
+        """
         module = cls(model_name or model.name_or_path or "", hook_names, **kwargs)
         module._given, module._hf_config = model, model.config
         return module
@@ -121,7 +128,8 @@ class HarvestModule(pl.LightningModule):
         strategy, device = self.trainer.strategy, self.trainer.strategy.root_device
         if isinstance(strategy, FSDPStrategy):
             raise ValueError(
-                "strategy 'fsdp' would keep the whole model on every rank: take ModelParallelStrategy with data_parallel_size: "
+                "strategy 'fsdp' would keep the whole model on every rank: take ModelParallelStrategy with "
+                "data_parallel_size: "
                 "(number of ranks) and tensor_parallel_size: 1"
             )
         if self._given is not None:
@@ -134,7 +142,8 @@ class HarvestModule(pl.LightningModule):
             if mesh["tensor_parallel"].size() > 1:
                 n = mesh.size()
                 raise ValueError(
-                    f"ModelParallelStrategy has tensor_parallel_size {mesh['tensor_parallel'].size()}; the harvest shards weights "
+                    f"ModelParallelStrategy has tensor_parallel_size {mesh['tensor_parallel'].size()}; the "
+                    "harvest shards weights "
                     f"over data-parallel ranks: set data_parallel_size: {n} and tensor_parallel_size: 1"
                 )
             self.language_model = load_sharded_cut_model(
@@ -160,8 +169,8 @@ class HarvestModule(pl.LightningModule):
         """Activations of one batch of token rows.
 
         Args:
-            batch: From ``HarvestDataModule``: ``input_ids`` (batch, context); ``position_ids`` or None; ``keep`` (n_kept,): flat
-                positions of the tokens to keep, or None for all.
+            batch: From ``HarvestDataModule``: ``input_ids`` (batch, context); ``position_ids`` or None;
+                ``keep`` (n_kept,): flat positions of the tokens to keep, or None for all.
             batch_idx: Unused.
 
         Returns:
@@ -192,7 +201,8 @@ class HarvestModule(pl.LightningModule):
     def check_documents_are_masked(self) -> None:
         """Change one of two documents in a row and see whether the other notices.
 
-        transformers finds documents in ``position_ids`` that begin again, but not every architecture passes them on to its mask.
+        transformers finds documents in ``position_ids`` that begin again, but not every architecture passes
+        them on to its mask.
 
         Raises:
             ValueError: If it notices.
@@ -205,7 +215,8 @@ class HarvestModule(pl.LightningModule):
         ]
         if not all(torch.equal(seen[0][h][:, 2:], seen[1][h][:, 2:]) for h in seen[0]):
             raise ValueError(
-                f"models of type {self.hf_config.model_type!r} cannot mask documents in packed rows (transformers does not give "
+                f"models of type {self.hf_config.model_type!r} cannot mask documents in packed rows "
+                "(transformers does not give "
                 "their position_ids to the mask): set mask_documents: false, or pack: false"
             )
 
@@ -219,7 +230,8 @@ def _fitting(x: Tensor, dtype: torch.dtype, hook_name: str) -> Tensor:
     converted = x.to(dtype)
     if dtype == torch.float16 and x.dtype != dtype and not torch.equal(converted.isfinite(), x.isfinite()):
         raise ValueError(
-            f"an activation at {hook_name!r} of size {x.abs().max().item():.4g} does not fit float16 (65504): store bfloat16 or "
+            f"an activation at {hook_name!r} of size {x.abs().max().item():.4g} does not fit float16 "
+            "(65504): store bfloat16 or "
             "float32, or leave attention sinks out with norm_outlier_multiple"
         )
     return converted

@@ -1,7 +1,7 @@
 """What a recipe will take, worked out from it without running it: parameters, memory, disk, FLOPs, time.
 
-Counts are exact (the models are built on the meta device, without weights). Memory and FLOPs are the terms that grow with the model;
-an allocator's slack and the code itself come on top.
+Counts are exact (the models are built on the meta device, without weights). Memory and FLOPs are the terms
+that grow with the model; an allocator's slack and the code itself come on top.
 """
 
 from __future__ import annotations
@@ -54,11 +54,13 @@ def plan(
 
     Args:
         config: Contents of a recipe of ``aen harvest`` or ``aen fit``, overrides applied.
-        tflops_per_s: What one rank sustains, in 1e12 floating-point operations per second; gives tokens per second and hours.
+        tflops_per_s: What one rank sustains, in 1e12 floating-point operations per second; gives tokens per
+            second and hours.
         model_config: Config of the language model; None: loaded by the recipe's ``model_name``.
 
     Raises:
-        ValueError: If the recipe is neither, or lacks what is needed; OSError if the model's config cannot be found.
+        ValueError: If the recipe is neither, or lacks what is needed; OSError if the model's config cannot be
+            found.
     """
     if tflops_per_s is not None and not tflops_per_s > 0:
         raise ValueError(f"tflops_per_s must be above 0, got {tflops_per_s}")
@@ -74,7 +76,8 @@ def plan(
         _plan_fit(made, config, model["sae"], data, world_size, model_config)
     else:
         raise ValueError(
-            "cannot plan this config: a harvest has model.hook_names and shards, a fit has model.sae; got the sections "
+            "cannot plan this config: a harvest has model.hook_names and shards, a fit has model.sae; got "
+            "the sections "
             f"{', '.join(config) or 'none'} with model keys {', '.join(model) or 'none'}"
         )
     if tflops_per_s is not None:
@@ -83,7 +86,8 @@ def plan(
         if "tokens" in made.numbers:
             made.numbers["hours"] = made.numbers["tokens"] / rate / 3600
         made.notes.append(
-            f"rates are those of {tflops_per_s:g} TFLOP/s sustained on each of {world_size} rank(s), nothing else waiting"
+            f"rates are those of {tflops_per_s:g} TFLOP/s sustained on each of {world_size} rank(s), "
+            "nothing else waiting"
         )
     return made
 
@@ -133,7 +137,8 @@ def _plan_lm(
         share, gathered = total / shards_over, max(rest, 2 * max(n_block))
         made.numbers["lm_memory_per_rank_gib"] = (share + gathered) / GIB
         made.notes.append(
-            f"FSDP2: {share / GIB:.3f} GiB of weights stay on each rank, up to {gathered / GIB:.3f} GiB are gathered at a time"
+            f"FSDP2: {share / GIB:.3f} GiB of weights stay on each rank, up to {gathered / GIB:.3f} GiB "
+            "are gathered at a time"
         )
     else:
         made.numbers["lm_memory_per_rank_gib"] = total / GIB

@@ -43,7 +43,10 @@ class MarkedTokenRows(TokenRows):
     """``TokenRows`` that knows where documents begin."""
 
     def marked(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows of the dataset, once, in its order: tokens, and 1 where a document begins; the same on every rank."""
+        """Rows of the dataset, once, in its order.
+
+        Tokens, and 1 where a document begins; the same on every rank.
+        """
         for row in self.first():
             starts = row >= _START
             tokens = torch.where(starts, row - _START, row)
@@ -117,7 +120,10 @@ def batches_of(lengths: Tensor, batch_size: int) -> list[Tensor]:
 
 
 def position_ids_of(starts: Tensor) -> Tensor:
-    """Position of each token in its document, (batch, context): 0 at the row's beginning and wherever a document begins."""
+    """Position of each token in its document, (batch, context).
+
+    0 at the row's beginning and wherever a document begins.
+    """
     at = torch.arange(starts.shape[1]).expand(starts.shape)
     begins = torch.where(starts.bool(), at, 0).cummax(1).values
     return at - begins

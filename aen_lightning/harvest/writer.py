@@ -21,12 +21,13 @@ from aen_lightning.shards.write import ShardFolder, ShardStream
 class ShardWriter(BasePredictionWriter):
     """Writes what ``HarvestModule`` predicts as shards, in a thread of its own.
 
-    Batches go straight into the open shard's file, so at most ``queue_size`` batches are held in memory; if the disk is slower
-    than the model, the model waits.
+    Batches go straight into the open shard's file, so at most ``queue_size`` batches are held in memory; if
+    the disk is slower than the model, the model waits.
 
     Args:
         path: Folder of the set.
-        shard_size_mib: About the size of a shard, MiB. A run that is cut off loses at most one unfinished shard per rank.
+        shard_size_mib: About the size of a shard, MiB. A run that is cut off loses at most one unfinished
+            shard per rank.
         force_disk: Begin even if the disk seems too small.
         queue_size: Batches waiting to be written.
     """

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import pathlib
 import pickle
-import struct
 import re
+import struct
 import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
 """What the Hub client lacks: a wait and another try around whole calls, and errors that say what to do.
 
-``huggingface_hub`` already waits and tries again for single requests that fail with 429 or 5xx, resumes a download whose
-connection drops, and skips uploads that arrived. It does not try again when the final commit fails, when a
-download's ``GET`` answers 5xx, or when the file that came has the wrong length.
+``huggingface_hub`` already waits and tries again for single requests that fail with 429 or 5xx, resumes a
+download whose connection drops, and skips uploads that arrived. It does not try again when the final commit
+fails, when a download's ``GET`` answers 5xx, or when the file that came has the wrong length.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def _asked_wait(error: Exception) -> float:
 
 
 def summary(error: Exception) -> str:
-    """One line that tells what happened, without addresses' query strings (they may be signed) and without headers."""
+    """One line that tells what happened, without addresses' query strings (they may be signed) and without
+    headers.
+    """
     if isinstance(error, HfHubHTTPError):
         request = error.response.request
         said = error.server_message or error.response.reason_phrase
@@ -96,7 +98,8 @@ def summary(error: Exception) -> str:
 
 @contextmanager
 def hub_errors(repo_id: str, doing: str) -> Iterator[None]:
-    """Turn the client's errors into :class:`HubError` with one line that says what was asked for and what to do.
+    """Turn the client's errors into :class:`HubError` with one line that says what was asked for and what to
+    do.
 
     Args:
         repo_id: ``OWNER/REPO``.
@@ -136,7 +139,8 @@ def _advice(error: Exception, repo_id: str) -> str | None:
         return "not in the local cache, and this process is offline (HF_HUB_OFFLINE): fetch it once with a connection"
     if status in (401, 403):
         return (
-            f"the Hub refuses: {summary(error)}; log in with `hf auth login` (or set HF_TOKEN) as an account, and with "
+            f"the Hub refuses: {summary(error)}; log in with `hf auth login` (or set HF_TOKEN) as an "
+            "account, and with "
             "a token, that has the right to do this"
         )
     if status == 412:

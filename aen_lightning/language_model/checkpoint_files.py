@@ -24,7 +24,8 @@ def checkpoint_keys(base_model: PreTrainedModel, available: Collection[str]) -> 
 
     Args:
         base_model: E.g. from ``build_cut_model`` on the meta device.
-        available: All keys of the checkpoint, saved from the causal LM (``model.layers.0...``) or the base model.
+        available: All keys of the checkpoint, saved from the causal LM (``model.layers.0...``) or the base
+            model.
 
     Returns:
         For every entry of the base model's state dict, its key in the checkpoint.
@@ -43,7 +44,8 @@ def checkpoint_keys(base_model: PreTrainedModel, available: Collection[str]) -> 
 
 
 def needed_files(config: PretrainedConfig, layer: int, weight_map: dict[str, str]) -> list[str]:
-    """Names of the files of a checkpoint that hold anything but blocks above ``layer``, the final norm and the LM head.
+    """Names of the files of a checkpoint that hold anything but blocks above ``layer``, the final norm and
+    the LM head.
 
     Args:
         config: Of the whole model.
@@ -66,9 +68,11 @@ def needed_files(config: PretrainedConfig, layer: int, weight_map: dict[str, str
 def without_upper_layers(
     model_name: str, config: PretrainedConfig, layer: int, *, revision: str, kwargs: dict[str, Any]
 ) -> Iterator[str]:
-    """A stand-in for ``model_name`` without the files that hold only layers above ``layer``: never fetched or opened.
+    """A stand-in for ``model_name`` without the files that hold only layers above ``layer``: never fetched or
+    opened.
 
-    Yields ``model_name`` itself where there is nothing to leave out: a checkpoint in one file, or not in safetensors.
+    Yields ``model_name`` itself where there is nothing to leave out: a checkpoint in one file, or not in
+    safetensors.
     """
     unusual = {"gguf_file", "subfolder", "variant", "use_safetensors", "state_dict"} & kwargs.keys()
     hub = {"revision": revision} | {k: v for k, v in kwargs.items() if k in _HUB_KWARGS}

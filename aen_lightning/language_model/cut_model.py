@@ -1,7 +1,8 @@
 """Language models to take activations from, cut after the deepest hook.
 
-The base model (no LM head) is built from a config with fewer layers, so that transformers never materialises the layers
-above, and the final norm is replaced by the identity, so that ``last_hidden_state`` is the last block's raw output.
+The base model (no LM head) is built from a config with fewer layers, so that transformers never materialises
+the layers above, and the final norm is replaced by the identity, so that ``last_hidden_state`` is the last
+block's raw output.
 """
 
 from __future__ import annotations
@@ -46,13 +47,16 @@ class ActivationModel(Protocol):
 
 
 class CutModel:
-    """A frozen base model that ends at the deepest hook. Not an ``nn.Module``, so no parent module registers it.
+    """A frozen base model that ends at the deepest hook. Not an ``nn.Module``, so no parent module registers
+    it.
 
     Args:
-        model: Base model as ``build_cut_model`` or ``cut_model`` return it: put into eval mode and frozen here.
+        model: Base model as ``build_cut_model`` or ``cut_model`` return it: put into eval mode and frozen
+            here.
         hooks: What ``activations`` returns, in this order.
-        row_parallel: Run parts of a large batch side by side where the model is on a CPU. Not for a model whose forward pass cannot be
-            in two places at a time: one that is sharded over ranks, or whose weights are moved while it runs.
+        row_parallel: Run parts of a large batch side by side where the model is on a CPU. Not for a model
+            whose forward pass cannot be in two places at a time: one that is sharded over ranks, or whose
+            weights are moved while it runs.
     """
 
     def __init__(self, model: PreTrainedModel, hooks: Sequence[Hook], *, row_parallel: bool = True) -> None:
@@ -128,7 +132,9 @@ def load_config(
     revision: str | None = None,
     model_from_pretrained_kwargs: dict[str, Any] | None = None,
 ) -> PretrainedConfig:
-    """The config of a model, with what ``model_from_pretrained_kwargs`` says about where to find it and its attention."""
+    """The config of a model, with what ``model_from_pretrained_kwargs`` says about where to find it and its
+    attention.
+    """
     passed = (
         "gguf_file", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code", "attn_implementation",
     )  # fmt: skip
@@ -184,8 +190,8 @@ def load_cut_model(
             ``quantization_config``, ``attn_implementation``, ``gguf_file``, ...
 
     Raises:
-        ValueError: For a hook that does not exist, a keyword that has an argument of its own here, or a checkpoint that
-            lacks weights of the layers needed.
+        ValueError: For a hook that does not exist, a keyword that has an argument of its own here, or a
+            checkpoint that lacks weights of the layers needed.
     """
     kwargs = dict(model_from_pretrained_kwargs or {})
     for name, instead in (
@@ -214,7 +220,8 @@ def load_cut_model(
     unread = tuple(f"{path}." for path in after_layers(model))
     if missing := sorted(key for key in info["missing_keys"] if not key.startswith(unread)):
         raise ValueError(
-            f"the checkpoint {model_name!r} lacks {len(missing)} weights that {[h.hook_name for h in hooks]} need, "
+            f"the checkpoint {model_name!r} lacks {len(missing)} weights that "
+            f"{[h.hook_name for h in hooks]} need, "
             f"e.g. {missing[0]!r}: it is not a complete checkpoint of a {config.model_type} model"
         )
     if kwargs.get("device_map") is None and not getattr(model, "is_quantized", False):
@@ -226,7 +233,8 @@ def cut_model(model: PreTrainedModel, hook_names: Sequence[str]) -> CutModel:
     """Cut a model that is already in memory. Weights are shared; the given model keeps its layers and head.
 
     Args:
-        model: A causal LM or its base model. It is frozen and put into eval mode, since its blocks are the same.
+        model: A causal LM or its base model. It is frozen and put into eval mode, since its blocks are the
+            same.
         hook_names: See ``resolve_hook``.
     """
     hooks = resolve_hooks(model.config, hook_names)

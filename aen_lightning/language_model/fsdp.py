@@ -29,10 +29,11 @@ _WHERE = ("token", "cache_dir", "local_files_only", "subfolder")
 
 
 def shard_model(base_model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shard a base model over a 1-D mesh: an FSDP2 unit for each decoder block, the input embedding, and the rest.
+    """Shard a base model over a 1-D mesh: an FSDP2 unit for each decoder block, the input embedding, and the
+    rest.
 
-    Whatever part runs is gathered just before and freed just after, so a rank's peak is its share plus the largest unit (two
-    blocks, as the next is gathered while one computes, or the embedding).
+    Whatever part runs is gathered just before and freed just after, so a rank's peak is its share plus the
+    largest unit (two blocks, as the next is gathered while one computes, or the embedding).
     """
     for unit in (*layers_of(base_model), base_model.get_input_embeddings(), base_model):
         # said for the root, which would by default stay gathered
@@ -51,7 +52,8 @@ def load_sharded_cut_model(
 ) -> CutModel:
     """Load a cut model sharded over the ranks of a mesh; no process ever holds it whole.
 
-    The model is made on the meta device, sharded, and each rank then reads the slices it holds out of the safetensors files.
+    The model is made on the meta device, sharded, and each rank then reads the slices it holds out of the
+    safetensors files.
 
     Args:
         model_name: Hub name or folder.
@@ -60,20 +62,23 @@ def load_sharded_cut_model(
         revision: Branch, tag or commit on the Hub.
         dtype: Of weights and activations.
         device: This rank's.
-        model_from_pretrained_kwargs: ``attn_implementation``, ``token``, ``cache_dir``, ``local_files_only``, ``subfolder``.
+        model_from_pretrained_kwargs: ``attn_implementation``, ``token``, ``cache_dir``, ``local_files_only``,
+            ``subfolder``.
 
     Returns:
         The model. Every rank must call ``activations`` equally often.
 
     Raises:
-        ValueError: For other keywords (quantized weights cannot be sharded), or a checkpoint without safetensors files.
+        ValueError: For other keywords (quantized weights cannot be sharded), or a checkpoint without
+            safetensors files.
     """
     kwargs = dict(model_from_pretrained_kwargs or {})
     attention = {k: kwargs.pop(k) for k in ("attn_implementation",) if k in kwargs}
     where: dict[str, Any] = {k: kwargs.pop(k) for k in _WHERE if k in kwargs}
     if kwargs:
         raise ValueError(
-            f"a model sharded by FSDP2 cannot take {', '.join(map(repr, sorted(kwargs)))} of model_from_pretrained_kwargs: leave "
+            f"a model sharded by FSDP2 cannot take {', '.join(map(repr, sorted(kwargs)))} of "
+            "model_from_pretrained_kwargs: leave "
             "it out, or take another strategy (ddp: a whole model on every rank)"
         )
     config = load_config(model_name, revision=revision, model_from_pretrained_kwargs=where | attention)
@@ -117,13 +122,17 @@ def _checkpoint_files(model_name: str, revision: str | None, where: dict[str, An
         files.update(dict.fromkeys(read_safetensors_header(whole), "model.safetensors"))
     else:
         raise ValueError(
-            f"{model_name} has no safetensors files, of which each rank could read its part: take strategy ddp"
+            f"{model_name} has no safetensors files, of which each rank could read its part: take strategy "
+            "ddp"
         )
     return files
 
 
 def _rebuild_computed_buffers(base: PreTrainedModel) -> None:
-    """Buffers that no checkpoint has (rotary frequencies, embedding scales) were lost on the meta device: compute them again."""
+    """Buffers that no checkpoint has (rotary frequencies, embedding scales) were lost on the meta device.
+
+    Compute them again.
+    """
     lost = {name for name, _ in base.named_buffers(remove_duplicate=False)} - base.state_dict().keys()
     for owner in {name.rpartition(".")[0] for name in lost}:
         initialize(base, base.get_submodule(owner))
@@ -146,7 +155,8 @@ def _load_local_slices(base: PreTrainedModel, keys: dict[str, str], files: _File
 def _copy_slice(target: Tensor, source: Any, name: str) -> None:
     if tuple(source.get_shape()) != tuple(target.shape):
         raise ValueError(
-            f"{name} has shape {tuple(source.get_shape())} in the checkpoint, {tuple(target.shape)} in the model"
+            f"{name} has shape {tuple(source.get_shape())} in the checkpoint, {tuple(target.shape)} in the "
+            "model"
         )
     local, wanted = target, tuple(slice(0, n) for n in target.shape)
     if isinstance(target, DTensor):

@@ -19,7 +19,8 @@ from aen_lightning.language_model.hook_points import Hook
 
 ModelClassName = Literal["AutoModelForCausalLM", "HookedTransformer", "TransformerBridge"]
 
-# jsonargparse reads the types of inherited fields as they are: `from __future__ import annotations` would make strings of them
+# jsonargparse reads the types of inherited fields as they are: `from __future__ import annotations` would
+# make strings of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +28,13 @@ class LanguageModelOptions:
     """Which language model runs, and how.
 
     Args:
-        model_name: Hub name or folder of the language model; for TransformerLens classes, the name it has there.
-        model_class_name: ``AutoModelForCausalLM`` (cut after the deepest hook point), or a TransformerLens class.
+        model_name: Hub name or folder of the language model; for TransformerLens classes, the name it has
+            there.
+        model_class_name: ``AutoModelForCausalLM`` (cut after the deepest hook point), or a TransformerLens
+            class.
         revision: Of the model on the Hub.
-        model_from_pretrained_kwargs: Passed on when the model is loaded (``device_map``, ``quantization_config``, ...).
+        model_from_pretrained_kwargs: Passed on when the model is loaded (``device_map``,
+            ``quantization_config``, ...).
         model_dtype: Of the language model: weights and computation.
         autocast_lm: Run it under bfloat16 autocast.
         device: Of the language model and the shuffle buffer; None: where the trainer puts the SAE.
@@ -48,7 +52,8 @@ class LanguageModelOptions:
 
 
 class LanguageModelSource:
-    """Gives hook points, tokenizer and limits before any weight is read, and the model when it is first asked for.
+    """Gives hook points, tokenizer and limits before any weight is read, and the model when it is first asked
+    for.
 
     A TransformerLens model says what it is only once loaded.
 
@@ -185,13 +190,15 @@ class LanguageModelSource:
         return load_tl_model(options.model_class_name, options.model_name, self.hook_names, **kwargs)
 
     def whole_model(self, device: str) -> Any:
-        """The transformers model with all its layers and its LM head: the one given, or loaded anew from ``model_name``.
+        """The transformers model with all its layers and its LM head: the one given, or loaded anew from
+        ``model_name``.
 
         Args:
             device: Where to load it, unless ``model_from_pretrained_kwargs`` has a ``device_map``.
 
         Returns:
-            None where there is none: for a TransformerLens model, or a model of another kind given without its name.
+            None where there is none: for a TransformerLens model, or a model of another kind given without
+            its name.
         """
         if isinstance(self.given_model, PreTrainedModel):
             return self.given_model
@@ -214,7 +221,10 @@ def load_tokenizer(
 
 
 def _plain(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The part of ``kwargs`` that JSON can hold; a quantization config, e.g., says how the model was run, not which."""
+    """The part of ``kwargs`` that JSON can hold.
+
+    A quantization config, e.g., says how the model was run, not which.
+    """
     plain = {}
     for name, value in kwargs.items():
         if isinstance(value, bool | int | float | str | list | dict | type(None)):

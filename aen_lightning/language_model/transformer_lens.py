@@ -19,7 +19,8 @@ TLClassName = Literal["HookedTransformer", "TransformerBridge"]
 
 
 class TLModel:
-    """A loaded ``HookedTransformer`` or ``TransformerBridge``, run only up to the block after the deepest hook.
+    """A loaded ``HookedTransformer`` or ``TransformerBridge``, run only up to the block after the deepest
+    hook.
 
     Args:
         model: The TransformerLens model. It is put into eval mode and frozen.
@@ -43,7 +44,8 @@ class TLModel:
             if name not in probe:
                 near = difflib.get_close_matches(name, list(model.hook_dict), n=3)
                 raise ValueError(
-                    f"hook {name!r} does not exist in this {type(model).__name__} of {model.cfg.n_layers} layers."
+                    f"hook {name!r} does not exist in this {type(model).__name__} of {model.cfg.n_layers} "
+                    "layers."
                     f"{' Did you mean ' + ', '.join(near) + '?' if near else ''}"
                 )
         self.hooks = tuple(
@@ -93,7 +95,8 @@ def load_tl_model(
     device: torch.device | str = "cpu",
     model_from_pretrained_kwargs: dict[str, Any] | None = None,
 ) -> TLModel:
-    """Load a TransformerLens model whole (it cannot be cut before loading), HookedTransformer the way SAELens does.
+    """Load a TransformerLens model whole (it cannot be cut before loading), HookedTransformer the way SAELens
+    does.
 
     Args:
         model_class_name: SAELens's name of the class.

@@ -60,9 +60,10 @@ def match_features(
 ) -> Matching:
     """Assign features of one dictionary to those of another so that the sum of their cosines is largest.
 
-    Signs count: a feature is a direction, not a line. Up to ``dense_limit`` cosines the assignment is exact, in float64; beyond,
-    each feature of the first may take one of its ``n_neighbours`` nearest in the second, or stay alone (cosine 0), and the best
-    assignment under that is found, in memory that grows with ``n_neighbours`` only.
+    Signs count: a feature is a direction, not a line. Up to ``dense_limit`` cosines the assignment is exact,
+    in float64; beyond, each feature of the first may take one of its ``n_neighbours`` nearest in the second,
+    or stay alone (cosine 0), and the best assignment under that is found, in memory that grows with
+    ``n_neighbours`` only.
 
     Args:
         W_a: Shape (n_a, d_in).
@@ -102,14 +103,16 @@ def match_features(
 
 
 def matched_cosine(W_dec: Tensor, feature_vectors: Tensor) -> float:
-    """Mean cosine between the true features and the decoder rows that the best one-to-one assignment gives them.
+    """Mean cosine between the true features and the decoder rows that the best one-to-one assignment gives
+    them.
 
     Args:
         W_dec: Learned dictionary, shape (d_sae, d_in).
         feature_vectors: True dictionary, shape (n_features, d_in).
 
     Returns:
-        The mean over ``min(d_sae, n_features)`` pairs, in [-1, 1]; 1 means every feature was found. A zero row has cosine 0.
+        The mean over ``min(d_sae, n_features)`` pairs, in [-1, 1]; 1 means every feature was found. A zero
+        row has cosine 0.
 
     Source: the matched cosine (MCC) of arXiv:2605.05341, section 6.
     """
@@ -118,7 +121,8 @@ def matched_cosine(W_dec: Tensor, feature_vectors: Tensor) -> float:
 
 def _sparse_matching(cosines: np.ndarray[Any, Any], columns: np.ndarray[Any, Any], n_b: int) -> Matching:
     n_a, k = cosines.shape
-    # a column of its own for each row, at cosine 0: staying alone; costs are kept off zero, which a sparse matrix drops
+    # a column of its own for each row, at cosine 0: staying alone; costs are kept off zero, which a sparse
+    # matrix drops
     cost = np.concatenate([2.0 - cosines.clip(min=0), np.full((n_a, 1), 2.0)], axis=1)
     column = np.concatenate([columns, n_b + np.arange(n_a)[:, None]], axis=1)
     graph = csr_array(

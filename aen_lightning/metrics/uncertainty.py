@@ -23,8 +23,8 @@ def jackknife(sums: Tensor, statistic: Callable[[Tensor], Tensor]) -> tuple[Tens
         statistic: From the sums over all groups, shape (...), to any tensor.
 
     Returns:
-        The statistic, and its standard error of the same shape; nan with fewer than two groups. Groups must be about
-        equally large and close to independent: here they are runs of whole context rows.
+        The statistic, and its standard error of the same shape; nan with fewer than two groups. Groups must
+        be about equally large and close to independent: here they are runs of whole context rows.
 
     Source: the delete-a-group jackknife; Efron & Stein (1981), Ann. Stat. 9(3).
     """

@@ -1,6 +1,7 @@
 """Turns a plain dict from YAML or Python into a checked SAELens training config.
 
-SAELens drops keys it does not know, so that a misspelt coefficient trains on the default; here it is an error.
+SAELens drops keys it does not know, so that a misspelt coefficient trains on the default; here it is an
+error.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ def build_sae_config(sae: dict[str, Any]) -> TrainingSAEConfig:
     """The SAELens training config that a dict describes.
 
     Args:
-        sae: ``architecture`` (any that SAELens has registered, ``aen`` by default) and the fields of that architecture's
-            training config. For ``aen`` the paper's ``lambda_1`` and ``lambda_2`` may stand instead of the coefficients.
+        sae: ``architecture`` (any that SAELens has registered, ``aen`` by default) and the fields of that
+            architecture's training config. For ``aen`` the paper's ``lambda_1`` and ``lambda_2`` may stand
+            instead of the coefficients.
 
     Raises:
         TypeError: If ``sae`` is not a dict.
-        ValueError: For an unknown architecture, an unknown, missing or contradictory key, a value of the wrong type or out of
-            range.
+        ValueError: For an unknown architecture, an unknown, missing or contradictory key, a value of the
+            wrong type or out of range.
     """
     if not isinstance(sae, dict):
         raise TypeError(

@@ -1,8 +1,10 @@
-"""Activations on disk: safetensors shards beside a ``manifest.json``; write, read, verify, convert to and from SAELens.
+"""Activations on disk: safetensors shards beside a ``manifest.json``; write, read, verify, convert to and
+from SAELens.
 
-A set is a folder: ``shard-00000.safetensors``, ... each with ``token_ids`` (n_tokens,) int32 and one tensor (n_tokens, d_in) per
-hook, and ``manifest.json``, which says what they are. A shard exists whole or not at all: it is written under another name,
-hashed, and renamed; its record follows, and the manifest that lists all records is written last.
+A set is a folder: ``shard-00000.safetensors``, ... each with ``token_ids`` (n_tokens,) int32 and one tensor
+(n_tokens, d_in) per hook, and ``manifest.json``, which says what they are. A shard exists whole or not at
+all: it is written under another name, hashed, and renamed; its record follows, and the manifest that lists
+all records is written last.
 """
 
 from aen_lightning.shards.convert import Conversion, convert, from_saelens, to_saelens

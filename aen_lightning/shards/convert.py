@@ -25,7 +25,8 @@ class Conversion:
     Args:
         path: Where the new set is.
         n_tokens: Rows in it.
-        n_dropped: Rows at the end that fill no whole row of ``context_size`` (SAELens has no other), left out.
+        n_dropped: Rows at the end that fill no whole row of ``context_size`` (SAELens has no other), left
+            out.
         dtype: Of the new set.
         notes: What the user should know.
     """
@@ -73,13 +74,14 @@ def to_saelens(
 ) -> Conversion:
     """Write a set of shards as the dataset that SAELens reads with ``use_cached_activations``.
 
-    SAELens's rows are (context_size, d_in): where filters took tokens out, rows are filled up from the next context. Its trainer
-    flattens rows, so nothing it does depends on that.
+    SAELens's rows are (context_size, d_in): where filters took tokens out, rows are filled up from the next
+    context. Its trainer flattens rows, so nothing it does depends on that.
 
     Args:
         source_path: Our shards.
         target_path: New or empty folder.
-        dtype: ``float32`` or ``float16``; None: that of the shards, and float32 for bfloat16, which Arrow does not have.
+        dtype: ``float32`` or ``float16``; None: that of the shards, and float32 for bfloat16, which Arrow
+            does not have.
         context_size: Tokens a row; None: that of the harvest.
         buffer_size_mib: Of activations held in memory.
         force_disk: Begin even if the disk is too small.

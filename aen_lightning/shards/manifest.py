@@ -44,13 +44,16 @@ class Manifest:
     """Contents of ``manifest.json``.
 
     Args:
-        d_in: Width of the activation at each hook, keyed by ``hook_name``; the order is that inside the shards.
+        d_in: Width of the activation at each hook, keyed by ``hook_name``; the order is that inside the
+            shards.
         dtype: On disk: ``float32``, ``bfloat16`` or ``float16``.
         context_size: Tokens the language model saw at once.
-        metadata: Where the activations are from, in SAELens's metadata keys (``model_name``, ``revision``, ...).
+        metadata: Where the activations are from, in SAELens's metadata keys (``model_name``, ``revision``,
+            ...).
         filters: Which tokens were left out.
         settings: Everything that decides which rows the set holds; a run that continues must agree with it.
-        plan: Work that the set takes (rows of tokens in each shard, ids left out); empty if it was not harvested.
+        plan: Work that the set takes (rows of tokens in each shard, ids left out); empty if it was not
+            harvested.
         n_shards: How many shards the finished set has; None while that is not known.
         complete: Whether all of them are there.
         shards: Records in order of ``index``.
@@ -97,7 +100,8 @@ class Manifest:
 
         Args:
             folder: Of the set.
-            with_loose_records: Also count shards that are in place but not listed yet (a harvest that runs or was cut off).
+            with_loose_records: Also count shards that are in place but not listed yet (a harvest that runs or
+                was cut off).
 
         Raises:
             FileNotFoundError: If there is none.
@@ -111,11 +115,13 @@ class Manifest:
         content = read_record(path)
         if content.get("format") != FORMAT:
             raise ShardError(
-                f"{path} is not a manifest of activations: its format is {content.get('format')!r}, not {FORMAT!r}"
+                f"{path} is not a manifest of activations: its format is {content.get('format')!r}, not "
+                f"{FORMAT!r}"
             )
         if content.get("version") != VERSION:
             raise ShardError(
-                f"{path} has format version {content.get('version')!r}; this aen-lightning reads {VERSION}: update the package"
+                f"{path} has format version {content.get('version')!r}; this aen-lightning reads "
+                f"{VERSION}: update the package"
             )
         try:
             records = [ShardRecord(**s) for s in content["shards"]]
@@ -175,6 +181,7 @@ def require_disk(folder: Path, n_bytes: int, *, force: bool = False) -> None:
     free = shutil.disk_usage(existing).free
     if n_bytes > free and not force:
         raise ShardError(
-            f"{folder} needs {n_bytes / 2**30:.2f} GiB more and its disk has {free / 2**30:.2f} GiB free: take fewer tokens, "
+            f"{folder} needs {n_bytes / 2**30:.2f} GiB more and its disk has {free / 2**30:.2f} GiB free: "
+            "take fewer tokens, "
             "a 16-bit dtype or another disk, or force it (force_disk: true)"
         )

@@ -37,8 +37,8 @@ class ShardSet(ActivationSource):
     Args:
         path: Folder with a ``manifest.json``.
         allow_incomplete: Take the shards that are there of a harvest that runs or was cut off.
-        verify: ``once``: compare each shard's SHA-256 with the manifest unless size and modification time say it was compared
-            before (the notes are in ``.verified.json``); ``always``; ``never``: sizes only.
+        verify: ``once``: compare each shard's SHA-256 with the manifest unless size and modification time say
+            it was compared before (the notes are in ``.verified.json``); ``always``; ``never``: sizes only.
 
     Raises:
         FileNotFoundError: If there is no set.
@@ -53,7 +53,8 @@ class ShardSet(ActivationSource):
         if not self.manifest.complete and not allow_incomplete:
             done = len({s.index for s in [*self.manifest.shards, *loose_records(self.path)]})
             raise ShardError(
-                f"{self.path} is incomplete: {done} of {self.manifest.n_shards or 'an unknown number of'} shards are there. Finish "
+                f"{self.path} is incomplete: {done} of {self.manifest.n_shards or 'an unknown number of'} "
+                "shards are there. Finish "
                 "the harvest (run it again), or allow_incomplete=True to use what there is"
             )
         if not self.manifest.n_tokens:
@@ -90,7 +91,8 @@ def _open_shard(folder: Path, record: ShardRecord, manifest: Manifest) -> dict[s
         dtype = torch.int32 if name == "token_ids" else DTYPES[manifest.dtype]
         if tensor.shape != shape or tensor.dtype != dtype:
             raise ShardError(
-                f"{path}: {name!r} is {tuple(tensor.shape)} {tensor.dtype}, by the manifest it should be {shape} {dtype}"
+                f"{path}: {name!r} is {tuple(tensor.shape)} {tensor.dtype}, by the manifest it should be "
+                f"{shape} {dtype}"
             )
     return tensors
 
@@ -103,7 +105,8 @@ def _check_size(folder: Path, record: ShardRecord) -> None:
         )
     if (size := path.stat().st_size) != record.n_bytes:
         raise ShardError(
-            f"{path} has {size} bytes, by the manifest it should have {record.n_bytes}: it is cut off or damaged"
+            f"{path} has {size} bytes, by the manifest it should have {record.n_bytes}: it is cut off or "
+            "damaged"
         )
 
 
@@ -112,7 +115,8 @@ def _check_hash(folder: Path, record: ShardRecord) -> None:
         found = hashlib.file_digest(f, "sha256").hexdigest()
     if found != record.sha256:
         raise ShardError(
-            f"{folder / record.file} is damaged: its SHA-256 is {found[:12]}..., by the manifest {record.sha256[:12]}.... Fetch it "
+            f"{folder / record.file} is damaged: its SHA-256 is {found[:12]}..., by the manifest "
+            f"{record.sha256[:12]}.... Fetch it "
             "again, or delete it and harvest into this folder again"
         )
 
@@ -130,7 +134,8 @@ def _check_hashes(folder: Path, records: Sequence[ShardRecord], *, again: bool) 
             write_stamps(folder, records)
         except OSError as e:
             warnings.warn(
-                f"cannot note in {folder} that its shards were verified ({e}): they are hashed at each opening",
+                f"cannot note in {folder} that its shards were verified ({e}): they are hashed at each "
+                "opening",
                 stacklevel=3,
             )
 
@@ -160,7 +165,8 @@ def verify(path: str | Path) -> Manifest:
         _open_shard(folder, record, manifest)
     if not manifest.complete:
         raise ShardError(
-            f"{folder} is incomplete: {len(manifest.shards)} of {manifest.n_shards or '?'} shards are there (and sound); run the "
+            f"{folder} is incomplete: {len(manifest.shards)} of {manifest.n_shards or '?'} shards are "
+            "there (and sound); run the "
             "harvest again to finish it"
         )
     return manifest
@@ -206,5 +212,6 @@ def open_activations(
     if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
         return SAELensCache(folder)
     raise FileNotFoundError(
-        f"{folder} holds no activations: neither our {MANIFEST_NAME} (aen harvest) nor a dataset that SAELens cached"
+        f"{folder} holds no activations: neither our {MANIFEST_NAME} (aen harvest) nor a dataset that "
+        "SAELens cached"
     )

@@ -15,7 +15,8 @@ from aen_lightning.shards.source import ActivationSource
 
 
 class SAELensCache(ActivationSource):
-    """A cached-activation dataset of SAELens (Arrow; one column (context_size, d_in) per hook, maybe ``token_ids``).
+    """A cached-activation dataset of SAELens (Arrow; one column (context_size, d_in) per hook, maybe
+    ``token_ids``).
 
     Args:
         path: Folder that SAELens's ``CacheActivationsRunner`` or ``datasets.save_to_disk`` wrote.
@@ -65,7 +66,8 @@ class SAELensCache(ActivationSource):
         expected = self.part_sizes[index] * self.d_in.get(name, 1)
         if array.null_count or len(array) != expected:
             raise ShardError(
-                f"{self.path}: column {name!r} has missing or ragged values, expected {expected}, got {len(array)}"
+                f"{self.path}: column {name!r} has missing or ragged values, expected {expected}, got "
+                f"{len(array)}"
             )
         with warnings.catch_warnings():
             # mapped read-only; nothing here writes to it

@@ -28,8 +28,9 @@ _COPY_BYTES = 1 << 24
 class ShardStream:
     """One shard, appended to batch by batch, so that memory holds a batch and never a shard.
 
-    The safetensors library writes only tensors that are in memory whole. Here the header is written for the most rows there
-    can be, rows go straight to their place in the file, and if filters left fewer the tensors are moved together at the end.
+    The safetensors library writes only tensors that are in memory whole. Here the header is written for the
+    most rows there can be, rows go straight to their place in the file, and if filters left fewer the tensors
+    are moved together at the end.
 
     Args:
         folder: Of the set; must exist.
@@ -73,7 +74,8 @@ class ShardStream:
         """Append rows.
 
         Args:
-            activations: For each hook (n, d_in), on any device, cast to the dtype on disk if they have another.
+            activations: For each hook (n, d_in), on any device, cast to the dtype on disk if they have
+                another.
             token_ids: (n,).
 
         Raises:
@@ -89,7 +91,8 @@ class ShardStream:
         for hook, x in activations.items():
             if x.shape != (n, self.d_in[hook]):
                 raise ValueError(
-                    f"activations of {hook!r} must have shape {(n, self.d_in[hook])} beside {n} token ids, got {tuple(x.shape)}"
+                    f"activations of {hook!r} must have shape {(n, self.d_in[hook])} beside {n} token ids, "
+                    f"got {tuple(x.shape)}"
                 )
             self._write(hook, x.to("cpu", DTYPES[self.dtype]))
         self._write("token_ids", token_ids.to("cpu", torch.int32))
@@ -148,7 +151,8 @@ def _move_down(fd: int, source: int, target: int, n_bytes: int) -> None:
 class ShardFolder:
     """The folder of a set while it is written, by one process or several.
 
-    Each process writes shards and their records; one process (rank 0) begins the folder, and finishes it once all are done.
+    Each process writes shards and their records; one process (rank 0) begins the folder, and finishes it once
+    all are done.
 
     Args:
         path: Folder; made if missing.
@@ -185,7 +189,8 @@ class ShardFolder:
         if different:
             said = "; ".join(f"{k} was {there.settings.get(k)!r}, now {wanted.get(k)!r}" for k in different)
             raise ShardError(
-                f"{self.path} holds another set of activations ({said}): give another folder or the same settings"
+                f"{self.path} holds another set of activations ({said}): give another folder or the same "
+                "settings"
             )
         for temporary in self.path.rglob(".*.tmp"):
             temporary.unlink()
@@ -210,7 +215,8 @@ class ShardFolder:
             missing = sorted(set(range(manifest.n_shards)) - {s.index for s in manifest.shards})
             if missing:
                 raise ShardError(
-                    f"{self.path} lacks {len(missing)} of {manifest.n_shards} shards, e.g. {shard_name(missing[0])}"
+                    f"{self.path} lacks {len(missing)} of {manifest.n_shards} shards, e.g. "
+                    f"{shard_name(missing[0])}"
                 )
         if complete is not None:
             manifest.complete = complete

@@ -21,7 +21,8 @@ class Member:
 
 
 def expand_grid(sae: dict[str, Any] | list[dict[str, Any]], seed: int | list[int]) -> list[Member]:
-    """Every combination of the listed values, in the order written; several dicts give their grids one after the other.
+    """Every combination of the listed values, in the order written; several dicts give their grids one after
+    the other.
 
     A field that is a list by nature (``matryoshka_widths``) varies only as a list of lists.
 
@@ -59,7 +60,9 @@ def expand_grid(sae: dict[str, Any] | list[dict[str, Any]], seed: int | list[int
 
 
 def _naming_keys(members: list[dict[str, Any]], differing: list[str], listed: list[str]) -> list[str]:
-    """The architecture and the axes of the grid, and as many more of the differing fields as tell all members apart."""
+    """The architecture and the axes of the grid, and as many more of the differing fields as tell all members
+    apart.
+    """
     chosen = [key for key in differing if key == "architecture" or key in listed]
 
     def n_apart(keys: list[str]) -> int:

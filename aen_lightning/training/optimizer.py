@@ -23,11 +23,12 @@ class OptimizerSettings:
     Args:
         lr: Learning rate.
         optimizer: Class path of a ``torch.optim.Optimizer`` that takes ``params, lr=...``.
-        optimizer_kwargs: Further arguments of the optimizer. Adam and AdamW run fused (not in mixed precision) unless
-            ``fused`` is given.
+        optimizer_kwargs: Further arguments of the optimizer. Adam and AdamW run fused (not in mixed
+            precision) unless ``fused`` is given.
         lr_scheduler_name: SAELens's ``constant``, ``cosineannealing`` or ``cosineannealingwarmrestarts``.
         lr_warm_up_steps: Optimizer steps of linear warm-up.
-        lr_decay_steps: Optimizer steps of linear decay to zero at the end; needs ``max_steps`` on the Trainer.
+        lr_decay_steps: Optimizer steps of linear decay to zero at the end; needs ``max_steps`` on the
+            Trainer.
         lr_end: Rate at the end of a cosine schedule. None: a tenth of ``lr``, as in SAELens.
         n_restart_cycles: Cycles of ``cosineannealingwarmrestarts``.
 
@@ -62,7 +63,8 @@ class OptimizerSettings:
             found = getattr(importlib.import_module(module_name), name)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
-                f"optimizer must be the class path of a torch optimizer such as 'torch.optim.AdamW', got {self.optimizer!r}"
+                "optimizer must be the class path of a torch optimizer such as 'torch.optim.AdamW', got "
+                f"{self.optimizer!r}"
             ) from error
         if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
             raise ValueError(f"optimizer {self.optimizer!r} is not a torch.optim.Optimizer")
@@ -88,7 +90,8 @@ class OptimizerSettings:
             groups: The parameters of each SAE.
             training_steps: Length of the run in optimizer steps; infinite if it is not known.
             device: Where the parameters are.
-            mixed_precision: Whether Lightning clips gradients of scaled or autocast losses; it does not with a fused Adam.
+            mixed_precision: Whether Lightning clips gradients of scaled or autocast losses; it does not with
+                a fused Adam.
             optimizer_class: In place of the one named, with the same arguments.
 
         Raises:

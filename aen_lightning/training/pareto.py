@@ -23,7 +23,8 @@ def sweep_table(trainer: pl.Trainer, module: SweepModule, datamodule: pl.Lightni
     (values,) = trainer.validate(module, datamodule=datamodule, verbose=False) or [{}]
     if not values:
         raise ValueError(
-            f"{type(datamodule).__name__} has no validation split to compare the sweep on: hold some documents or rows out"
+            f"{type(datamodule).__name__} has no validation split to compare the sweep on: hold some "
+            "documents or rows out"
         )
     rows = []
     for member, tracked in zip(module.members, module.tracked, strict=True):
@@ -42,8 +43,9 @@ def sweep_table(trainer: pl.Trainer, module: SweepModule, datamodule: pl.Lightni
 def write_table(table: pd.DataFrame, folder: Path) -> list[Path]:
     """Write ``sweep.csv``, ``sweep.parquet`` and ``pareto.json`` and return their paths.
 
-    ``pareto.json`` has for each pair of metrics (``explained_variance`` and ``dead_features_pct`` against ``l0``) and each
-    architecture the points that no other of that architecture beats in both, sorted by L0, with their names.
+    ``pareto.json`` has for each pair of metrics (``explained_variance`` and ``dead_features_pct`` against
+    ``l0``) and each architecture the points that no other of that architecture beats in both, sorted by L0,
+    with their names.
     """
     folder.mkdir(parents=True, exist_ok=True)
     csv, parquet, pareto = folder / SWEEP_FILE, folder / SWEEP_PARQUET_FILE, folder / PARETO_FILE

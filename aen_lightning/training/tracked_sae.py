@@ -19,7 +19,10 @@ from aen_lightning.saes.step_schedule import StepSchedule
 
 
 def new_sae(cfg: TrainingSAEConfig, seed: int | None) -> TrainingSAE[Any]:
-    """An untrained SAE of any SAELens architecture; ``seed`` is of its initial weights, None: the global generator."""
+    """An untrained SAE of any SAELens architecture.
+
+    ``seed`` is of its initial weights, None: the global generator.
+    """
     with temporary_seed(seed):
         return cast("TrainingSAE[Any]", TrainingSAE.from_dict(cfg.to_dict()))
 
@@ -55,9 +58,11 @@ class TrackedSAE(nn.Module):
         return self.n_forward_passes_since_fired > self.dead_feature_window
 
     def coefficients(self, n_training_steps: int) -> dict[str, Any]:
-        """SAELens's loss coefficients after ``n_training_steps`` finished steps, warm-up and multiplier included.
+        """SAELens's loss coefficients after ``n_training_steps`` finished steps, warm-up and multiplier
+        included.
 
-        A number each, those of sparsity (``l1``, ``l0``) a scalar tensor, so that a multiplier on a GPU is never waited for.
+        A number each, those of sparsity (``l1``, ``l0``) a scalar tensor, so that a multiplier on a GPU is
+        never waited for.
         """
         values: dict[str, Any] = {}
         for name, cfg in self.sae.get_coefficients().items():
@@ -101,7 +106,10 @@ class TrackedSAE(nn.Module):
         self.n_forward_passes_since_fired.add_(1).masked_fill_(n_firings > 0, 0)
 
     def log_values(self, output: TrainStepOutput, n_training_steps: int) -> dict[str, Any]:
-        """What SAELens logs of a step, under its keys. Collective: every rank must call it at the same steps."""
+        """What SAELens logs of a step, under its keys.
+
+        Collective: every rank must call it at the same steps.
+        """
         self.train_metrics.update(x=output.sae_in, x_hat=output.sae_out, feature_acts=output.feature_acts)
         values = self.train_metrics.compute()
         self.train_metrics.reset()

@@ -11,8 +11,8 @@ from aen_lightning.cli.main import main
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these thresholds")
 
-# after 16 MiB were taken and given back, how much of it does the heap still hold? (mallinfo2 is ten sizes; the last two are the
-# bytes free in the heap and, of these, at its top)
+# after 16 MiB were taken and given back, how much of it does the heap still hold? (mallinfo2 is ten sizes;
+# the last two are the bytes free in the heap and, of these, at its top)
 _KEPT = """
 import ctypes
 {before}

@@ -1,4 +1,7 @@
-"""Reading activations for training: the order, the split, scaling, resume, several hooks, SAELens's cache, ranks."""
+"""Reading activations for training.
+
+The order, the split, scaling, resume, several hooks, SAELens's cache, ranks.
+"""
 
 import itertools
 import threading
@@ -37,7 +40,8 @@ def first(data: ActivationsDataModule, n: int) -> list[Any]:
     return batches
 
 
-# --- the order ---------------------------------------------------------------------------------------------------------
+# --- the order
+# ---------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=200, deadline=None)
@@ -110,7 +114,8 @@ def test_order_rejects_nonsense():
         ShuffledOrder(10, seed=0, block_rows=0)
 
 
-# --- batches -----------------------------------------------------------------------------------------------------------
+# --- batches
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_epoch_of_batches_has_every_row_once(tmp_path: Path):
@@ -234,7 +239,8 @@ def test_damaged_shard_is_named_before_training(tmp_path: Path):
         set_up(tmp_path)
 
 
-# --- under a Trainer -----------------------------------------------------------------------------------------------------
+# --- under a Trainer
+# -----------------------------------------------------------------------------------------------------
 
 
 class Recorder(pl.LightningModule):

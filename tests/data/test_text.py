@@ -52,7 +52,8 @@ def take(datamodule: TextActivationsDataModule, n: int) -> list[Any]:
     return list(islice(iter(datamodule.train_dataloader()), n))
 
 
-# --- what a batch holds -----------------------------------------------------------------------------------------
+# --- what a batch holds
+# -----------------------------------------------------------------------------------------
 
 
 def test_unshuffled_batches_are_the_whole_models_hidden_states_without_special_tokens(
@@ -148,7 +149,8 @@ def test_average_scaling_measures_the_beginning_of_the_dataset_and_costs_trainin
     assert raw.token_counts == scaled.token_counts
 
 
-# --- evaluation -------------------------------------------------------------------------------------------------
+# --- evaluation
+# -------------------------------------------------------------------------------------------------
 
 
 def test_evaluation_is_repeatable_shared_by_ranks_and_finite(folder: str, text_file: str, monkeypatch: Any):
@@ -175,7 +177,8 @@ def test_n_eval_batches_limits_the_batches(folder: str, text_file: str):
     assert len(list(make(folder, text_file, held_out_documents=40, n_eval_batches=2).test_dataloader())) == 2
 
 
-# --- order, randomness, resuming ----------------------------------------------------------------------------------
+# --- order, randomness, resuming
+# ----------------------------------------------------------------------------------
 
 
 def test_the_global_generator_is_neither_used_nor_heeded(folder: str, text_file: str):
@@ -323,7 +326,8 @@ def test_the_model_is_in_no_checkpoint(folder: str, text_file: str, tmp_path: Pa
     assert list(torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]) == ["weight"]
 
 
-# --- errors before any work ---------------------------------------------------------------------------------------
+# --- errors before any work
+# ---------------------------------------------------------------------------------------
 
 
 def test_setup_reads_no_weights_and_a_wrong_hook_is_an_error(tmp_path: Path, text_file: str):

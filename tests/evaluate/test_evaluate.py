@@ -1,4 +1,7 @@
-"""Evaluation: formulas by hand, agreement with SAELens's `run_evals` on the same tokens, splicing, inputs, the command."""
+"""Evaluation.
+
+Formulas by hand, agreement with SAELens's `run_evals` on the same tokens, splicing, inputs, the command.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +123,8 @@ def identity_dictionary(normalize_activations: str) -> SAE[Any]:
     return sae.requires_grad_(False)
 
 
-# --- formulas by hand ---------------------------------------------------------------------------------------------
+# --- formulas by hand
+# ---------------------------------------------------------------------------------------------
 
 
 def test_metrics_by_hand():
@@ -162,7 +166,8 @@ def test_utilisation_by_hand():
     assert alone["gini"] == pytest.approx(1 - 1 / 200)
     assert alone["normalized_entropy"] == pytest.approx(0, abs=1e-12)
     assert alone["top_1pct_mass"] == 1
-    # rates 1 and 3: mean absolute difference 1 over all ordered pairs, over twice the mean of 2; entropy of (1/4, 3/4) over log 2
+    # rates 1 and 3: mean absolute difference 1 over all ordered pairs, over twice the mean of 2; entropy of
+    # (1/4, 3/4) over log 2
     two = utilisation(torch.tensor([3.0, 1.0]))
     assert two["gini"] == pytest.approx(0.25)
     assert two["normalized_entropy"] == pytest.approx(-(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75)))
@@ -206,7 +211,8 @@ def test_jackknife_of_metrics_pools_groups_and_estimates_their_spread():
     assert jackknife_metric([MSE(), groups[0]])["value"] == pytest.approx(groups[0].compute().item())
 
 
-# --- the whole of it against SAELens ------------------------------------------------------------------------------
+# --- the whole of it against SAELens
+# ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])
@@ -358,7 +364,8 @@ def test_transcoders_are_refused(tmp_path: Path):
         load_dictionary(tmp_path)
 
 
-# --- splicing -----------------------------------------------------------------------------------------------------
+# --- splicing
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "gemma2", "opt"])
@@ -386,7 +393,10 @@ def test_splicing_its_own_activation_changes_nothing_and_another_one_does(family
 
 
 def test_zeroed_heads_are_a_zeroed_attention_output():
-    """Two hooks that must agree: without a bias, no input to the output projection is no output of attention."""
+    """Two hooks that must agree.
+
+    Without a bias, no input to the output projection is no output of attention.
+    """
     lm, tokens = tiny_model("llama"), torch.randint(4, 64, (2, 7))
     logits = []
     for kind in ("attn.hook_z", "hook_attn_out"):
@@ -405,7 +415,8 @@ def test_a_hook_beside_the_stream_is_refused():
         splice.__enter__()
 
 
-# --- inputs -------------------------------------------------------------------------------------------------------
+# --- inputs
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_text_inputs_are_the_test_batches_of_training(model_path: str, rows: list[list[int]]):
@@ -485,7 +496,8 @@ def test_nothing_left_to_evaluate_is_said():
         evaluate_reconstruction(dictionary("standard"), Nothing())
 
 
-# --- through Lightning --------------------------------------------------------------------------------------------
+# --- through Lightning
+# --------------------------------------------------------------------------------------------
 
 
 def lightning_test(
@@ -525,7 +537,8 @@ def test_the_callback_on_synthetic_data_and_on_data_it_does_not_know(tmp_path: P
         EvaluateDictionaries(n_rows=0)
 
 
-# --- loading and the command --------------------------------------------------------------------------------------
+# --- loading and the command
+# --------------------------------------------------------------------------------------
 
 
 def test_load_dictionary_says_what_is_wrong(tmp_path: Path):

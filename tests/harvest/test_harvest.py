@@ -1,4 +1,7 @@
-"""Harvest: the rows on disk are the full model's activations, whatever cut the run off and however many ranks made them."""
+"""Harvest.
+
+The rows on disk are the full model's activations, whatever cut the run off and however many ranks made them.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +106,8 @@ def as_set(path: Path) -> Counter[tuple[int, bytes]]:
     return Counter((int(i), x.numpy().tobytes()) for i, x in zip(ids, activations, strict=True))
 
 
-# --- what is on disk ---------------------------------------------------------------------------------------------------
+# --- what is on disk
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_rows_are_the_full_models_activations(
@@ -275,7 +279,8 @@ def test_a_bos_separator_opens_the_document_it_precedes():
     assert starts.tolist() == [True, False, False, False, True, False]
 
 
-# --- errors, and runs that are cut off -----------------------------------------------------------------------------------
+# --- errors, and runs that are cut off
+# -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -328,7 +333,10 @@ def test_run_again_does_nothing_and_other_settings_are_refused(tmp_path: Path, l
 
 
 def test_deleted_shard_is_made_again(tmp_path: Path, llama: str, text: str):
-    """What the reader's error advises for a damaged shard. The tokens are gone by then, and are made again."""
+    """What the reader's error advises for a damaged shard.
+
+    The tokens are gone by then, and are made again.
+    """
     first = harvest(tmp_path / "set", llama, text)
     before = as_set(tmp_path / "set")
     (tmp_path / "set" / first.shards[1].file).unlink()
@@ -373,7 +381,8 @@ class Slow(pl.Callback):
         time.sleep(float(os.environ["PAUSE"]))
         with open(os.environ["OUT"] + f".bytes{trainer.global_rank}", "w") as f:
             f.write(str(parameter_bytes(module.language_model.model)))
-        # threads would gather sharded weights in an order of their own, and the ranks wait for each other for ever
+        # threads would gather sharded weights in an order of their own, and the ranks wait for each other for
+        # ever
         assert not os.environ.get("FSDP") or module.language_model._rows is None
 
 if __name__ == "__main__":
@@ -506,7 +515,8 @@ def test_two_ranks_of_fsdp2_equal_one_process_and_hold_half_the_parameters(
     assert max(sharded) < 0.55 * total
 
 
-# --- the whole way, and the command line -------------------------------------------------------------------------------
+# --- the whole way, and the command line
+# -------------------------------------------------------------------------------
 
 
 def test_an_activations_data_module_reads_a_harvest(tmp_path: Path, llama: str, text: str):

@@ -67,7 +67,10 @@ def save(folder: Path, name: str, content: Any) -> Path:
 
 
 def published_forward(content: dict[str, Any], x: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
-    """The authors' formulas (spec, sections 1 and 4) in float64, in their own layout: scale, encode, decode, unscale."""
+    """The authors' formulas (spec, sections 1 and 4) in float64, in their own layout.
+
+    Scale, encode, decode, unscale.
+    """
     s = {name: t.double() for name, t in content["model_state_dict"].items()}
     norm = x.norm(dim=-1, keepdim=True)
     scaled = x * D_IN**0.5 / norm

@@ -169,7 +169,8 @@ def test_the_snippet_in_the_card_works(
     push(make_run(tmp_path / "run"), REPO)
     snippets = re.findall(r"```python\n(.*?)```", hub.files(REPO)["README.md"].decode(), re.DOTALL)
     assert len(snippets) == 2
-    # SAELens and snapshot_download were imported with another endpoint: fill the cache, then run the snippets from it
+    # SAELens and snapshot_download were imported with another endpoint: fill the cache, then run the snippets
+    # from it
     pull(REPO)
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
     for snippet in snippets:
@@ -183,7 +184,8 @@ def test_secrets_and_local_paths_are_not_published(
 ) -> None:
     config = (
         "seed_everything: 1\nmodel: {lr: 0.1}\n"
-        "data: {init_args: {dataset_path: /home/me/text.jsonl, model_from_pretrained_kwargs: {token: abc123}, x: hf_aaaaaaaaaaaaaaaaaaaaaaaa}}\n"
+        "data: {init_args: {dataset_path: /home/me/text.jsonl, model_from_pretrained_kwargs: {token: "
+        "abc123}, x: hf_aaaaaaaaaaaaaaaaaaaaaaaa}}\n"
     )
     run = make_run(tmp_path / "run", config=config)
     cfg_file = run / "sae" / "final" / "cfg.json"

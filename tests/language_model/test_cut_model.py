@@ -1,4 +1,6 @@
-"""Hooks and cut models against the whole models of transformers, and against TransformerLens's own activations."""
+"""Hooks and cut models against the whole models of transformers, and against TransformerLens's own
+activations.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Measures against a known dictionary: hand-worked numbers, and agreement with the metric used in training."""
+"""Measures against a known dictionary.
+
+Hand-worked numbers, and agreement with the metric used in training.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,10 @@ from tests.support.tiny_models import D_MODEL, EOS, save_tiny_model, tiny_model,
 
 
 def reference(dictionary: Path, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes by the whole language model of transformers and SAELens's own encode, in float64: (rows, context, d_sae); and keep."""
+    """Codes by the whole language model of transformers and SAELens's own encode, in float64.
+
+    (rows, context, d_sae); and keep.
+    """
     sae = SAE.load_from_disk(dictionary).double()
     lm = AutoModelForCausalLM.from_pretrained(sae.cfg.metadata.model_name, dtype=torch.float64)
     with torch.no_grad():

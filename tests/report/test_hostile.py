@@ -1,4 +1,7 @@
-"""A stranger's dictionaries, runs and results in the report: whatever they hold is text, and nothing of it runs."""
+"""A stranger's dictionaries, runs and results in the report.
+
+Whatever they hold is text, and nothing of it runs.
+"""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ def make_sae(**overrides: Any) -> AENTrainingSAE:
     return AENTrainingSAE(AENTrainingSAEConfig(**{**fields, **overrides}))
 
 
-# --- the method ----------------------------------------------------------------------------------------------------
+# --- the method
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
@@ -201,7 +202,8 @@ def test_micro_batches_keep_the_half_life_in_training_steps():
     assert_close(parts.firing_rate_ema, whole.firing_rate_ema)
 
 
-# --- precision -----------------------------------------------------------------------------------------------------
+# --- precision
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_statistics_stay_in_float32_when_the_sae_is_half_precision():
@@ -221,7 +223,8 @@ def test_float64_sae_keeps_float64_statistics():
     assert sae.feature_acts_ema.dtype == sae.l1_weights.dtype == torch.float64
 
 
-# --- doors of SAELens ----------------------------------------------------------------------------------------------
+# --- doors of SAELens
+# ----------------------------------------------------------------------------------------------
 
 
 def test_registered_under_its_string():
@@ -352,7 +355,8 @@ def test_without_a_coefficient_for_l2_the_configs_counts():
     assert torch.equal(sae.training_forward_pass(given).loss, sae.training_forward_pass(left_out).loss)
 
 
-# --- config --------------------------------------------------------------------------------------------------------
+# --- config
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_defaults_are_those_published_for_pythia():
@@ -403,7 +407,8 @@ def test_every_value_is_validated_by_name(name: str, value: Any, expected: str):
         AENTrainingSAEConfig(**fields)
 
 
-# --- the step on the non-zeros -----------------------------------------------------------------------------------------
+# --- the step on the non-zeros
+# -----------------------------------------------------------------------------------------
 
 
 def sparse_and_dense(**overrides: Any) -> tuple[AENTrainingSAE, AENTrainingSAE]:

@@ -63,7 +63,8 @@ def test_adaptive_weights_refuse_a_fraction_outside_its_range(fraction: float):
 
 
 def test_starvation_guard_by_hand():
-    # mean rate .0278, a tenth of it .00278: the third feature is above that, the second pays .001 / .00278 of its penalty
+    # mean rate .0278, a tenth of it .00278: the third feature is above that, the second pays .001 / .00278 of
+    # its penalty
     rates = torch.tensor([0.0, 0.001, 0.0102, 0.1], dtype=torch.float64)
     expected = torch.tensor([0.02, 0.001 / 0.00278, 1, 1], dtype=torch.float64)
     for unit in (1.0, 1e-4):  # rates count relative to each other

@@ -159,9 +159,12 @@ def test_several_saes_in_saelens_multi_runner(model_path: str, dataset: Dataset,
 def test_saelens_command_line_takes_the_architecture(model_path: str, dataset: Dataset, tmp_path: Path):
     dataset.to_parquet(tmp_path / "data" / "train.parquet")
     code = main(
-        f"saelens --architecture aen --d_in {D_MODEL} --d_sae 32 --l1_coefficient 0.1 --gamma 0.9 --model_name {model_path} "
-        f"--model_class_name AutoModelForCausalLM --hook_name {HOOK} --dataset_path {tmp_path / 'data'} --streaming false "
-        "--context_size 16 --store_batch_size_prompts 8 --n_batches_in_buffer 16 --train_batch_size_tokens 64 "
+        f"saelens --architecture aen --d_in {D_MODEL} --d_sae 32 --l1_coefficient 0.1 --gamma 0.9 "
+        f"--model_name {model_path} "
+        f"--model_class_name AutoModelForCausalLM --hook_name {HOOK} --dataset_path {tmp_path / 'data'} "
+        "--streaming false "
+        "--context_size 16 --store_batch_size_prompts 8 --n_batches_in_buffer 16 --train_batch_size_tokens "
+        "64 "
         f"--training_tokens 640 --prepend_bos false --log_to_wandb false --output_path {tmp_path / 'out'} "
         f"--checkpoint_path {tmp_path / 'ckpt'}".split()
     )

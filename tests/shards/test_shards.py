@@ -1,4 +1,8 @@
-"""Shards: what is written is what is read, whole or not at all; damage is named; SAELens reads and trains on a conversion."""
+"""Shards.
+
+What is written is what is read, whole or not at all; damage is named; SAELens reads and trains on a
+conversion.
+"""
 
 import json
 import os

@@ -12,7 +12,8 @@ from aen_lightning import compat
 
 def test_adam_gathers_its_tensors_as_on_adam_tensors_expects() -> None:
     assert compat.adam_tensors_known(), (
-        f"torch {torch.__version__} gathers Adam's tensors differently: {inspect.signature(torch.optim.Adam._init_group)}"
+        f"torch {torch.__version__} gathers Adam's tensors differently: "
+        f"{inspect.signature(torch.optim.Adam._init_group)}"
     )
 
 

@@ -1,4 +1,5 @@
-"""Run by test_ddp.py in a clean process: trains on live text on two ranks; each writes the rows of tokens its model was run on.
+"""Run by test_ddp.py in a clean process: trains on live text on two ranks; each writes the rows of tokens its
+model was run on.
 
 Usage: python -m tests.support.ddp_text MODEL_FOLDER TEXT_FILE OUTPUT_FOLDER
 """

@@ -1,4 +1,6 @@
-"""Where huggingface_hub looks for the Hub and its cache, which it reads from the environment when it is imported."""
+"""Where huggingface_hub looks for the Hub and its cache, which it reads from the environment when it is
+imported.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A Hugging Face Hub on the loopback: what huggingface_hub asks of it when it publishes and fetches models, and failures at will.
+"""A Hugging Face Hub on the loopback: what huggingface_hub asks of it when it publishes and fetches models,
+and failures at will.
 
 Large files go through the LFS protocol, downloads answer ranges, commits are atomic and know their parent.
 """
@@ -48,8 +49,9 @@ class Failure:
 
     Args:
         match: Regular expression for "METHOD path".
-        action: ``status``; ``drop`` (close without an answer); ``drop_body`` (close in the middle of the body); ``short`` (a body that is
-            complete, but too short); ``corrupt`` (one byte of the body, or of the upload, differs); ``lost`` (done, but not answered).
+        action: ``status``; ``drop`` (close without an answer); ``drop_body`` (close in the middle of the
+            body); ``short`` (a body that is complete, but too short); ``corrupt`` (one byte of the body, or
+            of the upload, differs); ``lost`` (done, but not answered).
         status: For ``status``.
         headers: For ``status``.
         times: How often.
@@ -144,7 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         pass
 
-    # --- one request ----------------------------------------------------------------------------------------------
+    # --- one request
+    # ----------------------------------------------------------------------------------------------
 
     def _handle(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
@@ -245,7 +248,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "RevisionNotFound", "Invalid rev id")
         return commit
 
-    # --- the API --------------------------------------------------------------------------------------------------
+    # --- the API
+    # --------------------------------------------------------------------------------------------------
 
     def whoami(self) -> None:
         if not self._logged_in:

@@ -1,4 +1,5 @@
-"""The method written out once more with plain tensors and hand-derived gradients, from the formulas of arXiv:2605.05341.
+"""The method written out once more with plain tensors and hand-derived gradients, from the formulas of
+arXiv:2605.05341.
 
 Shares no code with the package: no autograd, no torch.optim, no penalty functions.
 """

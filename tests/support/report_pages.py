@@ -34,7 +34,9 @@ def make_run_trainer(root: Path, **kwargs: Any) -> pl.Trainer:
 
 
 class Page(HTMLParser):
-    """Checks that elements nest, and gathers them, what a browser would fetch, the scripts' data and the text."""
+    """Checks that elements nest, and gathers them, what a browser would fetch, the scripts' data and the
+    text.
+    """
 
     VOID = ("meta", "link", "br", "img", "input", "col", "hr")
 

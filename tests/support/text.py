@@ -21,7 +21,10 @@ def ids_of(document: str) -> list[int]:
 
 
 def packed_by_hand(texts: list[str], context: int) -> Iterator[Tensor]:
-    """Packing with plain lists: a document that does not begin a row has an EOS before it, as SAELens packs."""
+    """Packing with plain lists.
+
+    A document that does not begin a row has an EOS before it, as SAELens packs.
+    """
     row: list[int] = []
     for text in texts:
         tokens = [EOS, *ids_of(text)] if row else ids_of(text)

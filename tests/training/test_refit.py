@@ -71,7 +71,8 @@ def test_it_starts_as_the_dictionary_and_never_leaves_its_support(
 
 
 def test_it_finds_what_an_l1_penalty_took_away() -> None:
-    # one active feature at a time and an orthonormal dictionary: soft thresholding by 0.5 has lost exactly 0.5 of each magnitude
+    # one active feature at a time and an orthonormal dictionary: soft thresholding by 0.5 has lost exactly
+    # 0.5 of each magnitude
     source = random_sae("standard", dtype="float64")
     eye = torch.eye(48, 16, dtype=torch.float64)
     with torch.no_grad():
