@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from aen_lightning import compat
+
 
 class FusedAdam(torch.optim.Adam):
     """``torch.optim.Adam(fused=True)`` that does not copy a transposed parameter to update it.
 
-    PyTorch's fused kernel on CPU takes contiguous memory: it copies a feature-major ``W_enc``, its gradient and both
-    moments at every step, which makes the step several times slower. Adam works element by element, so the kernel gets
-    the transposed views, which are contiguous. Same numbers, same arguments, same state dict.
+    PyTorch's fused kernel on CPU takes contiguous memory: it copies a feature-major ``W_enc``, its gradient and
+    both moments at every step, which makes the step several times slower. Adam works element by element, so the
+    kernel gets the transposed views, which are contiguous. Same numbers, same arguments, same state dict.
 
     Args:
         params: As for ``torch.optim.Adam``.
         **kwargs: As for ``torch.optim.Adam``; ``fused`` is set.
     Raises:
         ValueError: If ``fused=False`` is asked for.
+        TypeError: If this PyTorch's Adam has another inside than the one that this class reaches into.
     """
 
     def __init__(self, params: Any, **kwargs: Any) -> None:
@@ -32,32 +34,25 @@ class FusedAdam(torch.optim.Adam):
                 "use torch.optim.Adam"
             )
         super().__init__(params, **kwargs)
+        compat.on_adam_tensors(self, _contiguous)
 
-    @classmethod
-    def supported(cls) -> bool:
-        """Whether this PyTorch's Adam has the inside that this class reaches into; seen with 2.13."""
-        theirs = getattr(torch.optim.Adam, "_init_group", None)
-        if theirs is None:
-            return False
-        return list(inspect.signature(theirs).parameters) == list(inspect.signature(cls._init_group).parameters)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle or load: what is hooked into an instance does not travel with it."""
+        super().__setstate__(state)
+        compat.on_adam_tensors(self, _contiguous)
 
-    def _init_group(
-        self,
-        group: dict[str, Any],
-        params_with_grad: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        max_exp_avg_sqs: list[Tensor],
-        state_steps: list[Tensor],
-    ) -> bool:
-        lists = (params_with_grad, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
-        has_complex: bool = super()._init_group(group, *lists, state_steps)
-        for i, param in enumerate(params_with_grad):
-            together = [tensors[i] for tensors in lists if tensors]
-            # All or none: the kernel walks the five side by side.
-            if not param.is_contiguous() and all(t.ndim == 2 and t.t().is_contiguous() for t in together):
-                for tensors in lists:
-                    if tensors:
-                        tensors[i] = tensors[i].detach().t()
-        return has_complex
+    @staticmethod
+    def supported() -> bool:
+        """Whether this PyTorch's Adam has the inside that this class reaches into."""
+        return compat.adam_tensors_known()
+
+
+def _contiguous(lists: tuple[list[Tensor], ...]) -> None:
+    """Put the transposed views in the place of matrices that are stored transposed, all of a parameter's or none:
+    the kernel walks parameter, gradient and moments side by side."""
+    for i, param in enumerate(lists[0]):
+        together = [tensors[i] for tensors in lists if tensors]
+        if not param.is_contiguous() and all(t.ndim == 2 and t.t().is_contiguous() for t in together):
+            for tensors in lists:
+                if tensors:
+                    tensors[i] = tensors[i].detach().t()
