@@ -37,7 +37,8 @@ from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
-from aen_lightning import AENTrainingSAE, AENTrainingSAEConfig, penalty, sparse
+from aen_lightning import AENTrainingSAE, AENTrainingSAEConfig, sparse
+from aen_lightning.saes import penalty
 
 SHAPES = ((4096, 512, 4096), (2048, 576, 18432), (1024, 1024, 32768))
 L0S = (16, 32, 64, 128)

@@ -26,16 +26,15 @@ def csr(crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int]) -> Te
 
 @dataclass(frozen=True)
 class SparseCode:
-    """Feature activations of a batch, non-zeros only, ordered by feature and then by token (CSC of (batch, d_sae)).
+    """Feature activations of a batch, non-zeros only, by feature and then by token (CSC of (batch, d_sae)).
 
     Args:
-        feature_offsets: (d_sae + 1,) int64; the entries of feature j are ``feature_offsets[j]:feature_offsets[j + 1]``.
+        feature_offsets: (d_sae + 1,) int64; feature j has the entries
+            ``feature_offsets[j]:feature_offsets[j + 1]``.
         tokens: (nnz,) int64, row of each entry in the batch.
         features: (nnz,) int64, feature of each entry, ascending.
         values: (nnz,) activations, positive (NaN is kept, so that a diverged run shows). No autograd graph.
         shape: (batch, d_sae).
-        scale: (d_sae,) or None. The activations that users see are ``values * scale[features]``; only TopK with
-            ``rescale_acts_by_decoder_norm`` has one, and its loss needs the unscaled values.
     """
 
     feature_offsets: Tensor
@@ -43,7 +42,6 @@ class SparseCode:
     features: Tensor
     values: Tensor
     shape: tuple[int, int]
-    scale: Tensor | None = None
 
     @property
     def nnz(self) -> int:
@@ -61,14 +59,9 @@ class SparseCode:
         return self.feature_offsets.diff()
 
     @cached_property
-    def value_sums(self) -> Tensor:
-        """(d_sae,): sum over the batch of the unscaled values of each feature."""
-        return segment_sums(self.values, self.feature_offsets)
-
-    @cached_property
     def feature_sums(self) -> Tensor:
         """(d_sae,): sum over the batch of each feature's activation; divide by the batch for the mean |h|."""
-        return self.value_sums if self.scale is None else self.value_sums * self.scale
+        return segment_sums(self.values, self.feature_offsets)
 
     @property
     def l0(self) -> Tensor:
@@ -77,8 +70,8 @@ class SparseCode:
 
     @cached_property
     def by_token(self) -> tuple[Tensor, Tensor]:
-        """``(order, token_offsets)``: the permutation of the entries into token order, features ascending in each
-        token, and the (batch + 1,) int64 offsets of the tokens. Together the CSR form."""
+        """``(order, token_offsets)``: the permutation of the entries into token order, features ascending in
+        each token, and the (batch + 1,) int64 offsets of the tokens. Together the CSR form."""
         batch = self.shape[0]
         key = self.tokens.to(torch.int16 if batch < 2**15 else torch.int32)  # radix passes over fewer bytes
         order = key.sort(stable=True).indices
@@ -87,25 +80,22 @@ class SparseCode:
     def csr(self) -> Tensor:
         """(batch, d_sae) ``torch.sparse_csr`` tensor of the activations."""
         order, token_offsets = self.by_token
-        return csr(token_offsets, self.features[order], self._activations()[order], self.shape)
+        return csr(token_offsets, self.features[order], self.values[order], self.shape)
 
     def feature_acts(self) -> Tensor:
-        """(batch, d_sae) coalesced ``torch.sparse_coo`` tensor: the form in which SAELens takes sparse activations."""
+        """(batch, d_sae) coalesced ``torch.sparse_coo`` tensor, in which SAELens takes sparse activations."""
         order, _ = self.by_token
         indices = torch.stack((self.tokens[order], self.features[order]))
         # Sorted by construction; saying so spares the sort that coalesce() would repeat.
         return torch.sparse_coo_tensor(
-            indices, self._activations()[order], self.shape, is_coalesced=True, check_invariants=False
+            indices, self.values[order], self.shape, is_coalesced=True, check_invariants=False
         )
 
     def to_dense(self) -> Tensor:
         """(batch, d_sae) dense activations."""
         dense = self.values.new_zeros(self.shape)
-        dense[self.tokens, self.features] = self._activations()
+        dense[self.tokens, self.features] = self.values
         return dense
-
-    def _activations(self) -> Tensor:
-        return self.values if self.scale is None else self.values * self.scale[self.features]
 
 
 @dataclass(frozen=True)
@@ -113,9 +103,15 @@ class DenseCode:
     """Feature activations of a batch as one (batch, d_sae) tensor, for codes too dense to gain from sparsity.
 
     It answers to the same statistics as :class:`SparseCode`, so that a caller need not ask which one it holds.
+    ``values`` may have half precision (an encoder under autocast); sums are then taken in float32.
+
+    Args:
+        values: (batch, d_sae) activations. No autograd graph.
+        encoder_input: (batch, d_in), what the encoder multiplied, for the backward pass; None: computed there anew.
     """
 
     values: Tensor
+    encoder_input: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -128,14 +124,10 @@ class DenseCode:
         return self.values.count_nonzero(dim=0)
 
     @cached_property
-    def value_sums(self) -> Tensor:
-        """(d_sae,): sum over the batch of each feature's activation."""
-        return self.values.sum(dim=0)
-
-    @property
     def feature_sums(self) -> Tensor:
-        """(d_sae,): as :attr:`value_sums`; a dense code has no scale."""
-        return self.value_sums
+        """(d_sae,): sum over the batch of each feature's activation, at least float32."""
+        dtype = self.values.dtype
+        return self.values.sum(dim=0, dtype=dtype if dtype == torch.float64 else torch.float32)
 
     @property
     def l0(self) -> Tensor:

@@ -36,9 +36,13 @@ def screening_pays(device: torch.device, dtype: torch.dtype) -> bool:
     if dtype != torch.float32:
         return False
     if device.type == "cpu":
-        return bool(torch.cpu.get_capabilities().get("amx_bf16", False)) and torch.backends.mkldnn.is_available()
+        return (
+            bool(torch.cpu.get_capabilities().get("amx_bf16", False)) and torch.backends.mkldnn.is_available()
+        )
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0) and not torch.backends.cuda.matmul.allow_tf32
+        return (
+            torch.cuda.get_device_capability(device) >= (8, 0) and not torch.backends.cuda.matmul.allow_tf32
+        )
     return False
 
 

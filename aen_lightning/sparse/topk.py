@@ -1,0 +1,128 @@
+"""Codes that keep the largest activations: k of each token, or k a token over the whole batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aen_lightning.sparse.codes import SparseCode, offsets_of
+from aen_lightning.sparse.encoding import (
+    BLOCK_ELEMENTS,
+    EncoderBlocks,
+    Entries,
+    check_shapes,
+    encoder_input,
+    joined,
+    nonzero_flat,
+    product_dtype,
+)
+
+_MIN_TOKENS = 256
+_SPARE = 1.5  # how far beyond k a token the entries may grow before the smallest go
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def encode_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None = None,
+    *,
+    k: int,
+    block_elements: int = BLOCK_ELEMENTS,
+) -> SparseCode:
+    """Code of a TopK SAE: the k largest pre-activations of each token, negative ones dropped.
+
+    Args:
+        x: (batch, d_in) activations.
+        W_enc: (d_in, d_sae), float32 or float64.
+        b_enc: (d_sae,).
+        b_dec: (d_in,), subtracted from ``x`` first, or None.
+        k: How many features a token may have, at least 1 and at most d_sae.
+        block_elements: Pre-activations in memory at a time; rounded to whole tokens.
+    Raises:
+        ValueError: If shapes disagree or k is out of range.
+        TypeError: If the parameters are neither float32 nor float64.
+    """
+    check_shapes(x, W_enc, b_enc, b_dec)
+    batch, d_sae = x.shape[0], W_enc.shape[1]
+    if not 1 <= k <= d_sae:
+        raise ValueError(f"k must be between 1 and d_sae = {d_sae}, got {k}")
+    dtype = product_dtype(W_enc)
+    weight, bias = W_enc.detach().to(dtype), b_enc.detach()
+    step = max(_MIN_TOKENS, block_elements // d_sae)
+    values, features = [], []
+    with torch.autocast(x.device.type, enabled=False):
+        for rows in encoder_input(x, W_enc, b_dec).to(dtype).split(step):
+            # The bias promotes a half-precision product, as it does in dense code.
+            top = (torch.mm(rows, weight) + bias).topk(k, dim=1, sorted=False)
+            features.append(top.indices)
+            values.append(top.values)
+    value, feature = torch.cat(values).view(-1), torch.cat(features).view(-1)
+    token = torch.arange(batch, device=x.device).repeat_interleave(k)
+    kept = nonzero_flat(value <= 0)
+    value, feature, token = value[kept], feature[kept], token[kept]
+    order = feature.to(torch.int32).sort(stable=True).indices
+    return SparseCode(offsets_of(feature, d_sae), token[order], feature[order], value[order], (batch, d_sae))
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def encode_batch_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None = None,
+    *,
+    k: float,
+    screen: bool | None = None,
+    block_elements: int = BLOCK_ELEMENTS,
+) -> SparseCode:
+    """Code of a BatchTopK SAE: the ``int(k * batch)`` largest pre-activations of the batch, negative ones dropped.
+
+    The least activation kept is ``code.values.min()``, from which SAELens learns the threshold of the JumpReLU SAE
+    that it exports. Of equal activations at that level an arbitrary one is kept, as by ``torch.topk``.
+
+    Args:
+        x: (batch, d_in) activations.
+        W_enc: (d_in, d_sae), float32 or float64.
+        b_enc: (d_sae,).
+        b_dec: (d_in,), subtracted from ``x`` first, or None.
+        k: Mean number of features a token may have, a real number above 0 and at most d_sae, as in SAELens.
+        screen: As in :func:`~aen_lightning.sparse.encode`.
+        block_elements: Pre-activations in memory at a time; rounded to whole features.
+    Raises:
+        ValueError: If shapes disagree, k is out of range, or ``k * batch`` is less than one activation.
+        TypeError: If the parameters are neither float32 nor float64.
+    """
+    blocks = EncoderBlocks(x, W_enc, b_enc, b_dec, screen, block_elements)
+    n_kept = int(k * blocks.batch)
+    if not (0 < k <= blocks.d_sae and n_kept >= 1):
+        raise ValueError(
+            f"k must be above 0, at most d_sae = {blocks.d_sae}, and keep at least one activation of a batch of "
+            f"{blocks.batch}, got {k}"
+        )
+    parts: list[Entries] = []
+    floor = None
+    with torch.autocast(x.device.type, enabled=False):
+        for start in blocks:
+            parts.append(blocks.entries(start, floor))
+            # What n_kept activations already exceed cannot be kept: the later blocks leave it out at once.
+            if _count(parts) > _SPARE * n_kept:
+                parts = [_largest(joined(parts), n_kept)]
+                floor = parts[0][2].min()
+        if _count(parts) > n_kept:
+            parts = [_largest(joined(parts), n_kept)]
+        return blocks.code(parts)
+
+
+def _count(parts: list[Entries]) -> int:
+    return sum(values.numel() for _, _, values in parts)
+
+
+def _largest(entries: Entries, n: int) -> Entries:
+    """The n entries of largest value (NaN above all), in their order."""
+    tokens, features, values = entries
+    kept = values.topk(n, sorted=False).indices.sort().values
+    return tokens[kept], features[kept], values[kept]
