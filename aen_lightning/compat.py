@@ -11,7 +11,7 @@ from typing import Any
 
 
 def adam_tensors_known() -> bool:
-    """Whether ``torch.optim.Adam`` gathers its tensors in the way :func:`on_adam_tensors` knows (torch 2.6 to 2.13)."""
+    """Whether ``torch.optim.Adam`` gathers its tensors in the way :func:`on_adam_tensors` knows (seen: 2.13)."""
     import inspect
 
     import torch

@@ -8,12 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from aen_lightning.sparse.codes import SparseCode, csr, offsets_of
+from aen_lightning.sparse.products import triton_serves
 from aen_lightning.sparse.screening import screen_features, screen_tokens, screening_pays
 
 # One block of pre-activations: 16 MiB in float32. Larger blocks leave the cache (and glibc maps them anew each
 # time), smaller ones waste the packing that BLAS does for every product.
 BLOCK_ELEMENTS = 2**22
 _MIN_FEATURES = 256
+# Room for one activation in 64: by arithmetic twice the density up to which a GPU gains (not measured).
+_CAPACITY_SHARE = 64
+_MIN_CAPACITY = 2**12
+_KERNEL_BLOCK_ELEMENTS = 2**24  # 4096 features of 4096 tokens: meant to fit a GPU's cache (not measured)
 # Above this share of candidates in a block, the full-precision product of the block is cheaper than its samples.
 _MAX_CANDIDATES = 0.02
 _ALL_TRUE = 0x0101010101010101  # eight True bytes, in either byte order
@@ -117,6 +122,31 @@ class EncoderBlocks:
             )
         return tokens, features + start, values
 
+    def code_by_kernels(self, floor: Tensor | None, capacity: int | None = None) -> SparseCode:
+        """The code of all blocks by the Triton kernels, with one synchronisation at the end, to learn its size.
+
+        Args:
+            floor: (d_sae,), at least 0, in the parameters' dtype; None for 0.
+            capacity: Entries to make room for at first; a code that needs more is made a second time.
+        """
+        from aen_lightning.sparse import triton_kernels
+
+        bias = self._bias.contiguous()
+        floor = torch.zeros_like(bias) if floor is None else floor.contiguous()
+        room = capacity or max(_MIN_CAPACITY, self.batch * self.d_sae // _CAPACITY_SHARE)
+        offsets = torch.zeros(self.d_sae + 1, dtype=torch.int64, device=bias.device)
+        tokens, features = (torch.empty(room, dtype=torch.int64, device=bias.device) for _ in range(2))
+        values = torch.empty(room, dtype=bias.dtype, device=bias.device)
+        for start in self:
+            block = slice(start, start + self._step)
+            weight = self._weight[block].to(self._inputs.dtype)
+            z = torch.mm(weight, self._inputs.t(), out=self._buffer[: weight.shape[0]])
+            triton_kernels.compact(z, bias[block], floor[block], start, offsets, tokens, features, values)
+        nnz = int(offsets[-1])
+        if nnz > room:
+            return self.code_by_kernels(floor, nnz)
+        return SparseCode(offsets, tokens[:nnz], features[:nnz], values[:nnz], (self.batch, self.d_sae))
+
     def code(self, parts: list[Entries]) -> SparseCode:
         """The code of all entries kept; they lie in feature order."""
         tokens, features, values = joined(parts)
@@ -141,7 +171,7 @@ def encode(
     *,
     threshold: Tensor | None = None,
     screen: bool | None = None,
-    block_elements: int = BLOCK_ELEMENTS,
+    block_elements: int | None = None,
 ) -> SparseCode:
     """Code of a ReLU SAE, ``relu((x - b_dec) @ W_enc + b_enc)``, or of a JumpReLU SAE, as its non-zeros.
 
@@ -157,7 +187,7 @@ def encode(
             feature's threshold. No gradient reaches it. None for ReLU.
         screen: Rule out negative pre-activations with a certified bfloat16 product and compute the rest in full
             precision (:mod:`aen_lightning.sparse.screening`). The same code to rounding. None: where it pays.
-        block_elements: Pre-activations in memory at a time; rounded to whole features.
+        block_elements: Pre-activations in memory at a time, rounded to whole features; None: by device.
     Returns:
         The code, without autograd graph: :func:`~aen_lightning.sparse.loss` knows its derivative.
     Raises:
@@ -171,8 +201,13 @@ def encode(
                 "expand one threshold for all features"
             )
         threshold = threshold.detach().to(b_enc.dtype).clamp_min(0)
-    blocks = EncoderBlocks(x, W_enc, b_enc, b_dec, screen, block_elements)
+    kernels = not screen and triton_serves(x.device)  # they read a block twice at most: nothing to screen
+    if block_elements is None:
+        block_elements = _KERNEL_BLOCK_ELEMENTS if kernels else BLOCK_ELEMENTS
+    blocks = EncoderBlocks(x, W_enc, b_enc, b_dec, False if kernels else screen, block_elements)
     with torch.autocast(x.device.type, enabled=False):
+        if kernels:
+            return blocks.code_by_kernels(threshold)
         return blocks.code([blocks.entries(start, threshold) for start in blocks])
 
 
