@@ -40,9 +40,13 @@ class AENCLI(LightningCLI):
             help="CPU threads torch uses in this process. None: torch's default. One thread is often faster on shared cores.",
         )
 
+    def _setting(self, config: Any, key: str) -> Any:
+        """A value that is in the subcommand's section if there are subcommands."""
+        return config.get(str(self.subcommand), config).get(key)
+
     def before_instantiate_classes(self) -> None:
         """Apply process-wide settings before any tensor is made."""
-        n_threads = self._get(self.config, "num_threads")
+        n_threads = self._setting(self.config, "num_threads")
         if n_threads is not None:
             if n_threads < 1:
                 raise ValueError(f"num_threads must be >= 1, got {n_threads}")
@@ -50,8 +54,8 @@ class AENCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Give the Trainer both loggers where the config names none."""
-        if self._get(self.config_init, "trainer.logger") in (None, True) and "logger" not in kwargs:
-            root = self._get(self.config_init, "trainer.default_root_dir") or str(Path.cwd())
+        if self._setting(self.config_init, "trainer.logger") in (None, True) and "logger" not in kwargs:
+            root = self._setting(self.config_init, "trainer.default_root_dir") or str(Path.cwd())
             csv = CSVLogger(root, name="")
             kwargs["logger"] = [csv, TensorBoardLogger(root, name="", version=csv.version)]
         return super().instantiate_trainer(**kwargs)

@@ -14,12 +14,12 @@ from aen_lightning.data.token_filter import TokenFilter
 from aen_lightning.files import DTYPES, ModelDtype
 from aen_lightning.language_model.cut_model import (
     CutModel,
-    Hook,
     cut_model,
     load_config,
     load_cut_model,
     resolve_hooks,
 )
+from aen_lightning.language_model.hook_points import Hook
 
 
 class HarvestModule(pl.LightningModule):
@@ -30,7 +30,7 @@ class HarvestModule(pl.LightningModule):
 
     Args:
         model_name: Hub name or folder of a Hugging Face causal language model.
-        hook_names: Which activations, all taken in one pass. See ``aen_lightning.language_model.cut_model.resolve_hook``.
+        hook_names: Which activations, all taken in one pass. See ``aen_lightning.language_model.hook_points.resolve_hook``.
         revision: Branch, tag or commit on the Hub.
         model_dtype: Of weights and computation: ``float32``, ``bfloat16`` or ``float16``.
         dtype: On disk; None: the same.

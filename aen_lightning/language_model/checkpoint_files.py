@@ -1,4 +1,4 @@
-"""Which files of a sharded checkpoint a cut model needs, and under which keys its weights lie there."""
+"""Which files of a checkpoint a cut model needs, and under which keys its weights lie there."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
+from aen_lightning.compat import find_in_repository
 from aen_lightning.files import read_json, write_json
 from aen_lightning.language_model.hook_points import after_layers_paths, base_prefix, layers_path
 
@@ -41,8 +42,8 @@ def checkpoint_keys(base_model: PreTrainedModel, available: Collection[str]) -> 
     return found
 
 
-def needed_shards(config: PretrainedConfig, layer: int, weight_map: dict[str, str]) -> list[str]:
-    """File names of a sharded checkpoint that hold anything but blocks above ``layer``, the final norm and the LM head.
+def needed_files(config: PretrainedConfig, layer: int, weight_map: dict[str, str]) -> list[str]:
+    """Names of the files of a checkpoint that hold anything but blocks above ``layer``, the final norm and the LM head.
 
     Args:
         config: Of the whole model.
@@ -62,29 +63,25 @@ def needed_shards(config: PretrainedConfig, layer: int, weight_map: dict[str, st
 
 
 @contextmanager
-def without_upper_shards(
+def without_upper_layers(
     model_name: str, config: PretrainedConfig, layer: int, *, revision: str, kwargs: dict[str, Any]
 ) -> Iterator[str]:
-    """A stand-in for ``model_name`` without the shards that hold only layers above ``layer``: never fetched or opened.
+    """A stand-in for ``model_name`` without the files that hold only layers above ``layer``: never fetched or opened.
 
     Yields ``model_name`` itself where there is nothing to leave out: a checkpoint in one file, or not in safetensors.
     """
     unusual = {"gguf_file", "subfolder", "variant", "use_safetensors", "state_dict"} & kwargs.keys()
     hub = {"revision": revision} | {k: v for k, v in kwargs.items() if k in _HUB_KWARGS}
-    index_file = None
-    if not unusual:
-        index_file = cached_file(
-            model_name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub
-        )
+    index_file = None if unusual else find_in_repository(model_name, SAFE_WEIGHTS_INDEX_NAME, **hub)
     if index_file is None:
         yield model_name
         return
     index = read_json(index_file)
-    files = needed_shards(config, layer, index["weight_map"])
+    files = needed_files(config, layer, index["weight_map"])
     if len(files) == len(set(index["weight_map"].values())):
         yield model_name
         return
-    with TemporaryDirectory(prefix="aen-shards-") as folder:
+    with TemporaryDirectory(prefix="aen-checkpoint-") as folder:
         for file in files:
             source = cached_file(model_name, file, **hub)
             assert source is not None  # cached_file raises for a file that the index names and the repository lacks

@@ -6,7 +6,6 @@ above, and the final norm is replaced by the identity, so that ``last_hidden_sta
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
+from aen_lightning.compat import with_own_children
 from aen_lightning.files import DTYPES, ModelDtype
 from aen_lightning.language_model.batch_threads import RowParallel
-from aen_lightning.language_model.checkpoint_files import checkpoint_keys, needed_shards, without_upper_shards
+from aen_lightning.language_model.checkpoint_files import without_upper_layers
 from aen_lightning.language_model.hook_points import (
-    FAMILIES,
     Hook,
     HookReader,
     after_layers,
@@ -30,15 +29,9 @@ from aen_lightning.language_model.hook_points import (
     resolve_hook,
 )
 
-__all__ = [
-    "FAMILIES", "ActivationModel", "CutModel", "Hook", "build_cut_model", "checkpoint_keys",
-    "cut_config", "cut_model", "layers_of", "load_config", "load_cut_model", "needed_shards", "resolve_hook",
-    "resolve_hooks",
-]  # fmt: skip
-
 
 class ActivationModel(Protocol):
-    """What a data module needs of a language model: ``CutModel`` here and ``TLModel`` in ``tl_models`` have it."""
+    """What a data module needs of a language model: ``CutModel`` and ``TLModel`` have it."""
 
     hooks: tuple[Hook, ...]
 
@@ -126,8 +119,10 @@ class CutModel:
 def load_config(
     model_name: str, *, revision: str | None = None, model_from_pretrained_kwargs: dict[str, Any] | None = None
 ) -> PretrainedConfig:
-    """The config of a model, with what ``model_from_pretrained_kwargs`` says about where to find it."""
-    passed = ("gguf_file", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
+    """The config of a model, with what ``model_from_pretrained_kwargs`` says about where to find it and its attention."""
+    passed = (
+        "gguf_file", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code", "attn_implementation",
+    )  # fmt: skip
     kwargs = {k: v for k, v in (model_from_pretrained_kwargs or {}).items() if k in passed}
     return AutoConfig.from_pretrained(model_name, revision=revision or "main", **kwargs)
 
@@ -194,14 +189,14 @@ def load_cut_model(
     hooks = resolve_hooks(config, hook_names)
     deepest, at = max(h.layer for h in hooks), revision or "main"
     with (
-        without_upper_shards(model_name, config, deepest, revision=at, kwargs=kwargs) as source,
+        without_upper_layers(model_name, config, deepest, revision=at, kwargs=kwargs) as source,
         _unread_weights_are_no_news(),
     ):
         model, info = AutoModel.from_pretrained(
             source, config=cut_config(config, deepest), revision=at, dtype=DTYPES[dtype], output_loading_info=True,
             **kwargs,
         )  # fmt: skip
-    model.name_or_path = model.config._name_or_path = model_name
+    model.name_or_path = model.config.name_or_path = model_name
     unread = tuple(f"{path}." for path in after_layers(model))
     if missing := sorted(key for key in info["missing_keys"] if not key.startswith(unread)):
         raise ValueError(
@@ -221,7 +216,7 @@ def cut_model(model: PreTrainedModel, hook_names: Sequence[str]) -> CutModel:
         hook_names: See ``resolve_hook``.
     """
     hooks = resolve_hooks(model.config, hook_names)
-    base: Any = copy.copy(model.base_model)
+    base: Any = with_own_children(model.base_model)
     path = layers_path(base.config)
     for owner in _copy_path(base, path):
         owner.config = cut_config(model.config, max(h.layer for h in hooks))
@@ -248,14 +243,12 @@ def _end_at_last_block(base: PreTrainedModel) -> PreTrainedModel:
 
 
 def _copy_path(root: nn.Module, path: str) -> Iterator[Any]:
-    """Give ``root`` (itself a shallow copy) and each owner on ``path`` its own module table; children stay shared."""
-    root._modules = dict(root._modules)
+    """``root`` (itself such a copy) and each owner on ``path``, copied with the children it has."""
     yield root
     head, _, rest = path.partition(".")
     if rest:
-        child = copy.copy(root._modules[head])
-        assert child is not None
-        root._modules[head] = child
+        child = with_own_children(root.get_submodule(head))
+        setattr(root, head, child)
         yield from _copy_path(child, rest)
 
 

@@ -12,21 +12,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-
-# The one place in torch that says which slice of a tensor a rank holds; private by its path only.
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
+from aen_lightning.compat import find_in_repository, initialize, local_slice
 from aen_lightning.files import DTYPES, ModelDtype, read_json, read_safetensors_header
+from aen_lightning.language_model.checkpoint_files import checkpoint_keys
 from aen_lightning.language_model.cut_model import (
     CutModel,
     build_cut_model,
-    checkpoint_keys,
-    layers_of,
     load_config,
     resolve_hooks,
 )
+from aen_lightning.language_model.hook_points import layers_of
 
 _WHERE = ("token", "cache_dir", "local_files_only", "subfolder")
 
@@ -72,16 +69,14 @@ def load_sharded_cut_model(
         ValueError: For other keywords (quantized weights cannot be sharded), or a checkpoint without safetensors files.
     """
     kwargs = dict(model_from_pretrained_kwargs or {})
-    attention = kwargs.pop("attn_implementation", None)
+    attention = {k: kwargs.pop(k) for k in ("attn_implementation",) if k in kwargs}
     where: dict[str, Any] = {k: kwargs.pop(k) for k in _WHERE if k in kwargs}
     if kwargs:
         raise ValueError(
             f"a model sharded by FSDP2 cannot take {', '.join(map(repr, sorted(kwargs)))} of model_from_pretrained_kwargs: leave "
             "it out, or take another strategy (ddp: a whole model on every rank)"
         )
-    config = load_config(model_name, revision=revision, model_from_pretrained_kwargs=where)
-    if attention is not None:
-        config._attn_implementation = attention
+    config = load_config(model_name, revision=revision, model_from_pretrained_kwargs=where | attention)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{model_name} is quantized, which FSDP2 cannot shard here: take strategy ddp")
     hooks = resolve_hooks(config, hook_names)
@@ -111,11 +106,7 @@ class _Files(dict[str, str]):
         self.model_name, self.revision, self.where = model_name, revision, where
 
     def find(self, name: str) -> Path | None:
-        found = cached_file(
-            self.model_name, name, revision=self.revision or "main",
-            _raise_exceptions_for_missing_entries=False, **self.where,
-        )  # fmt: skip
-        return None if found is None else Path(found)
+        return find_in_repository(self.model_name, name, revision=self.revision or "main", **self.where)
 
 
 def _checkpoint_files(model_name: str, revision: str | None, where: dict[str, Any]) -> _Files:
@@ -133,9 +124,9 @@ def _checkpoint_files(model_name: str, revision: str | None, where: dict[str, An
 
 def _rebuild_computed_buffers(base: PreTrainedModel) -> None:
     """Buffers that no checkpoint has (rotary frequencies, embedding scales) were lost on the meta device: compute them again."""
-    for module in base.modules():
-        if module._non_persistent_buffers_set:
-            base._init_weights(module)
+    lost = {name for name, _ in base.named_buffers(remove_duplicate=False)} - base.state_dict().keys()
+    for owner in {name.rpartition(".")[0] for name in lost}:
+        initialize(base, base.get_submodule(owner))
 
 
 def _load_local_slices(base: PreTrainedModel, keys: dict[str, str], files: _Files) -> None:
@@ -160,8 +151,7 @@ def _copy_slice(target: Tensor, source: Any, name: str) -> None:
     local, wanted = target, tuple(slice(0, n) for n in target.shape)
     if isinstance(target, DTensor):
         local = target.to_local()
-        shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-        wanted = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+        wanted = local_slice(target)
     if local.numel():
         with torch.no_grad():
             local.copy_(source[wanted] if wanted else source[...])

@@ -224,4 +224,4 @@ def _plain(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _name_of(model: Any) -> str:
     config = getattr(model, "cfg", None) or getattr(model, "config", None)
-    return str(getattr(config, "model_name", None) or getattr(config, "_name_or_path", None) or type(model).__name__)
+    return str(getattr(config, "model_name", None) or getattr(config, "name_or_path", None) or type(model).__name__)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from aen_lightning.compat import consolidate_saelens_shards
 from aen_lightning.files import DTYPES
 from aen_lightning.shards.manifest import Manifest, ShardError, require_disk
 from aen_lightning.shards.read import ShardSet, open_activations, write_stamps
@@ -88,7 +89,6 @@ def to_saelens(
         ValueError: For another dtype.
     """
     import datasets
-    from sae_lens.cache_activations_runner import CacheActivationsRunner
 
     source, notes = ShardSet(source_path), []
     stored = source.manifest.dtype
@@ -129,7 +129,7 @@ def to_saelens(
             str(pieces / f"shard_{i:05d}"), num_shards=1
         )
         n_tokens += n_rows * context_size
-    CacheActivationsRunner._consolidate_shards(pieces, target, copy_files=False)
+    consolidate_saelens_shards(pieces, target)
     n_dropped = source.n_tokens - n_tokens
     if n_dropped:
         notes.append(f"the last {n_dropped} tokens fill no row of {context_size} and were left out")

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from aen_lightning.compat import is_index_into_other_rows
 from aen_lightning.files import DTYPES
 from aen_lightning.shards.manifest import ShardError
 from aen_lightning.shards.source import ActivationSource
@@ -30,7 +31,7 @@ class SAELensCache(ActivationSource):
         dataset = datasets.load_from_disk(str(path))
         if not isinstance(dataset, datasets.Dataset):
             raise ShardError(f"{path} holds several datasets ({', '.join(dataset)}): give the folder of one")
-        if dataset._indices is not None:
+        if is_index_into_other_rows(dataset):
             raise ShardError(f"{path} is an index into other rows: write it with dataset.flatten_indices() first")
         self._table = dataset.data
         columns = {n: f for n, f in dataset.features.items() if isinstance(f, datasets.Array2D)}

@@ -10,18 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from aen_lightning.language_model.checkpoint_files import checkpoint_keys, needed_files
 from aen_lightning.language_model.cut_model import (
     build_cut_model,
-    checkpoint_keys,
-    cut_config,
     cut_model,
-    layers_of,
     load_cut_model,
-    needed_shards,
-    resolve_hook,
     resolve_hooks,
 )
-from aen_lightning.language_model.hook_points import known_hooks
+from aen_lightning.language_model.hook_points import cut_config, known_hooks, layers_of, resolve_hook
 from tests.support.tiny_models import D_MODEL, FAMILIES, N_LAYERS, save_tiny_model, tiny_config, tiny_model
 
 IDS = torch.tensor([[5, 9, 33, 1, 8, 60, 7, 12, 4], [40, 41, 42, 43, 44, 45, 46, 47, 48]])
@@ -142,7 +138,7 @@ def test_upper_layers_and_head_are_neither_loaded_nor_read_from_disk(tmp_path: P
     expected = load_cut_model(str(folder), [name]).activations(IDS)[name]
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     config = AutoConfig.from_pretrained(folder)
-    needed = set(needed_shards(config, 1, index["weight_map"]))
+    needed = set(needed_files(config, 1, index["weight_map"]))
     unneeded = set(index["weight_map"].values()) - needed
     assert index["weight_map"]["model.layers.3.mlp.up_proj.weight"] in unneeded
     assert index["weight_map"]["lm_head.weight"] in unneeded
