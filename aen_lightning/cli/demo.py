@@ -6,10 +6,7 @@ import logging
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from aen_lightning.data.synthetic import SpikedDataModule
+from typing import Any
 
 _D_IN, _D_SAE, _K = 128, 256, 8
 
@@ -82,7 +79,7 @@ def demo(*, steps: int = 6000, out: str = "demo-output", l1_warmup: float = 0.25
         print(f"  {name:<11}{folder}")
 
 
-def _data() -> SpikedDataModule:
+def _data() -> Any:
     from aen_lightning.data.synthetic import SpikedDataModule
 
     return SpikedDataModule(d_in=_D_IN, n_features=_D_SAE, k=_K, rho=0.3, train_batch_size_tokens=256, seed=0)

@@ -1,8 +1,4 @@
-"""The ``aen`` command.
-
-Nothing here imports torch, nor does the module of a command that is a plain function, at its top: help and slips are answered at
-once. Only the commands that LightningCLI parses need it to know their options.
-"""
+"""The ``aen`` command. Nothing here imports torch; only the commands that LightningCLI parses need it to know their options."""
 
 from __future__ import annotations
 

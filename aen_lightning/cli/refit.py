@@ -18,9 +18,11 @@ def refit(args: Sequence[str]) -> None:
         before = _held_out(cli)
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     after = _held_out(cli)
+    path = (
+        Path(cli.trainer.log_dir or cli.trainer.default_root_dir) / "refit.csv"
+    )  # on every rank: the ranks agree on it
     if cli.trainer.is_global_zero and after:
         table = pd.DataFrame({"before": before, "after": after})
-        path = Path(cli.trainer.log_dir or cli.trainer.default_root_dir) / "refit.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(path, index_label="metric")
         print(f"{table.to_string(float_format=lambda value: f'{value:.4g}')}\n{path}")

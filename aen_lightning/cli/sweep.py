@@ -17,8 +17,8 @@ def sweep(args: Sequence[str]) -> None:
     """
     cli = SweepCLI(SweepModule, ["fit", *args])
     table = sweep_table(cli.trainer, cli.model, cli.datamodule)
+    folder = Path(cli.trainer.log_dir or cli.trainer.default_root_dir)  # on every rank: the ranks agree on it
     if cli.trainer.is_global_zero:
-        folder = Path(cli.trainer.log_dir or cli.trainer.default_root_dir)
         for path in write_table(table, folder):
             print(path)
         print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))

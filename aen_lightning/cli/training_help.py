@@ -91,9 +91,11 @@ def _refit() -> list[Section]:
 
 
 def _harvest() -> list[Section]:
+    # HarvestCLI takes these two from the language model
+    text = [o for o in _options("harvest.data:HarvestDataModule") if o.name not in ("model_name", "revision")]
     return [
         ("The language model, --model.KEY:", _options("harvest.module:HarvestModule")),
-        ("The text, --data.KEY:", _options("harvest.data:HarvestDataModule")),
+        ("The text, --data.KEY:", text),
         ("The set of activations, --shards.KEY:", _options("harvest.writer:ShardWriter")),
         ("The run:", [o for o in _RUN if o.name in ("--config", "--trainer.devices")]),
     ]
