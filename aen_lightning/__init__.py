@@ -1,7 +1,7 @@
 """Adaptive elastic net SAEs (AEN-SAE, arXiv:2605.05341) for SAELens, trained with PyTorch Lightning.
 
-Importing this package registers the SAELens architecture ``aen``; that is its only side effect. It imports torch, SAELens and
-Lightning only when one of its names is used.
+Importing this package registers the SAELens architecture ``aen``; that is its only side effect. It imports
+torch, SAELens and Lightning only when one of its names is used.
 """
 
 from importlib import import_module

@@ -1,23 +1,34 @@
-"""Every touch of a private name of torch, SAELens, Lightning, transformers or datasets, and of a seam they do not promise.
+"""Every touch of a private name of torch, SAELens, Lightning, transformers or datasets, and of a seam they do
+not promise.
 
-One function or import a seam. ``tests/test_compat.py`` has a test for each, which fails when the library moves it. Nothing else in
-the package may use a name with a leading underscore that is not our own.
+One function or import a seam. ``tests/test_compat.py`` has a test for each, which fails when the library
+moves it. Nothing else in the package may use a name with a leading underscore that is not our own.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch.distributed.tensor import DTensor
+    from torchmetrics import Metric
+    from transformers import PreTrainedModel
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class FullPrecisionBuffers:
     """Mixin of a module whose ``full_precision_buffers`` stay float32 when it is cast to half precision.
 
-    ``Module.to(bfloat16)`` casts floating-point buffers as well; running statistics must keep their precision. torch has no public
-    hook for it: every cast and move goes through ``Module._apply``.
+    ``Module.to(bfloat16)`` casts floating-point buffers as well; running statistics must keep their
+    precision. torch has no public hook for it: every cast and move goes through ``Module._apply``.
     """
 
     full_precision_buffers: tuple[str, ...] = ()
@@ -34,23 +45,35 @@ class FullPrecisionBuffers:
 
 
 def adam_tensors_known() -> bool:
-    """Whether ``torch.optim.Adam`` gathers its tensors in the way :func:`on_adam_tensors` knows (torch 2.6 to 2.13)."""
+    """Whether ``torch.optim.Adam`` gathers its tensors in the way :func:`on_adam_tensors` knows (torch 2.6 to
+    2.13).
+    """
     import inspect
 
     import torch
 
     gather = getattr(torch.optim.Adam, "_init_group", None)
-    known = ["self", "group", "params_with_grad", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"]
+    known = [
+        "self",
+        "group",
+        "params_with_grad",
+        "grads",
+        "exp_avgs",
+        "exp_avg_sqs",
+        "max_exp_avg_sqs",
+        "state_steps",
+    ]
     return gather is not None and list(inspect.signature(gather).parameters) == known
 
 
 def on_adam_tensors(optimizer: Any, change: Callable[[tuple[list[Any], ...]], None]) -> None:
-    """Call ``change`` with the tensors that each step of an Adam hands to its kernel, to exchange views in place.
+    """Call ``change`` with the tensors that each step of an Adam hands to its kernel, to exchange views in
+    place.
 
     Args:
         optimizer: A ``torch.optim.Adam``. A second call replaces the first one's ``change``.
-        change: Gets five lists, one entry a parameter with a gradient: parameters, gradients, first and second
-            moments, greatest second moments (empty without ``amsgrad``).
+        change: Gets five lists, one entry a parameter with a gradient: parameters, gradients, first and
+            second moments, greatest second moments (empty without ``amsgrad``).
     """
     gather = type(optimizer)._init_group
 
@@ -60,3 +83,80 @@ def on_adam_tensors(optimizer: Any, change: Callable[[tuple[list[Any], ...]], No
         return has_complex
 
     optimizer._init_group = gather_and_change
+
+
+def with_own_children(module: M) -> M:
+    """A shallow copy with the same children, of which some can then be exchanged without the original's
+    noticing.
+
+    ``copy.copy`` shares the table of children, which has no public name.
+    """
+    clone = copy.copy(module)
+    clone._modules = dict(module._modules)
+    return clone
+
+
+def local_slice(tensor: DTensor) -> tuple[slice, ...]:
+    """Which part of the whole tensor this rank holds.
+
+    torch says it in one place only, and that is in a private module.
+    """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+
+
+def initialize(model: PreTrainedModel, module: nn.Module) -> None:
+    """Give a module of a transformers model its first values, computed buffers (rotary frequencies, ...)
+    among them.
+
+    The public ``init_weights`` takes the whole model only, weights and all.
+    """
+    model._init_weights(module)
+
+
+def find_in_repository(model_name: str, file: str, **where: Any) -> Path | None:
+    """A file of a Hub repository, fetched if need be, or of a folder; None if it is not there.
+
+    The public ``cached_file`` raises the same ``OSError`` for a file that does not exist and for a Hub that
+    does not answer.
+
+    Args:
+        model_name: Hub name or folder.
+        file: Its name.
+        where: As for ``transformers.utils.cached_file``: ``revision``, ``token``, ...
+    """
+    from transformers.utils import cached_file
+
+    found = cached_file(model_name, file, _raise_exceptions_for_missing_entries=False, **where)
+    return None if found is None else Path(found)
+
+
+def is_index_into_other_rows(dataset: Dataset) -> bool:
+    """Whether a dataset lists rows of another, so that its table is not its content.
+
+    Datasets does not say so in public.
+    """
+    return dataset._indices is not None
+
+
+def consolidate_saelens_shards(pieces: Path, target: Path) -> None:
+    """Make one dataset at ``target`` of those in the folders of ``pieces``, moving files, as SAELens does for
+    its own cache.
+
+    In public it is done only by a run of ``CacheActivationsRunner``.
+    """
+    from sae_lens.cache_activations_runner import CacheActivationsRunner
+
+    CacheActivationsRunner._consolidate_shards(pieces, target, copy_files=False)
+
+
+def compute_again(metric: Metric) -> Tensor:
+    """The value of a metric whose states were changed from outside.
+
+    Torchmetrics would return the value it gave before.
+    """
+    metric._computed = None
+    value: Tensor = metric.compute()
+    return value

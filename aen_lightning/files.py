@@ -1,10 +1,15 @@
-"""Files: written whole or not at all, JSON, dtype names, and the headers of safetensors files. Each is here once."""
+"""Files.
+
+Written whole or not at all, JSON, dtype names, and the headers of safetensors files. Each is here once.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +17,8 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 ModelDtype = Literal["float32", "bfloat16", "float16"]
 """Names of the dtypes that a language model computes in and that activations are stored in."""
@@ -35,7 +42,8 @@ SAFETENSORS_NAMES: dict[torch.dtype, str] = {
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """A temporary file beside ``path``, which takes its place when the block ends and is removed if it raises.
+    """A temporary file beside ``path``, which takes its place when the block ends and is removed if it
+    raises.
 
     So a reader sees the old file or the new one, never a part; also after a power cut, if ``durable``.
 
@@ -43,12 +51,20 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
         path: The file; its folder must exist.
         durable: Wait until the content and its name are on the disk.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         put_in_place(temporary, path, durable=durable)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """Where a file is written before it gets its name.
+
+    Hidden, in the same folder, another one for each process.
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def put_in_place(temporary: Path, path: Path, *, durable: bool = True) -> None:
@@ -104,7 +120,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors header says of a tensor: its ``shape``, and its ``dtype`` by the format's name (``F32``, ``BF16``, ...)."""
+    """What a safetensors header says of a tensor.
+
+    Its ``shape``, and its ``dtype`` by the format's name (``F32``, ``BF16``, ...).
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -124,6 +143,35 @@ def read_safetensors_header(path: str | Path) -> dict[str, TensorInfo]:
         raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from error
 
 
+def safetensors_header(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    *,
+    length: int | None = None,
+) -> bytes:
+    """The beginning of a safetensors file, for files too large for safetensors to write: it takes tensors in
+    memory only.
+
+    Args:
+        tensors: Dtype and shape of each, in the order in which their bytes follow.
+        metadata: Strings to keep beside them.
+        length: Bytes of the header, to replace one that is as long; None: as many as it needs.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": SAFETENSORS_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    padded = -(-len(text) // 8) * 8 if length is None else length - 8  # tensors begin at a multiple of 8
+    return padded.to_bytes(8, "little") + text.ljust(padded)
+
+
 def read_tensor(path: str | Path, name: str) -> torch.Tensor | None:
     """One tensor of a safetensors file, or None if it has none of that name; the rest is not read.
 
@@ -135,3 +183,80 @@ def read_tensor(path: str | Path, name: str) -> torch.Tensor | None:
             return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from error
+
+
+def set_default_mode(path: str | Path) -> None:
+    """Give a file the permissions of any new file of this process: 0666 less the umask.
+
+    safetensors and ``tempfile`` make files that only their owner may read (0600), whatever the umask says.
+    """
+    path = Path(path)
+    probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
+    probe.touch()  # asking for the umask would mean to set it, for all threads
+    try:
+        path.chmod(stat.S_IMODE(probe.stat().st_mode))
+    finally:
+        probe.unlink()
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> Path:
+    """Write a safetensors file, whole or not at all, readable as the umask says. Returns the path."""
+    path = Path(path)
+    with replacing(path) as temporary:
+        save_file(dict(tensors), temporary)
+        set_default_mode(temporary)
+    return path
+
+
+_SLICE_BYTES = 1 << 25
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """A matrix that :func:`stream_tensors` writes transposed.
+
+    Args:
+        tensor: Shape (m, n); (n, m) on disk.
+    """
+
+    tensor: Tensor
+
+
+def stream_tensors(path: str | Path, tensors: Mapping[str, Tensor | Transposed]) -> Path:
+    """Write floating-point tensors that should not be in memory twice, whole or not at all. Returns the path.
+
+    safetensors's own ``save_file`` wants every tensor contiguous and in memory. Here two copies of a slice of
+    32 MB are, and of a mapped source the pages that were read.
+
+    Args:
+        path: The safetensors file.
+        tensors: By name; none is empty.
+
+    Raises:
+        ValueError: For a tensor with numbers that are not finite; it is named.
+    """
+    path = Path(path)
+    views = {name: item.tensor.T if isinstance(item, Transposed) else item for name, item in tensors.items()}
+    header = {name: (view.dtype, tuple(view.shape)) for name, view in views.items()}
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(safetensors_header(header, {"format": "pt"}))
+        for name, item in tensors.items():
+            for piece in _slices(item):
+                # many times faster than isfinite of all
+                if not all(bool(extreme.isfinite()) for extreme in piece.aminmax()):
+                    raise ValueError(
+                        f"{name} holds numbers that are not finite: the checkpoint is damaged or diverged"
+                    )
+                file.write(piece.view(torch.uint8).numpy().data)
+    return path
+
+
+def _slices(item: Tensor | Transposed) -> Iterator[Tensor]:
+    if not isinstance(item, Transposed):
+        yield item.detach().contiguous().flatten()
+        return
+    tensor = item.tensor.detach()
+    columns = max(1, _SLICE_BYTES // (tensor.shape[0] * tensor.element_size()))
+    for start in range(0, tensor.shape[1], columns):
+        # first gathered, then turned: torch turns a whole matrix five times faster than a part of one
+        yield tensor[:, start : start + columns].contiguous().T.contiguous()

@@ -1,8 +1,9 @@
 """Registers the SAELens architecture ``aen`` when SAELens is imported, not before.
 
-``import aen_lightning`` promises that SAELens knows ``aen`` from then on. SAELens takes seconds to import, with torch and
-transformers beneath it, and ``aen --help`` needs none of them. So the promise is kept at the one moment when it begins to matter:
-right after SAELens itself has been imported, by whomever. This module imports nothing but the standard library.
+``import aen_lightning`` promises that SAELens knows ``aen`` from then on. SAELens takes seconds to import,
+with torch and transformers beneath it, and ``aen --help`` needs none of them. So the promise is kept at the
+one moment when it begins to matter: right after SAELens itself has been imported, by whomever. This module
+imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from types import ModuleType
 
 def register_with_sae_lens() -> None:
     """Register ``aen`` now if SAELens is there, else as soon as it is; a second call does no harm."""
-    after_import("sae_lens", lambda: importlib.import_module("aen_lightning.saes.aen"))  # which registers itself
+    after_import(
+        "sae_lens", lambda: importlib.import_module("aen_lightning.saes.aen")
+    )  # which registers itself
 
 
 def after_import(name: str, action: Callable[[], object]) -> None:
-    """Run ``action`` once the top-level module ``name`` is imported: now, if it is already; only the first action counts.
+    """Run ``action`` once the top-level module ``name`` is imported: now, if it is already; only the first
+    action counts.
 
-    An error while the module is imported stays what it is, and ``action`` waits for the next attempt. An error of ``action`` itself
-    is raised where the module is imported.
+    An error while the module is imported stays what it is, and ``action`` waits for the next attempt. An
+    error of ``action`` itself is raised where the module is imported.
     """
     if sys.modules.get(name) is not None:
         action()
@@ -33,7 +37,10 @@ def after_import(name: str, action: Callable[[], object]) -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Lets the other finders find the module, and its own loader load it; takes itself away once that has happened."""
+    """Lets the other finders find the module, and its own loader load it.
+
+    Takes itself away once that has happened.
+    """
 
     def __init__(self, name: str, action: Callable[[], object]) -> None:
         self.name, self.action = name, action
@@ -51,7 +58,8 @@ class _AfterImport(MetaPathFinder):
         return None
 
     def _watch(self, loader: Loader) -> None:
-        # on the instance, which belongs to this spec alone: the loader keeps its type and all its other methods
+        # on the instance, which belongs to this spec alone: the loader keeps its type and all its other
+        # methods
         execute = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:

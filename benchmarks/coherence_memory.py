@@ -3,8 +3,8 @@
 python benchmarks/coherence_memory.py                       # 131072 x 4096, the first 20 of 528 blocks
 python benchmarks/coherence_memory.py --blocks 0            # all of them: 70 TFLOP, about half an hour on one CPU core
 
-The claim: below 6 GB beyond the dictionary. Every block works in the same buffers, so the peak is reached within the first few; the
-benchmark prints it after them, and after as many as asked for.
+The claim: below 6 GB beyond the dictionary. Every block works in the same buffers, so the peak is reached
+within the first few; the benchmark prints it after them, and after as many as asked for.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def peak_gib() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--d-sae", type=int, default=131072)
     parser.add_argument("--d-in", type=int, default=4096)
     parser.add_argument("--chunk-size", type=int, default=4096)

@@ -3,17 +3,19 @@
     python benchmarks/harvest.py --quick                                   # small random model, under two minutes
     python benchmarks/harvest.py --model FOLDER_OR_NAME --layer 14 --json out.json
 
-Harvest: tokens per second of `aen harvest`, of SAELens's CacheActivationsRunner on the same Hugging Face model, and of the bare forward
-pass of the cut model (same rows, same batches, nothing written), each in a process of its own, as its users run it. Imports and model
-loading are left out everywhere; writing is in. `aen` lets the C library keep freed memory (aen_lightning/allocator.py); without
---quick or --fewer, ours without that ("plain") and the others with it ("kept") are measured too; the kept limit also runs rows in parallel
-(aen_lightning/row_parallel.py), as ours does.
-Read: rows per second of ActivationsDataModule, fully shuffled; of SAELens's cached reader, which does not shuffle; and of reading the
-same files from end to end. Train: steps of the same SAE fed from disk and from memory. Memory: peak resident set of a process that
-harvests, its imports included.
+Harvest: tokens per second of `aen harvest`, of SAELens's CacheActivationsRunner on the same Hugging Face
+model, and of the bare forward pass of the cut model (same rows, same batches, nothing written), each in a
+process of its own, as its users run it. Imports and model loading are left out everywhere; writing is in.
+`aen` lets the C library keep freed memory (aen_lightning/allocator.py); without --quick or --fewer, ours
+without that ("plain") and the others with it ("kept") are measured too; the kept limit also runs rows in
+parallel (aen_lightning/row_parallel.py), as ours does.
+Read: rows per second of ActivationsDataModule, fully shuffled; of SAELens's cached reader, which does not
+shuffle; and of reading the same files from end to end. Train: steps of the same SAE fed from disk and from
+memory. Memory: peak resident set of a process that harvests, its imports included.
 
-Contenders run in turns of a fraction of a second (slices.py) where they are processes, and whole turns where not; ratios are medians
-over --turns, since a shared machine drifts by more than they differ. "_cpu" ratios are of CPU seconds over all threads.
+Contenders run in turns of a fraction of a second (slices.py) where they are processes, and whole turns where
+not; ratios are medians over --turns, since a shared machine drifts by more than they differ. "_cpu" ratios
+are of CPU seconds over all threads.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ def random_model(folder: Path) -> str:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     vocab = {"<s>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, 4096)}
     PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="<s>")), bos_token="<s>", eos_token="</s>"
+        tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="<s>")),
+        bos_token="<s>",
+        eos_token="</s>",
     ).save_pretrained(folder)
     return str(folder)
 
@@ -93,7 +97,9 @@ def harvest_ours(spans: Spans, model: str, layer: int, data: Path, out: Path, sh
         return run_harvest(trainer, module, rows).n_tokens
 
 
-def harvest_saelens(spans: Spans, model: str, layer: int, data: Path, out: Path, shard_size_mib: float) -> int:
+def harvest_saelens(
+    spans: Spans, model: str, layer: int, data: Path, out: Path, shard_size_mib: float
+) -> int:
     """SAELens's run; returns the tokens it made, since it knows whole buffers only."""
     from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
 
@@ -111,7 +117,10 @@ def harvest_saelens(spans: Spans, model: str, layer: int, data: Path, out: Path,
 
 
 def forward_limit(spans: Spans, model: str, layer: int, data: Path, *, row_parallel: bool) -> int:
-    """The cut model's forward passes alone, as torch runs them or with rows in parallel; returns the tokens."""
+    """The cut model's forward passes alone, as torch runs them or with rows in parallel.
+
+    Returns the tokens.
+    """
     from aen_lightning.language_model.cut_model import load_cut_model
 
     lm = load_cut_model(model, [f"blocks.{layer}.hook_resid_post"])
@@ -123,10 +132,15 @@ def forward_limit(spans: Spans, model: str, layer: int, data: Path, *, row_paral
 
 
 def worker(name: str, model: str, layer: int, data: Path, out: Path, shard_mib: float) -> None:
-    """One contender, alone in this process; ``_kept`` is with what ``aen`` does to the process and, for the limit, to the forward pass."""
+    """One contender, alone in this process.
+
+    ``_kept`` is with what ``aen`` does to the process and, for the limit, to the forward pass.
+    """
     contender, _, kept = name.partition("_")
     if kept and not keep_freed_memory():
-        raise SystemExit("the environment chooses the allocator: unset MALLOC_*, GLIBC_TUNABLES and LD_PRELOAD")
+        raise SystemExit(
+            "the environment chooses the allocator: unset MALLOC_*, GLIBC_TUNABLES and LD_PRELOAD"
+        )
 
     def run(spans: Spans, data: Path, out: Path) -> int:
         if contender == "limit":
@@ -142,7 +156,9 @@ def worker(name: str, model: str, layer: int, data: Path, out: Path, shard_mib: 
     report(spans, n_tokens=n_tokens, peak_mib=peak)
 
 
-def bench_harvest(model: str, layer: int, n_rows: int, turns: int, folder: Path, more: bool) -> dict[str, float]:
+def bench_harvest(
+    model: str, layer: int, n_rows: int, turns: int, folder: Path, more: bool
+) -> dict[str, float]:
     """Tokens per second of each; ratios are taken turn by turn."""
     token_dataset(model, n_rows).save_to_disk(str(folder / "tokens"))
     shard_mib = (
@@ -161,14 +177,21 @@ def bench_harvest(model: str, layer: int, n_rows: int, turns: int, folder: Path,
 
 
 def bench_memory(model: str, layer: int, folder: Path) -> dict[str, float]:
-    """Peak memory, each in a process of its own: same tokens, each with its own default size of shard or buffer.
+    """Peak memory, each in a process of its own: same tokens, each with its own default size of shard or
+    buffer.
 
     SAELens's default buffer, 2 GB, is cut down to the tokens of this run, which it would otherwise exceed.
     """
     sizes = {"ours": ("ours_kept", 256.0), "saelens": ("saelens", 2e9 / 2**20)}
     out = {}
     for name, (contender, shard_mib) in sizes.items():
-        options = {"worker": contender, "model": model, "layer": layer, "folder": folder, "shard_mib": shard_mib}
+        options = {
+            "worker": contender,
+            "model": model,
+            "layer": layer,
+            "folder": folder,
+            "shard_mib": shard_mib,
+        }
         done = run_in_slices({name: python(__file__, **options)})
         out[f"{name}_peak_mib"] = done[name].result["peak_mib"]
     out["ours_to_saelens"] = out["ours_peak_mib"] / out["saelens_peak_mib"]
@@ -195,11 +218,15 @@ def bench_read(n_rows: int, turns: int, folder: Path) -> dict[str, float]:
 
     write_read_set(folder, n_rows)
     hook, n_batches = "blocks.0.hook_resid_post", n_rows // READ_BATCH
-    data = ActivationsDataModule(str(folder / "set"), train_batch_size_tokens=READ_BATCH, held_out_fraction=0.0)
+    data = ActivationsDataModule(
+        str(folder / "set"), train_batch_size_tokens=READ_BATCH, held_out_fraction=0.0
+    )
     data.prepare_data()
     data.setup()
     lm = HookedTransformer(
-        HookedTransformerConfig(n_layers=1, d_model=8, n_ctx=CONTEXT, d_head=8, d_vocab=9, act_fn="relu", device="cpu")
+        HookedTransformerConfig(
+            n_layers=1, d_model=8, n_ctx=CONTEXT, d_head=8, d_vocab=9, act_fn="relu", device="cpu"
+        )
     )
 
     def ours() -> int:
@@ -266,7 +293,9 @@ def train_worker(name: str, folder: Path, steps: int) -> None:
     from aen_lightning.training.module import SAEModule
 
     keep_freed_memory()
-    data: Any = ActivationsDataModule(str(folder / "set"), train_batch_size_tokens=1024, held_out_fraction=0.0)
+    data: Any = ActivationsDataModule(
+        str(folder / "set"), train_batch_size_tokens=1024, held_out_fraction=0.0
+    )
     if name == "memory":
         data.prepare_data()
         data.setup()
@@ -292,7 +321,10 @@ def bench_train(steps: int, turns: int, folder: Path) -> dict[str, float]:
 
 
 def _rates_and_cpu_ratios(seconds: dict[str, list[tuple[float, float]]], unit: str) -> dict[str, float]:
-    """Of wall and CPU seconds: all of the first, and the second's ratios, which other work on the machine disturbs less."""
+    """Of wall and CPU seconds.
+
+    All of the first, and the second's ratios, which other work on the machine disturbs less.
+    """
     wall, cpu = (_rates({name: [x[i] for x in v] for name, v in seconds.items()}, unit) for i in (0, 1))
     return wall | {f"{k}_cpu": v for k, v in cpu.items() if "_to_" in k}
 
@@ -308,14 +340,22 @@ def _rates(seconds: dict[str, list[float]], unit: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--quick", action="store_true", help="small random model, little of everything: under two minutes"
     )
-    parser.add_argument("--model", help="Hugging Face name or folder of a Llama-like model; default: small and random")
+    parser.add_argument(
+        "--model", help="Hugging Face name or folder of a Llama-like model; default: small and random"
+    )
     parser.add_argument("--layer", type=int, help="block whose output is taken; default: the middle one")
-    parser.add_argument("--rows", type=int, default=128, help=f"rows of {CONTEXT} tokens a turn of the harvest")
-    parser.add_argument("--fewer", action="store_true", help="harvest: without the variants of the allocator setting")
+    parser.add_argument(
+        "--rows", type=int, default=128, help=f"rows of {CONTEXT} tokens a turn of the harvest"
+    )
+    parser.add_argument(
+        "--fewer", action="store_true", help="harvest: without the variants of the allocator setting"
+    )
     parser.add_argument("--read_rows", type=int, default=400_000, help=f"rows of {READ_D_IN} float32 to read")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--folder", help="where to put files; default: a temporary folder")
@@ -340,7 +380,9 @@ def main() -> None:
         if args.quick:
             args.rows, args.read_rows, args.turns = 2 * ROWS_A_CALL, 131_072, 2
         model = args.model or random_model(folder / "model")
-        layer = args.layer if args.layer is not None else AutoConfig.from_pretrained(model).num_hidden_layers // 2
+        layer = (
+            args.layer if args.layer is not None else AutoConfig.from_pretrained(model).num_hidden_layers // 2
+        )
         wanted = args.only or (["harvest", "read"] if args.quick else ["harvest", "memory", "read", "train"])
         results: dict[str, dict[str, float]] = {}
         if "harvest" in wanted:

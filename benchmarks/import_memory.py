@@ -1,10 +1,12 @@
-"""Peak memory of importing one of the authors' checkpoints at full size, and whether the dictionary computes the same.
+"""Peak memory of importing one of the authors' checkpoints at full size, and whether the dictionary computes
+the same.
 
     python benchmarks/import_memory.py [--d-in 4096] [--d-sae 131072] [--kind aen|topk] [--folder FOLDER]
 
-Writes a synthetic bfloat16 checkpoint (random weights, with the optimizer state that the authors' files carry), imports it in a
-process of its own, and compares the outputs with the formulas on a few tokens. Memory is what the kernel says of that process (Linux):
-"anonymous" is memory that must be there; "peak" has also the pages of the mapped file that were read, which the kernel may drop.
+Writes a synthetic bfloat16 checkpoint (random weights, with the optimizer state that the authors' files
+carry), imports it in a process of its own, and compares the outputs with the formulas on a few tokens. Memory
+is what the kernel says of that process (Linux): "anonymous" is memory that must be there; "peak" has also the
+pages of the mapped file that were read, which the kernel may drop.
 """
 
 from __future__ import annotations
@@ -83,13 +85,20 @@ def write_checkpoint(path: Path, d_in: int, d_sae: int, kind: str) -> None:
 
 
 def largest_error(checkpoint: Path, folder: Path, kind: str) -> tuple[float, float]:
-    """Largest difference of features and reconstructions from the formulas in float32, relative to the largest value."""
+    """Largest difference of features and reconstructions from the formulas in float32, relative to the
+    largest value.
+    """
     from sae_lens import SAE
 
-    s = {k: v.float() for k, v in torch.load(checkpoint, weights_only=True, mmap=True)["model_state_dict"].items()}
+    s = {
+        k: v.float()
+        for k, v in torch.load(checkpoint, weights_only=True, mmap=True)["model_state_dict"].items()
+    }
     x = torch.randn(16, s["b_dec"].numel()) * 3
     norm = x.norm(dim=-1, keepdim=True)
-    pre = torch.nn.functional.linear(x * x.shape[1] ** 0.5 / norm - s["b_dec"], s["encoder.weight"], s["encoder.bias"])
+    pre = torch.nn.functional.linear(
+        x * x.shape[1] ** 0.5 / norm - s["b_dec"], s["encoder.weight"], s["encoder.bias"]
+    )
     h = pre.relu()
     if kind == "topk":
         top = h.topk(32)
@@ -100,7 +109,9 @@ def largest_error(checkpoint: Path, folder: Path, kind: str) -> tuple[float, flo
     with torch.no_grad():
         found = sae.encode(x)
         rebuilt = sae.decode(found)
-    return float((found - h).abs().max() / h.abs().max()), float((rebuilt - x_hat).abs().max() / x_hat.abs().max())
+    return float((found - h).abs().max() / h.abs().max()), float(
+        (rebuilt - x_hat).abs().max() / x_hat.abs().max()
+    )
 
 
 def main() -> None:
@@ -108,14 +119,19 @@ def main() -> None:
     parser.add_argument("--d-in", type=int, default=4096)
     parser.add_argument("--d-sae", type=int, default=131072)
     parser.add_argument("--kind", choices=("aen", "topk"), default="aen")
-    parser.add_argument("--folder", help="for the files, several times the weights (default: the temporary folder)")
+    parser.add_argument(
+        "--folder", help="for the files, several times the weights (default: the temporary folder)"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         checkpoint, folder = Path(temporary) / _NAMES[options.kind], Path(temporary) / "dictionary"
         write_checkpoint(checkpoint, options.d_in, options.d_sae, options.kind)
         start = time.perf_counter()
         answer = subprocess.run(
-            [sys.executable, "-c", _CHILD, str(checkpoint), str(folder)], stdout=subprocess.PIPE, text=True, check=True
+            [sys.executable, "-c", _CHILD, str(checkpoint), str(folder)],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
         )
         m = json.loads(answer.stdout.splitlines()[-1])
         weights_gb = (folder / "sae_weights.safetensors").stat().st_size / 1e9
@@ -133,8 +149,13 @@ def main() -> None:
         print(f"{'':<52}{'GB':>7}{'of the weights, above before':>32}")
         for name, gigabytes, ratio in rows:
             print(f"{name:<52}{gigabytes:>7.2f}{'' if ratio is None else f'{ratio:.2f} x':>32}")
-        print(f"import {m['seconds']:.1f} s (process {time.perf_counter() - start:.1f} s with the comparison)")
-        print(f"largest relative error against the formulas: features {h_error:.1e}, reconstruction {x_error:.1e}")
+        print(
+            f"import {m['seconds']:.1f} s (process {time.perf_counter() - start:.1f} s with the comparison)"
+        )
+        print(
+            f"largest relative error against the formulas: features {h_error:.1e}, reconstruction "
+            f"{x_error:.1e}"
+        )
 
 
 if __name__ == "__main__":

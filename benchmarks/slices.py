@@ -1,4 +1,7 @@
-"""Comparing processes on a machine that drifts: they run in turns of a fraction of a second, one at a time."""
+"""Comparing processes on a machine that drifts.
+
+They run in turns of a fraction of a second, one at a time.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ class Seconds(NamedTuple):
 
 
 class Spans:
-    """Wall and CPU seconds of the parts of a worker's work that count; ``with spans:`` marks one, and they may be several."""
+    """Wall and CPU seconds of the parts of a worker's work that count.
+
+    ``with spans:`` marks one, and they may be several.
+    """
 
     def __init__(self) -> None:
         self.wall: list[tuple[float, float]] = []
@@ -50,7 +56,8 @@ def report(spans: Spans, **result: float) -> None:
 def run_in_slices(commands: Mapping[str, Sequence[str]], slice_s: float = 0.4) -> dict[str, Seconds]:
     """Run workers in turns until each has ended.
 
-    Whatever slows the machine down then slows them all down. Each is brought to ``ready()`` alone and before any is measured.
+    Whatever slows the machine down then slows them all down. Each is brought to ``ready()`` alone and before
+    any is measured.
 
     Args:
         commands: By contender.
@@ -83,7 +90,9 @@ def run_in_slices(commands: Mapping[str, Sequence[str]], slice_s: float = 0.4) -
     return out
 
 
-def _take_turns(workers: Mapping[str, subprocess.Popen[str]], slice_s: float) -> dict[str, list[tuple[float, float]]]:
+def _take_turns(
+    workers: Mapping[str, subprocess.Popen[str]], slice_s: float
+) -> dict[str, list[tuple[float, float]]]:
     """From when to when each ran, until all have ended."""
     slices: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
     running = list(workers)

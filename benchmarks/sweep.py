@@ -1,11 +1,13 @@
-"""Eight SAEs on one live stream of activations, against eight separate runs: same data, same steps, same results.
+"""Eight SAEs on one live stream of activations, against eight separate runs: same data, same steps, same
+results.
 
     python benchmarks/sweep.py --model models/smollm2-135m --text text.jsonl.gz     a real model (benchmarks/make_smollm2.py)
     python benchmarks/sweep.py --quick --json out.json                              a random model of a few layers
 
-Both ways build their data module and load the model anew, as a user's runs do. The separate runs and the sweep are timed in one
-process, the sweep between the halves of the separate runs, so that a machine that slows down or speeds up does not favour one side.
-The weights must agree bit for bit, or the script fails. ``--prefetch N`` has the language model make N batches ahead in a thread.
+Both ways build their data module and load the model anew, as a user's runs do. The separate runs and the
+sweep are timed in one process, the sweep between the halves of the separate runs, so that a machine that
+slows down or speeds up does not favour one side. The weights must agree bit for bit, or the script fails.
+``--prefetch N`` has the language model make N batches ahead in a thread.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def random_model() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="folder or Hub name of a language model; without it a random one")
     parser.add_argument("--text", help="text for --model: a file, a folder or a dataset on the Hub")
     parser.add_argument("--hook", default="blocks.14.hook_resid_post", help="hook of --model")
@@ -67,7 +71,11 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
 
-    source: dict[str, Any] = {"model_name": options.model, "hook_name": options.hook, "dataset_path": options.text}
+    source: dict[str, Any] = {
+        "model_name": options.model,
+        "hook_name": options.hook,
+        "dataset_path": options.text,
+    }
     if options.model is None:
         source = random_model()
 
@@ -130,13 +138,19 @@ def main() -> None:
     total = sum(seconds)
     tokens = options.steps * options.batch
     print(
-        f"{len(grid)} SAEs of {options.expansion * d_in} x {d_in}, {options.steps} steps of {options.batch} tokens, {options.threads} threads"
+        f"{len(grid)} SAEs of {options.expansion * d_in} x {d_in}, {options.steps} steps of "
+        f"{options.batch} tokens, {options.threads} threads"
     )
     print(f"{'one stream':<16}{together:>9.1f} s{len(grid) * tokens / together:>12.0f} SAE-tokens/s")
     print(f"{'separate runs':<16}{total:>9.1f} s{len(grid) * tokens / total:>12.0f} SAE-tokens/s")
     print(f"{'ratio':<16}{together / total:>9.2f}   (weights equal bit for bit)")
     if options.json:
-        numbers = {"one_stream_s": together, "separate_s": total, "ratio": together / total, "n_saes": len(grid)}
+        numbers = {
+            "one_stream_s": together,
+            "separate_s": total,
+            "ratio": together / total,
+            "n_saes": len(grid),
+        }
         options.json.write_text(json.dumps({"sweep": numbers}, indent=1) + "\n", encoding="utf-8")
 
 

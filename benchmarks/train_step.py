@@ -1,4 +1,5 @@
-"""One training step of a ReLU SAE, side by side: ours on the non-zeros, ours dense, SAELens's, plain autograd.
+"""One training step of a ReLU SAE, side by side: ours on the non-zeros, ours dense, SAELens's, plain
+autograd.
 
     python benchmarks/train_step.py                      all shapes and sparsities, with memory
     python benchmarks/train_step.py --quick --json out.json
@@ -7,14 +8,15 @@
     python benchmarks/train_step.py --crossover          the density at which dense and sparse cost the same
     python benchmarks/train_step.py --growth             cost against d_sae at fixed L0
 
-A step is everything: forward, loss, backward, clipping to norm 1, Adam; for ours also the statistics, the adaptive
-weights and the projection of the decoder rows. All contestants run in one process, turn by turn, and medians are
-compared, so that a busy machine slows all alike. On a machine too busy for that, ``--cpu-time`` takes one thread and
-its CPU time, which leaves only the shared caches and memory to disturb. The learning rate is 0: Adam does its full work, but the weights and
-with them L0 stay put. Tokens are Gaussian, scaled to norm sqrt(d_in); the decoder is random with unit rows, the encoder
-its transpose, one bias sets the mean L0. A Gaussian has more pre-activations just below zero than a trained SAE, which
-is the hard case for the screening of the encoder product. Ours uses Adam with ``fused=True`` (SAELens's trainer does
-not); the "plain autograd" row has it too, which isolates that effect.
+A step is everything: forward, loss, backward, clipping to norm 1, Adam; for ours also the statistics, the
+adaptive weights and the projection of the decoder rows. All contestants run in one process, turn by turn, and
+medians are compared, so that a busy machine slows all alike. On a machine too busy for that, ``--cpu-time``
+takes one thread and its CPU time, which leaves only the shared caches and memory to disturb. The learning
+rate is 0: Adam does its full work, but the weights and with them L0 stay put. Tokens are Gaussian, scaled to
+norm sqrt(d_in); the decoder is random with unit rows, the encoder its transpose, one bias sets the mean L0. A
+Gaussian has more pre-activations just below zero than a trained SAE, which is the hard case for the screening
+of the encoder product. Ours uses Adam with ``fused=True`` (SAELens's trainer does not); the "plain autograd"
+row has it too, which isolates that effect.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ class Problem:
         """Fresh contiguous copies of the weights."""
         tensors = {"W_enc": self.W_dec.t(), "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
         return {
-            name: nn.Parameter(value.clone(memory_format=torch.contiguous_format)) for name, value in tensors.items()
+            name: nn.Parameter(value.clone(memory_format=torch.contiguous_format))
+            for name, value in tensors.items()
         }
 
     def precision(self) -> AbstractContextManager[Any]:
@@ -73,7 +76,8 @@ class Problem:
 
 
 class OurStep:
-    """The AEN step built from the functions of ``aen_lightning.sparse`` and ``aen_lightning.saes.penalty``, without an SAE around them.
+    """The AEN step built from the functions of ``aen_lightning.sparse`` and ``aen_lightning.saes.penalty``,
+    without an SAE around them.
 
     ``mark`` is called after each phase, for ``--profile``.
     """
@@ -97,7 +101,9 @@ class OurStep:
         screen = self.switch.screen if self.screen is None else self.screen
         with self.problem.precision():
             if self.dense:
-                code: sparse.SparseCode | sparse.DenseCode = sparse.encode_dense(x, p["W_enc"], p["b_enc"], p["b_dec"])
+                code: sparse.SparseCode | sparse.DenseCode = sparse.encode_dense(
+                    x, p["W_enc"], p["b_enc"], p["b_dec"]
+                )
             else:
                 code = sparse.encode(x, p["W_enc"], p["b_enc"], p["b_dec"], screen=screen)
             self.switch.observe(code)
@@ -126,12 +132,17 @@ class OurStep:
 
 
 class ProductStep:
-    """The step as ``SAEModule`` takes it: ``AENTrainingSAE.training_forward_pass``, backward, clip, Adam, projection."""
+    """The step as ``SAEModule`` takes it.
+
+    ``AENTrainingSAE.training_forward_pass``, backward, clip, Adam, projection.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.sae = AENTrainingSAE(
-            AENTrainingSAEConfig(d_in=problem.d_in, d_sae=problem.d_sae, warmup_delay_steps=0, sparse_step="on")
+            AENTrainingSAEConfig(
+                d_in=problem.d_in, d_sae=problem.d_sae, warmup_delay_steps=0, sparse_step="on"
+            )
         )
         with torch.no_grad():
             for name, value in problem.parameters().items():
@@ -208,13 +219,18 @@ class AutogradStep:
 
 
 class TopKGatherStep(AutogradStep):
-    """TopK as the common sparse-decoder trainers do it: dense encoder, ``topk``, embedding-bag decoder, autograd."""
+    """TopK as the common sparse-decoder trainers do it.
+
+    Dense encoder, ``topk``, embedding-bag decoder, autograd.
+    """
 
     def step(self) -> Tensor:
         """One training step; returns its loss."""
         p, x = self.p, self.problem.x
         with self.problem.precision():
-            top = torch.relu((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]).topk(int(self.problem.l0), sorted=False)
+            top = torch.relu((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]).topk(
+                int(self.problem.l0), sorted=False
+            )
         decoded = embedding_bag(top.indices, p["W_dec"], mode="sum", per_sample_weights=top.values.float())
         loss = (decoded + p["b_dec"] - x).square().sum(dim=-1).mean()
         loss.backward()
@@ -279,10 +295,13 @@ def interleaved(contestants: dict[str, Any], repeats: int) -> dict[str, float]:
 def peak_mib(step: Callable[[], Any]) -> float:
     """Most memory (MiB) that PyTorch's allocator held at once during a step, beyond what lived before it.
 
-    From the profiler's record of every allocation: exact, unlike resident memory, and blind only to scratch space inside BLAS.
+    From the profiler's record of every allocation: exact, unlike resident memory, and blind only to scratch
+    space inside BLAS.
     """
     gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
@@ -361,7 +380,8 @@ def show_profile(problem: Problem, repeats: int) -> None:
     medians = {name: statistics.median(values) for name, values in phases.items()}
     total = sum(medians.values())
     print(
-        f"\nbatch {problem.batch}, d_in {problem.d_in}, d_sae {problem.d_sae}, L0 {problem.l0:g}: {1e3 * total:.0f} ms"
+        f"\nbatch {problem.batch}, d_in {problem.d_in}, d_sae {problem.d_sae}, L0 {problem.l0:g}: "
+        f"{1e3 * total:.0f} ms"
     )
     for name, value in medians.items():
         print(f"  {name:18}{1e3 * value:8.1f} ms{100 * value / total:6.0f} %")
@@ -373,7 +393,9 @@ def crossover(repeats: int, autocast: bool) -> None:
         print(f"\nbatch {batch}, d_in {d_in}, d_sae {d_sae}\n  density %   dense ms  sparse ms")
         for density in (0.01, 0.02, 0.05, 0.1, 0.15, 0.2):
             problem = Problem(batch, d_in, d_sae, density * d_sae, autocast)
-            seconds = interleaved({"dense": OurStep(problem, dense=True), "sparse": OurStep(problem)}, repeats)
+            seconds = interleaved(
+                {"dense": OurStep(problem, dense=True), "sparse": OurStep(problem)}, repeats
+            )
             print(f"  {100 * density:9.0f}{1e3 * seconds['dense']:11.0f}{1e3 * seconds['sparse']:11.0f}")
 
 
@@ -388,7 +410,10 @@ def growth(repeats: int, autocast: bool) -> None:
             "p": Products(problem, all_five=False),
         }
         seconds = interleaved(contestants, repeats)
-        print(f"  {d_sae:6}{1e3 * seconds['ours']:12.0f}{1e3 * seconds['saelens']:12.0f}{1e3 * seconds['p']:20.0f}")
+        print(
+            "  "
+            f"{d_sae:6}{1e3 * seconds['ours']:12.0f}{1e3 * seconds['saelens']:12.0f}{1e3 * seconds['p']:20.0f}"
+        )
 
 
 def problems(args: argparse.Namespace) -> Iterator[Problem]:
@@ -399,7 +424,9 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as a list of objects")
     parser.add_argument("--quick", action="store_true", help="the first shape at L0 32 only")
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast for every contestant")
@@ -423,7 +450,8 @@ def main() -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {'bf16 autocast' if args.autocast else 'float32'}"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{'bf16 autocast' if args.autocast else 'float32'}"
     )
     if args.crossover:
         return crossover(args.repeats, args.autocast)

@@ -7,10 +7,13 @@ from aen_lightning.callbacks.dead_features import DeadFeatureTracker
 from aen_lightning.callbacks.ema import EMAWeightRefresh
 from aen_lightning.callbacks.evaluate import EvaluateDictionaries
 from aen_lightning.callbacks.export import ExportSAE
+from aen_lightning.callbacks.initialize import InitializeFromData
 from aen_lightning.callbacks.publish import PublishToHub
+from aen_lightning.callbacks.sparsity_target import TargetL0
 from aen_lightning.callbacks.throughput import Throughput
 from aen_lightning.callbacks.warmup import DelayedWarmup
 
 __all__ = [
-    "DeadFeatureTracker", "DelayedWarmup", "EMAWeightRefresh", "EvaluateDictionaries", "ExportSAE", "PublishToHub", "Throughput",
+    "DeadFeatureTracker", "DelayedWarmup", "EMAWeightRefresh", "EvaluateDictionaries", "ExportSAE",
+    "InitializeFromData", "PublishToHub", "TargetL0", "Throughput",
 ]  # fmt: skip

@@ -12,13 +12,15 @@ from aen_lightning.callbacks.modules import prefixed, training_saes
 
 
 class DeadFeatureTracker(pl.Callback):
-    """Counts firings over windows of optimizer steps and logs who stayed silent (arXiv:2605.05341, section 6).
+    """Counts firings over windows of optimizer steps and logs who stayed silent (arXiv:2605.05341, section
+    6).
 
-    At the end of each window it logs ``sparsity/dead_features_window_pct`` (share of features without a single firing in the
-    window, in percent), ``sparsity/recovery_rate`` (share of the previous window's dead that fired in this one, in [0, 1]; 0 if none
-    was dead) and, as SAELens does, ``metrics/mean_log10_feature_sparsity``, ``sparsity/below_1e-5`` and ``sparsity/below_1e-6``
-    (counts); with several SAEs the keys begin with their names. It only observes: the module has already added up the counts over
-    ranks. Its state is saved with every checkpoint.
+    At the end of each window it logs ``sparsity/dead_features_window_pct`` (share of features without a
+    single firing in the window, in percent), ``sparsity/recovery_rate`` (share of the previous window's dead
+    that fired in this one, in [0, 1]; 0 if none was dead) and, as SAELens does,
+    ``metrics/mean_log10_feature_sparsity``, ``sparsity/below_1e-5`` and ``sparsity/below_1e-6`` (counts);
+    with several SAEs the keys begin with their names. It only observes: the module has already added up the
+    counts over ranks. Its state is saved with every checkpoint.
 
     Args:
         window_steps: Length of a window in optimizer steps; 10 000 in the paper.
@@ -50,7 +52,8 @@ class DeadFeatureTracker(pl.Callback):
                 pl_module.log_dict({prefixed(name, key): value for key, value in window.close().items()})
 
     def density(self, name: str = "") -> Tensor | None:
-        """Firing rate per token of each feature, shape (d_sae,): of the present window so far, or of the last full one just after
+        """Firing rate per token of each feature, shape (d_sae,): of the present window so far, or of the last
+        full one just after
         it closed; None before any step. ``name`` is the SAE's, where a run trains several."""
         return self._windows[name].density if name in self._windows else None
 
@@ -94,7 +97,9 @@ class _Window:
         return self.last_density
 
     def add(self, n_firings: Tensor, n_tokens: int) -> None:
-        before = torch.zeros_like(n_firings) if self.n_firings is None else self.n_firings.to(n_firings.device)
+        before = (
+            torch.zeros_like(n_firings) if self.n_firings is None else self.n_firings.to(n_firings.device)
+        )
         self.n_firings = before + n_firings
         self.n_tokens += n_tokens
 

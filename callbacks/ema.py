@@ -12,8 +12,8 @@ from aen_lightning.callbacks.modules import adaptive_saes, step_schedule
 class EMAWeightRefresh(pl.Callback):
     """Recomputes the adaptive L1 weights from the running mean activations every n optimizer steps.
 
-    The running means themselves move at every step; only the weights derived from them wait. This has nothing to do with
-    averaging model weights (Lightning's ``EMAWeightAveraging``).
+    The running means themselves move at every step; only the weights derived from them wait. This has nothing
+    to do with averaging model weights (Lightning's ``EMAWeightAveraging``).
 
     Args:
         every_n_steps: Optimizer steps between refreshes, the first step included. 1 is the paper.

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from transformers import AutoModelForCausalLM
 
 from aen_lightning.data.activations import ActivationsDataModule
 from aen_lightning.data.synthetic import SpikedDataModule
@@ -16,7 +15,6 @@ from aen_lightning.evaluate.dictionary import load_dictionary
 from aen_lightning.evaluate.evaluate import RESULT_FILE, evaluate_dictionary
 from aen_lightning.evaluate.inputs import Inputs, ShardInputs, SyntheticInputs, TextInputs
 from aen_lightning.evaluate.results import write_result
-from aen_lightning.language_model.cut_model import DTYPES
 
 _LOGGED = {
     "downstream/ce_increase": ("downstream", "ce_increase", "spliced", "value"),
@@ -35,13 +33,16 @@ _LOGGED = {
 
 
 class EvaluateDictionaries(pl.Callback):
-    """At the end of ``trainer.test``, what ``aen evaluate`` does with the exported dictionaries, on the data module's test split.
+    """At the end of ``trainer.test``, what ``aen evaluate`` does with the exported dictionaries, on the data
+    module's test split.
 
-    Writes ``evaluation.json`` (with several SAEs ``NAME/evaluation.json``) below ``output_dir`` and logs the main numbers as ``test/downstream/...``,
-    ``test/raw/...``, ``test/features/...`` and ``test/ground_truth/...``. Runs on the first rank only.
+    Writes ``evaluation.json`` (with several SAEs ``NAME/evaluation.json``) below ``output_dir`` and logs the
+    main numbers as ``test/downstream/...``, ``test/raw/...``, ``test/features/...`` and
+    ``test/ground_truth/...``. Runs on the first rank only.
 
     Args:
-        downstream: Cross-entropy and KL, for which the whole language model is loaded (on text from a Hugging Face model).
+        downstream: Cross-entropy and KL, for which the whole language model is loaded (on text from a Hugging
+            Face model).
         n_rows: Most rows of text; None: the whole split.
         n_downstream_rows: Most rows for the downstream metrics; None: as many.
         batch_size_prompts: Rows a model call.
@@ -86,7 +87,9 @@ class EvaluateDictionaries(pl.Callback):
             write_result(result, output / name / RESULT_FILE)
             logged = {key: _at(result, path) for key, path in _LOGGED.items()}
             prefix = f"test/{name}/" if name else "test/"
-            pl_module.log_dict({prefix + k: v for k, v in logged.items() if v is not None}, rank_zero_only=True)
+            pl_module.log_dict(
+                {prefix + k: v for k, v in logged.items() if v is not None}, rank_zero_only=True
+            )
 
     def _inputs(self, data: Any, device: str) -> Inputs:
         if isinstance(data, SpikedDataModule):
@@ -97,18 +100,11 @@ class EvaluateDictionaries(pl.Callback):
                 exclude_token_ids=data.exclude_token_ids,
             )  # fmt: skip
         if isinstance(data, TextActivationsDataModule):
-            lm: Any = None
-            if self.downstream and data.given_model is not None and hasattr(data.given_model, "base_model"):
-                lm = data.given_model
-            elif self.downstream and data.model_name and data.model_class_name == "AutoModelForCausalLM":
-                lm = AutoModelForCausalLM.from_pretrained(
-                    data.model_name, revision=data.revision or "main", dtype=DTYPES[data.model_dtype],
-                    **data.model_from_pretrained_kwargs,
-                )  # fmt: skip
-                lm = lm if "device_map" in data.model_from_pretrained_kwargs else lm.to(device)
+            lm = data.source.whole_model(device) if self.downstream else None
             return TextInputs(data, n_rows=self.n_rows, batch_size_prompts=self.batch_size_prompts, lm=lm)
         raise TypeError(
-            "EvaluateDictionaries knows SpikedDataModule, ActivationsDataModule and TextActivationsDataModule, got "
+            "EvaluateDictionaries knows SpikedDataModule, ActivationsDataModule and "
+            "TextActivationsDataModule, got "
             f"{type(data).__name__}: evaluate the exported folder with `aen evaluate`"
         )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aen_lightning.callbacks.dead_features import DeadFeatureTracker
 from aen_lightning.callbacks.modules import training_saes
+from aen_lightning.runs.layout import DICTIONARIES_FOLDER, FINAL_FOLDER, step_folder
 
 
 class _Exportable(Protocol):
@@ -19,12 +20,15 @@ class _Exportable(Protocol):
 
 
 class ExportSAE(pl.Callback):
-    """Leaves a folder that ``SAE.load_from_disk`` reads: ``<dirpath>/step_<n>`` with every checkpoint, ``<dirpath>/final`` at the end.
+    """Leaves a folder that ``SAE.load_from_disk`` reads: ``<dirpath>/step_<n>`` with every checkpoint,
+    ``<dirpath>/final`` at the end.
 
-    With several SAEs each gets a folder of its name below these. Only rank 0 writes, and nothing here waits for another rank.
+    With several SAEs each gets a folder of its name below these. Only rank 0 writes, and nothing here waits
+    for another rank.
 
     Args:
-        dirpath: Where the folders go. None: ``sae`` below the logger's folder, or below the Trainer's ``default_root_dir``.
+        dirpath: Where the folders go. None: ``sae`` below the logger's folder, or below the Trainer's
+            ``default_root_dir``.
         with_checkpoints: Write a folder with every checkpoint, not only at the end.
     """
 
@@ -40,8 +44,10 @@ class ExportSAE(pl.Callback):
             return
         training_saes(pl_module, self)
         if not hasattr(pl_module, "export"):
-            raise TypeError(f"ExportSAE needs a module with an `export` method, got {type(pl_module).__name__}")
-        default = Path(trainer.log_dir or trainer.default_root_dir) / "sae"
+            raise TypeError(
+                f"ExportSAE needs a module with an `export` method, got {type(pl_module).__name__}"
+            )
+        default = Path(trainer.log_dir or trainer.default_root_dir) / DICTIONARIES_FOLDER
         self.resolved_dirpath = default if self.dirpath is None else Path(self.dirpath)
 
     def on_save_checkpoint(
@@ -49,11 +55,11 @@ class ExportSAE(pl.Callback):
     ) -> None:
         """Write the dictionary beside a checkpoint that is being saved during the fit."""
         if self.with_checkpoints and trainer.state.fn == TrainerFn.FITTING:
-            self._export(trainer, pl_module, f"step_{trainer.global_step}")
+            self._export(trainer, pl_module, step_folder(trainer.global_step))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the final dictionary and say where it is."""
-        path = self._export(trainer, pl_module, "final")
+        path = self._export(trainer, pl_module, FINAL_FOLDER)
         if path is not None:
             rank_zero_info(f"SAELens dictionary written to {path} (read it with sae_lens.SAE.load_from_disk)")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from sae_lens import TrainingSAE
+from torch import Tensor
 
 from aen_lightning.saes.aen import AENTrainingSAE
 from aen_lightning.saes.step_schedule import StepSchedule
@@ -20,7 +21,8 @@ def training_saes(pl_module: pl.LightningModule, callback: pl.Callback) -> dict[
     saes = getattr(pl_module, "saes", None)
     if not isinstance(saes, dict) or not all(isinstance(sae, TrainingSAE) for sae in saes.values()):
         raise TypeError(
-            f"{type(callback).__name__} needs a module with SAELens training SAEs as `saes`, got {type(pl_module).__name__}"
+            f"{type(callback).__name__} needs a module with SAELens training SAEs as `saes`, got "
+            f"{type(pl_module).__name__}"
         )
     return saes
 
@@ -51,9 +53,26 @@ def step_schedule(pl_module: pl.LightningModule, callback: pl.Callback) -> StepS
     schedule = getattr(pl_module, "step_schedule", None)
     if not isinstance(schedule, StepSchedule):
         raise TypeError(
-            f"{type(callback).__name__} needs a module with a StepSchedule as `step_schedule`, got {type(pl_module).__name__}"
+            f"{type(callback).__name__} needs a module with a StepSchedule as `step_schedule`, got "
+            f"{type(pl_module).__name__}"
         )
     return schedule
+
+
+def sparsity_multipliers(pl_module: pl.LightningModule, callback: pl.Callback) -> dict[str, Tensor]:
+    """The scalars by which ``pl_module`` multiplies the sparsity coefficient of each of its SAEs; a callback
+    may fill them.
+
+    Raises:
+        TypeError: If it has none.
+    """
+    multipliers = getattr(pl_module, "sparsity_multipliers", None)
+    if not isinstance(multipliers, dict):
+        raise TypeError(
+            f"{type(callback).__name__} needs a module with scalars by name as `sparsity_multipliers`, "
+            f"got {type(pl_module).__name__}"
+        )
+    return multipliers
 
 
 def prefixed(name: str, key: str) -> str:

@@ -9,7 +9,10 @@ import lightning.pytorch as pl
 
 
 class Throughput(pl.Callback):
-    """Logs ``details/tokens_per_second``: activation vectors trained on per second, all ranks together, since the last log."""
+    """Logs ``details/tokens_per_second``.
+
+    Activation vectors trained on per second, all ranks together, since the last log.
+    """
 
     def __init__(self) -> None:
         self._since: float | None = None

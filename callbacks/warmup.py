@@ -13,8 +13,8 @@ from aen_lightning.saes.penalty import warmup_ramp
 class DelayedWarmup(pl.Callback):
     """Holds the adaptive weights at 1 for a while, then lets them in linearly (arXiv:2605.05341, section 4).
 
-    A function of the optimizer step alone, so a resumed run needs nothing saved. This is a warm-up of the *weights*; the L1
-    term as a whole is warmed up by the SAE's ``l1_warmup_steps``.
+    A function of the optimizer step alone, so a resumed run needs nothing saved. This is a warm-up of the
+    *weights*; the L1 term as a whole is warmed up by the SAE's ``l1_warmup_steps``.
 
     Args:
         delay_steps: Optimizer steps with all weights 1. None: the SAE's ``warmup_delay_steps``.

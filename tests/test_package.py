@@ -21,7 +21,9 @@ PACKAGE = Path(aen_lightning.__file__).parent
 
 def run_python(code: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_importing_the_package_imports_none_of_the_libraries() -> None:
@@ -46,7 +48,8 @@ def test_every_public_name_is_there_and_no_other() -> None:
     [
         "import aen_lightning\nimport sae_lens",
         "import sae_lens\nimport aen_lightning",
-        "import aen_lightning, importlib\nimportlib.reload(aen_lightning)\nfrom sae_lens.registry import get_sae_class",
+        "import aen_lightning, importlib\nimportlib.reload(aen_lightning)\nfrom sae_lens.registry import "
+        "get_sae_class",
     ],
     ids=["ours first", "SAELens first", "ours twice, a module of SAELens first"],
 )
@@ -69,7 +72,9 @@ def test_saelens_knows_aen_in_either_order_of_imports(first: str, tmp_path: Path
 def test_a_config_unpickles_in_a_process_that_has_imported_nothing(tmp_path: Path) -> None:
     cfg = aen_lightning.AENTrainingSAEConfig(d_in=4, d_sae=8, gamma=0.25)
     (tmp_path / "cfg.pkl").write_bytes(pickle.dumps(cfg))
-    done = run_python("import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')).gamma)", tmp_path / "cfg.pkl")
+    done = run_python(
+        "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')).gamma)", tmp_path / "cfg.pkl"
+    )
     assert done.stdout == "0.25\n", done.stderr
 
 
@@ -90,7 +95,8 @@ def _file_of(module: str) -> Path | None:
 
 
 def test_what_registration_needs_imports_sae_lens_only_under_saes() -> None:
-    # else that module, imported first, would import sae_lens, which would import it again, half made, by registration
+    # else that module, imported first, would import sae_lens, which would import it again, half made, by
+    # registration
     waiting, seen = {"aen_lightning.saes.aen"}, set[str]()
     while waiting:
         module = waiting.pop()
@@ -105,7 +111,8 @@ def test_what_registration_needs_imports_sae_lens_only_under_saes() -> None:
     assert "aen_lightning.saes.penalty" in seen
 
 
-# --- after_import, with a module of the test's own -----------------------------------------------------------------
+# --- after_import, with a module of the test's own
+# -----------------------------------------------------------------
 
 
 @pytest.fixture

@@ -45,7 +45,9 @@ def compare(
         sparsity = None if with_dead else log_sparsity(reference)
         if sparsity is not None:
             live[name] = alive(sparsity)
-    found = compare_dictionaries(atoms, live=live, thresholds=threshold, baseline=baseline, n_neighbours=neighbours)
+    found = compare_dictionaries(
+        atoms, live=live, thresholds=threshold, baseline=baseline, n_neighbours=neighbours
+    )
     result: dict[str, Any] = head("compare") | {"dictionaries": described} | found
     if out is not None:
         print(f"wrote {write_result(result, out)}")
@@ -79,13 +81,20 @@ def comparison_table(result: dict[str, Any]) -> str:
             [f"{name}  ~  random", number(chance["cosine"]["mean"]), number(chance["cosine"]["p50"])]
             + [cell for share in shares for cell in (share, "")]
         )
-    header = ["pair", "mean cosine", "median", *(f"{t} {side}" for t in thresholds for side in ("of 1st", "of 2nd"))]
+    header = [
+        "pair",
+        "mean cosine",
+        "median",
+        *(f"{t} {side}" for t in thresholds for side in ("of 1st", "of 2nd")),
+    ]
     text = [table(rows, header=header)]
     if len(result["n_features"]) > 2:
         shares = result["found_in_all"]
         body = [[name, *(f"{100 * shares[name][t]:.1f} %" for t in thresholds)] for name in shares]
         text.append(table(body, header=["found in all others", *thresholds]))
     dead = result["dead_features_left_out"]
-    counts = ", ".join(f"{name}: {result['n_compared'][name]:,} of {n:,}" for name, n in result["n_features"].items())
+    counts = ", ".join(
+        f"{name}: {result['n_compared'][name]:,} of {n:,}" for name, n in result["n_features"].items()
+    )
     text.append(f"features compared{' (dead ones left out)' if dead else ''}: {counts}")
     return "\n\n".join(text)

@@ -1,4 +1,7 @@
-"""``--config``: a recipe's name stands for its file, and the file is looked at before anything heavy is imported."""
+"""``--config``.
+
+A recipe's name stands for its file, and the file is looked at before anything heavy is imported.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,9 @@ def read_config(path: Path) -> dict[str, Any]:
     if config is None:
         raise UsageError(f"{path} is empty")
     if not isinstance(config, dict):
-        raise UsageError(f"{path} must hold sections such as trainer, model and data, got a {type(config).__name__}")
+        raise UsageError(
+            f"{path} must hold sections such as trainer, model and data, got a {type(config).__name__}"
+        )
     return config
 
 

@@ -1,4 +1,7 @@
-"""``aen demo``: AEN, with and without a starvation guard, beside L1 and TopK on one synthetic stream, without downloads."""
+"""``aen demo``.
+
+AEN, with and without a starvation guard, beside L1 and TopK on one synthetic stream, without downloads.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ _D_IN, _D_SAE, _K = 128, 256, 8
 
 
 def _variants(n_steps: int, l1_warmup: float) -> dict[str, dict[str, Any]]:
-    # the published delay and ramp, 10 000 and 2 000 of 50 000 steps, shortened with the run; the paper has no warm-up of
-    # the L1 term, which here is a quarter of the run for both: without it twice as many features die (--l1_warmup 0
-    # shows it)
+    # the published delay and ramp, 10 000 and 2 000 of 50 000 steps, shortened with the run; the paper has no
+    # warm-up of the L1 term, which here is a quarter of the run for both: without it twice as many features
+    # die (--l1_warmup 0 shows it)
     schedule = {
         "warmup_delay_steps": n_steps // 5,
         "warmup_ramp_steps": n_steps // 25,
         "l1_warmup_steps": round(l1_warmup * n_steps),
     }
-    aen = {"architecture": "aen", "lambda_1": 5e-3, "lambda_2": 1e-4, "gamma": 0.5, "ema_decay": 0.9999, **schedule}
+    aen = {"architecture": "aen", "lambda_1": 5e-3, "lambda_2": 1e-4, "ema_decay": 0.9999, **schedule}
     return {
         "AEN": aen,
         "AEN+guard": {**aen, "starvation_guard": 0.1},
@@ -29,10 +32,13 @@ def _variants(n_steps: int, l1_warmup: float) -> dict[str, dict[str, Any]]:
     }
 
 
-def demo(*, steps: int = 6000, out: str = "demo-output", l1_warmup: float = 0.25, progress: bool = False) -> None:
+def demo(
+    *, steps: int = 6000, out: str = "demo-output", l1_warmup: float = 0.25, progress: bool = False
+) -> None:
     """AEN, with and without a starvation guard, beside L1 and TopK on one stream of synthetic activations.
 
-    Trains the four SAEs, prints the comparison, and loads AEN's dictionary back through SAELens. Downloads nothing.
+    Trains the four SAEs, prints the comparison, and loads AEN's dictionary back through SAELens. Downloads
+    nothing.
 
     Args:
         steps: Training steps of each SAE, at least 100.
@@ -48,10 +54,12 @@ def demo(*, steps: int = 6000, out: str = "demo-output", l1_warmup: float = 0.25
     from sae_lens import SAE
 
     print(
-        f"Spiked synthetic data: {_D_SAE} features in {_D_IN} dimensions, {_K} active per sample, expected cosine "
-        f"0.3.\nEach SAE sees the same {steps} batches of 256 samples.\n"
+        f"Spiked synthetic data: {_D_SAE} features in {_D_IN} dimensions, {_K} active per sample, expected "
+        f"cosine 0.3.\nEach SAE sees the same {steps} batches of 256 samples.\n"
     )
-    header = f"{'SAE':<11}{'L0':>8}{'EV':>9}{'dead %':>9}{'shrinkage':>11}{'matched cosine':>16}{'seconds':>9}"
+    header = (
+        f"{'SAE':<11}{'L0':>8}{'EV':>9}{'dead %':>9}{'shrinkage':>11}{'matched cosine':>16}{'seconds':>9}"
+    )
     print(header + "\n" + "-" * len(header))
     # the table is what to read here, not Lightning's notes on devices and products
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -59,7 +67,9 @@ def demo(*, steps: int = 6000, out: str = "demo-output", l1_warmup: float = 0.25
     folders = {}
     for name, sae in _variants(steps, l1_warmup).items():
         start = time.perf_counter()
-        folders[name] = _train({"d_in": _D_IN, "d_sae": _D_SAE, **sae}, steps, Path(out) / name.lower(), progress)
+        folders[name] = _train(
+            {"d_in": _D_IN, "d_sae": _D_SAE, **sae}, steps, Path(out) / name.lower(), progress
+        )
         row = _evaluate(folders[name])
         print(
             f"{name:<11}{row['l0']:>8.1f}{row['ev']:>9.3f}{row['dead']:>9.2f}{row['shrinkage']:>11.3f}"
@@ -67,13 +77,16 @@ def demo(*, steps: int = 6000, out: str = "demo-output", l1_warmup: float = 0.25
             flush=True,
         )
     print(
-        "\nL0: active features per sample (the truth is 8). EV: explained variance. dead %: features silent on 8192 "
-        "held-out\nsamples. shrinkage: |reconstruction| / |input|. matched cosine: to the true dictionary, 1 is every "
-        "feature found.\n"
+        "\nL0: active features per sample (the truth is 8). EV: explained variance. dead %: features silent\n"
+        "on 8192 held-out samples. shrinkage: |reconstruction| / |input|. matched cosine: to the true\n"
+        "dictionary, 1 is every feature found.\n"
         "The guard (starvation_guard 0.1) is not in the paper.\n"
     )
     loaded = SAE.load_from_disk(folders["AEN"])
-    print(f"Loaded back with sae_lens.SAE.load_from_disk: {type(loaded).__name__}, W_dec {tuple(loaded.W_dec.shape)}")
+    print(
+        f"Loaded back with sae_lens.SAE.load_from_disk: {type(loaded).__name__}, W_dec "
+        f"{tuple(loaded.W_dec.shape)}"
+    )
     print("Dictionaries (SAELens folders) and metrics.csv of each run:")
     for name, folder in folders.items():
         print(f"  {name:<11}{folder}")
@@ -98,7 +111,8 @@ def _train(sae: dict[str, Any], steps: int, folder: Path, progress: bool) -> Pat
         accelerator="cpu",
         devices=1,
         max_steps=steps,
-        gradient_clip_val=float(_D_IN),  # the published clip of 1.0 is in the paper's units, 1/d_in of SAELens's
+        # the published clip of 1.0 is in the paper's units, 1/d_in of SAELens's
+        gradient_clip_val=float(_D_IN),
         logger=CSVLogger(folder.parent, name=folder.name, version=""),
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -108,7 +122,8 @@ def _train(sae: dict[str, Any], steps: int, folder: Path, progress: bool) -> Pat
         callbacks=[export, DeadFeatureTracker(window_steps=max(1, steps // 5))],
     )
     with warnings.catch_warnings():
-        # said by Lightning and pointless here: the stream needs no workers, and CSVLogger reuses a folder by design
+        # said by Lightning and pointless here: the stream needs no workers, and CSVLogger reuses a folder by
+        # design
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
         warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
         trainer.fit(SAEModule(sae), datamodule=_data())

@@ -25,9 +25,9 @@ def diagnose(
 ) -> None:
     """What ails a dictionary.
 
-    Coherence of its atoms, geometry of those active together, how far a small change of the input moves the code, how
-    far the encoder is from the exact code, and what becomes of features that are active together. Writes
-    diagnosis.json into the dictionary's folder.
+    Coherence of its atoms, geometry of those active together, how far a small change of the input moves the
+    code, how far the encoder is from the exact code, and what becomes of features that are active together.
+    Writes diagnosis.json into the dictionary's folder.
 
     Args:
         dictionary: Folder with cfg.json, or RELEASE:ID as for SAE.from_pretrained.
@@ -38,9 +38,9 @@ def diagnose(
         n_lipschitz: Of these, so many for Lipschitz constants.
         l1_coefficient: Of the coding problem, in SAELens's form. null: as trained.
         l2_coefficient: Of the coding problem, in SAELens's form. null: as trained.
-        l1_weights: safetensors file with the adaptive weights l1_weights, e.g. sae_weights.safetensors of a training
-            checkpoint. null: adaptive_state.safetensors beside the dictionary, else computed anew from mean
-            activations.
+        l1_weights: safetensors file with the adaptive weights l1_weights, e.g. sae_weights.safetensors of a
+            training checkpoint. null: adaptive_state.safetensors beside the dictionary, else computed anew
+            from mean activations.
         inputs: What to diagnose on.
     """
     from aen_lightning.cli.opening import InputOpener, device_of
@@ -99,7 +99,15 @@ def diagnosis_table(result: dict[str, Any]) -> str:
 
     def spread(label: str, s: dict[str, Any], meaning: str = "") -> None:
         rows.append(
-            [label, number(s["mean"]), number(s["p10"]), number(s["p50"]), number(s["p90"]), number(s["max"]), meaning]
+            [
+                label,
+                number(s["mean"]),
+                number(s["p10"]),
+                number(s["p50"]),
+                number(s["p90"]),
+                number(s["max"]),
+                meaning,
+            ]
         )
 
     def single(label: str, value: float | None, meaning: str = "") -> None:
@@ -118,7 +126,9 @@ def diagnosis_table(result: dict[str, Any]) -> str:
         rows.append([f"change of the code per change of the input ({li['n_tokens']} tokens)"])
         spread("encoder, small steps", li["encoder"]["empirical"])
         single(
-            "encoder, bound", li["encoder"]["bound"], "" if li["encoder"]["is_continuous"] else "but this encoder jumps"
+            "encoder, bound",
+            li["encoder"]["bound"],
+            "" if li["encoder"]["is_continuous"] else "but this encoder jumps",
         )
         if (m := li["coding_map"]) is not None:
             spread("exact code, small steps", m["empirical"])
@@ -138,7 +148,9 @@ def diagnosis_table(result: dict[str, Any]) -> str:
             s["features_fired_by_exact"],
             f"{s['dead_used_by_exact']} of {s['dead']} dead ones among them",
         )
-        single("largest relative gap", gap["certificate"]["max_relative_gap"], "certificate of the exact code")
+        single(
+            "largest relative gap", gap["certificate"]["max_relative_gap"], "certificate of the exact code"
+        )
     text = [table(rows, header=["", "mean", "p10", "median", "p90", "max", ""])] if rows else []
     if (co := result["composition"]) is not None:
         names = (

@@ -1,4 +1,7 @@
-"""One line for every slip: what jsonargparse, Lightning and our own checks say of it, in the words of the command line."""
+"""One line for every slip.
+
+What jsonargparse, Lightning and our own checks say of it, in the words of the command line.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from aen_lightning.spelling import nearest, suggest
 
 
 class UsageError(ValueError):
-    """What the user can mend: a misspelt key, a file that is missing. ``aen`` shows its one line and ends with code 2."""
+    """What the user can mend.
+
+    A misspelt key, a file that is missing. ``aen`` shows its one line and ends with code 2.
+    """
 
 
 def one_line(text: object) -> str:
@@ -91,7 +97,10 @@ def _explain_class(class_path: str, reason: str) -> str:
 
 
 def _explain_union(text: str) -> str:
-    """What the member of the union says that was meant: the class if one was given, else all that may stand here."""
+    """What the member of the union says that was meant.
+
+    The class if one was given, else all that may stand here.
+    """
     members = list(_bullets(text))
     value = one_line(m[1]) if (m := re.search(r"^Given value: (.*)", text, re.MULTILINE)) else ""
     if any("Expected a dot import path string" in m for m in members):
@@ -114,7 +123,9 @@ def _bullets(text: str) -> Iterator[str]:
     for line in [*lines, ""]:
         outside = len(line) - len(line.lstrip()) < indent
         if (outside or line[indent:].startswith("- ")) and point:
-            yield dedent("\n".join([point[0][indent + 2 :], *(more[indent + 2 :] for more in point[1:])])).strip()
+            yield dedent(
+                "\n".join([point[0][indent + 2 :], *(more[indent + 2 :] for more in point[1:])])
+            ).strip()
             point = []
         if outside:
             return

@@ -21,17 +21,18 @@ def evaluate(
 ) -> None:
     """How good dictionaries are on held-out data.
 
-    Sparsity, reconstruction, dead features, how evenly features are used, and what splicing the dictionary in costs
-    the language model. Writes evaluation.json into each dictionary's folder.
+    Sparsity, reconstruction, dead features, how evenly features are used, and what splicing the dictionary in
+    costs the language model. Writes evaluation.json into each dictionary's folder.
 
     Args:
         dictionary: Folder with cfg.json, or RELEASE:ID as for SAE.from_pretrained.
         out: File for the result, of one dictionary only. null: evaluation.json in its folder.
         downstream: CE and KL of the language model. Without them it is cut after the hook, which is quicker.
-        n_downstream_rows: Rows for CE and KL, which take four passes of the whole model each; 0: as many as for the
-            rest.
+        n_downstream_rows: Rows for CE and KL, which take four passes of the whole model each; 0: as many as
+            for the rest.
         downstream_batch_size_prompts: Rows a call of the whole model.
-        ablate: Ablations replace every position, as in SAELens (all), or those that the dictionary replaces (counted).
+        ablate: Ablations replace every position, as in SAELens (all), or those that the dictionary replaces
+            (counted).
         per_feature: Add every feature's density to the result.
         inputs: What to evaluate on.
     """
@@ -41,7 +42,9 @@ def evaluate(
     from aen_lightning.evaluate.results import result_path, short_names, write_result
 
     if out is not None and len(dictionary) > 1:
-        raise ValueError("--out takes one dictionary; several are written to evaluation.json in their own folders")
+        raise ValueError(
+            "--out takes one dictionary; several are written to evaluation.json in their own folders"
+        )
     opener = InputOpener(inputs, whole_lm=downstream)
     results = []
     for reference in dictionary:
@@ -93,7 +96,10 @@ _SCREEN = (
 
 
 def evaluation_table(results: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    """The table on screen: a column a dictionary, value ± standard error; sections no dictionary has are left out."""
+    """The table on screen.
+
+    A column a dictionary, value ± standard error; sections no dictionary has are left out.
+    """
     from aen_lightning.evaluate.results import number, table
 
     rows: list[list[str]] = [

@@ -16,7 +16,12 @@ class HarvestCLI(OneLineCLI):
     def __init__(self, args: Sequence[str]) -> None:
         prepare_process()
         super().__init__(
-            HarvestModule, HarvestDataModule, run=False, save_config_callback=None, seed_everything_default=0, args=args
+            HarvestModule,
+            HarvestDataModule,
+            run=False,
+            save_config_callback=None,
+            seed_everything_default=0,
+            args=args,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

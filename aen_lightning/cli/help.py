@@ -1,6 +1,7 @@
 """Help pages: an option a line, with its type, default and meaning out of signature and docstring.
 
-Classes that import torch are read from their source, so that help needs no import; what the pages say of them cannot drift.
+Classes that import torch are read from their source, so that help needs no import; what the pages say of them
+cannot drift.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ _LEFT = 35  # columns for an option with its type and default
 
 @dataclass(frozen=True)
 class Option:
-    """An option: its name, its type and default as Python writes them (no default: required), and its meaning."""
+    """An option.
+
+    Its name, its type and default as Python writes them (no default: required), and its meaning.
+    """
 
     name: str
     type: str
@@ -54,7 +58,12 @@ class Option:
 def options_of(source: Any) -> list[Option]:
     """The options of a function or dataclass that is there."""
     return [
-        Option(name, annotation(p.annotation), None if p.default is p.empty else repr(p.default), meaning(source, name))
+        Option(
+            name,
+            annotation(p.annotation),
+            None if p.default is p.empty else repr(p.default),
+            meaning(source, name),
+        )
         for name, p in inspect.signature(source).parameters.items()
     ]
 

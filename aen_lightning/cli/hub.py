@@ -22,9 +22,9 @@ def push(
 ) -> None:
     """Publish dictionaries on the Hugging Face Hub.
 
-    Those of a run, of several, or of one SAELens folder, in one commit with a model card. Run it again after a failure:
-    what arrived is not sent twice. The token is the one that `hf auth login` stored, or HF_TOKEN; it is never an
-    argument. HF_ENDPOINT names another Hub.
+    Those of a run, of several, or of one SAELens folder, in one commit with a model card. Run it again after
+    a failure: what arrived is not sent twice. The token is the one that `hf auth login` stored, or HF_TOKEN;
+    it is never an argument. HF_ENDPOINT names another Hub.
 
     Args:
         folder: A run's folder, a SAELens folder, or a folder of several.
@@ -38,10 +38,17 @@ def push(
         dataset: Hub name of the data set, likewise.
         license: For the card, e.g. mit.
     """
-    from aen_lightning.hub.push import plan_push, publish
+    from aen_lightning.hub.plan import plan_push
+    from aen_lightning.hub.push import publish
 
     with plan_push(
-        folder, repo, architecture=architecture, sae_id=id, model_name=model_name, dataset=dataset, license_name=license
+        folder,
+        repo,
+        architecture=architecture,
+        sae_id=id,
+        model_name=model_name,
+        dataset=dataset,
+        license_name=license,
     ) as plan:
         print(f"{plan.repo_id}, {revision or 'main'}\n{plan.tree()}")
         for note in plan.notes:
@@ -61,24 +68,28 @@ def push(
 def pull(repo: str, id: str | None = None, *, revision: str | None = None) -> None:
     """List the dictionaries of a Hub repository, or fetch one.
 
-    With ID: fetch it into huggingface_hub's cache, check shapes, types and hashes, and say how to use it. Without a
-    connection the cache answers. The token is the one that `hf auth login` stored, or HF_TOKEN; HF_ENDPOINT names
-    another Hub.
+    With ID: fetch it into huggingface_hub's cache, check shapes, types and hashes, and say how to use it.
+    Without a connection the cache answers. The token is the one that `hf auth login` stored, or HF_TOKEN;
+    HF_ENDPOINT names another Hub.
 
     Args:
         repo: OWNER/REPO on the Hub.
         id: ID of a dictionary.
         revision: Branch, tag or commit. null: main.
     """
-    from aen_lightning.hub.pull import listing, look_up, read_config, usage
+    from aen_lightning.hub.pull import listing, usage
     from aen_lightning.hub.pull import pull as fetch
+    from aen_lightning.hub.remote import look_up, read_config
 
     if id is not None:
         print(usage(fetch(repo, id, revision=revision)))
         return
     remote = look_up(repo, revision)
     ids = remote.sae_ids
-    print(f"{remote.repo_id} at commit {remote.commit}{' (offline: what the cache has)' if remote.offline else ''}")
+    print(
+        f"{remote.repo_id} at commit "
+        f"{remote.commit}{' (offline: what the cache has)' if remote.offline else ''}"
+    )
     rows = listing(remote, [(sae_id, read_config(remote, sae_id)) for sae_id in ids[:_MOST_CONFIGS]])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -110,7 +121,8 @@ def import_(
         folder: Where the dictionary goes; made if missing.
         kind: What was trained, where the path does not say it.
         k: Of a TopK model, where the name does not say it.
-        input_scaling: Of the activations it was trained on. null: per_token; none for the authors' synthetic data.
+        input_scaling: Of the activations it was trained on. null: per_token; none for the authors' synthetic
+            data.
         model_name: Language model, where the path does not say it.
         hook_name: TransformerLens name of the hook, likewise.
         for_training: Write the training SAE aen, with its adaptive state.

@@ -22,7 +22,8 @@ class EvaluationInputs:
         dataset_split: Split to read. null: as trained, else train.
         text_column: Column with text or token ids. null: found.
         streaming: Read the dataset as needed instead of loading it.
-        held_out_documents: So many documents at the beginning are the held-out ones. null: as trained, else 512.
+        held_out_documents: So many documents at the beginning are the held-out ones. null: as trained, else
+            512.
         split: Odd (test) or even (validation) held-out documents.
         n_rows: Rows of text to take; 0: all.
         context_size: Tokens a row.

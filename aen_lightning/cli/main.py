@@ -1,4 +1,7 @@
-"""The ``aen`` command. Nothing here imports torch; only the commands that LightningCLI parses need it to know their options."""
+"""The ``aen`` command.
+
+Nothing here imports torch; only the commands that LightningCLI parses need it, to know their options.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,9 @@ COMMANDS = {
     "recipes list": Command("recipes:list_", "the recipes, a line each"),
     "recipes show": Command("recipes:show", "print a recipe"),
     "recipes copy": Command("recipes:copy", "copy a recipe to a file of your own"),
-    "demo": Command("demo:demo", "AEN beside L1 and TopK on synthetic data, in minutes and without downloads"),
+    "demo": Command(
+        "demo:demo", "AEN beside L1 and TopK on synthetic data, in minutes and without downloads"
+    ),
     "saelens": Command("saelens:saelens", "SAELens's own training command, with --architecture aen", "none"),
 }
 
@@ -61,8 +66,8 @@ _OPTIONS = (*_HELP, "--version")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``aen COMMAND ...`` and return the exit code.
 
-    Wrong use (a misspelt key, a hook that does not exist, a file that is missing) ends with one line and code 2; set
-    ``AEN_DEBUG=1`` to see where it was noticed.
+    Wrong use (a misspelt key, a hook that does not exist, a file that is missing) ends with one line and code
+    2; set ``AEN_DEBUG=1`` to see where it was noticed.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -164,7 +169,8 @@ def _usage(names: Iterable[str]) -> str:
             "commands:",
             *lines,
             "",
-            "`aen COMMAND --help` says more. Exit codes: 0 done; 1 failed while it ran; 2 wrong use, said in one line",
+            "`aen COMMAND --help` says more. Exit codes: 0 done; 1 failed while it ran; 2 wrong use, said "
+            "in one line",
             "(AEN_DEBUG=1 shows where it was noticed); 130 interrupted.",
         ]
     )

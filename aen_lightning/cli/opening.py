@@ -26,7 +26,8 @@ class InputOpener:
 
     Args:
         options: What the user asked for.
-        whole_lm: Whether the whole language model is needed (downstream metrics); else it is cut after the hook.
+        whole_lm: Whether the whole language model is needed (downstream metrics); else it is cut after the
+            hook.
     """
 
     def __init__(self, options: EvaluationInputs, *, whole_lm: bool) -> None:
@@ -38,7 +39,8 @@ class InputOpener:
         """The inputs for a dictionary.
 
         Raises:
-            ValueError: If arguments and metadata do not say what to read, or its width is not the dictionary's.
+            ValueError: If arguments and metadata do not say what to read, or its width is not the
+                dictionary's.
         """
         given, metadata = self.options, sae.cfg.metadata
         synthetic = metadata["synthetic_data"]
@@ -57,7 +59,8 @@ class InputOpener:
             inputs = self._once(f"text {options}", lambda: self._text(options, _lm_kwargs(metadata)))
         if inputs.d_in != sae.cfg.d_in:
             raise ValueError(
-                f"the dictionary has d_in={sae.cfg.d_in}, but the inputs are {inputs.d_in} wide: another hook or model "
+                f"the dictionary has d_in={sae.cfg.d_in}, but the inputs are {inputs.d_in} wide: another "
+                "hook or model "
                 "is needed"
             )
         return inputs
@@ -80,12 +83,20 @@ class InputOpener:
 
     def _text_options(self, metadata: Any) -> dict[str, Any]:
         given = self.options
-        model_name = given.model_name or _hugging_face_name(metadata["model_name"], metadata["model_class_name"])
+        model_name = given.model_name or _hugging_face_name(
+            metadata["model_name"], metadata["model_class_name"]
+        )
         hook_name = given.hook_name or metadata["hook_name"]
         dataset_path = given.dataset_path or metadata["dataset_path"]
-        for name, value in (("model_name", model_name), ("hook_name", hook_name), ("dataset_path", dataset_path)):
+        for name, value in (
+            ("model_name", model_name),
+            ("hook_name", hook_name),
+            ("dataset_path", dataset_path),
+        ):
             if not value:
-                raise ValueError(f"the dictionary's metadata does not say what to read: give --{name} (or --shards)")
+                raise ValueError(
+                    f"the dictionary's metadata does not say what to read: give --{name} (or --shards)"
+                )
         special, asked = metadata["exclude_special_tokens"], given.exclude_special_tokens
         # None is a separator, too: none
         separator = _or(given.sequence_separator_token, metadata.get("sequence_separator_token", "eos"))
@@ -96,15 +107,20 @@ class InputOpener:
             "revision": given.revision or metadata["revision"],
             "dataset_path": dataset_path,
             "dataset_name": given.dataset_name or (metadata["dataset_name"] if own_dataset else None),
-            "dataset_split": given.dataset_split or (metadata["dataset_split"] if own_dataset else None) or "train",
+            "dataset_split": given.dataset_split
+            or (metadata["dataset_split"] if own_dataset else None)
+            or "train",
             "text_column": given.text_column,
             "streaming": given.streaming,
             "context_size": given.context_size or metadata["context_size"] or 128,
             "prepend_bos": _or(given.prepend_bos, bool(metadata["prepend_bos"])),
             "sequence_separator_token": None if separator == "none" else separator,
             "exclude_special_tokens": special is not False if asked is None else asked,
-            "exclude_token_ids": list(given.exclude_token_ids or (special if isinstance(special, list) else ())),
-            "norm_outlier_multiple": _or(given.norm_outlier_multiple, metadata["norm_outlier_multiple"]) or None,
+            "exclude_token_ids": list(
+                given.exclude_token_ids or (special if isinstance(special, list) else ())
+            ),
+            "norm_outlier_multiple": _or(given.norm_outlier_multiple, metadata["norm_outlier_multiple"])
+            or None,
             "held_out_documents": _or(given.held_out_documents, metadata.get("held_out_documents", 512)),
             "model_dtype": given.model_dtype,
         }
@@ -114,12 +130,18 @@ class InputOpener:
         device = device_of(given)
         if self.whole_lm:
             lm = self._language_model(options, lm_kwargs, device)
-            tokenizer = AutoTokenizer.from_pretrained(options["model_name"], revision=options["revision"] or "main")
+            tokenizer = AutoTokenizer.from_pretrained(
+                options["model_name"], revision=options["revision"] or "main"
+            )
             data = TextActivationsDataModule(**options, model=lm, tokenizer=tokenizer)
         else:
             data = TextActivationsDataModule(**options, model_from_pretrained_kwargs=lm_kwargs, device=device)
         return TextInputs(
-            data, split=given.split, n_rows=given.n_rows or None, batch_size_prompts=given.batch_size_prompts, lm=lm
+            data,
+            split=given.split,
+            n_rows=given.n_rows or None,
+            batch_size_prompts=given.batch_size_prompts,
+            lm=lm,
         )
 
     def _language_model(self, options: dict[str, Any], kwargs: dict[str, Any], device: str) -> Any:
@@ -139,7 +161,8 @@ def _or(given: Any, otherwise: Any) -> Any:
 
 
 def _lm_kwargs(metadata: Any) -> dict[str, Any]:
-    """What to load the language model with; the arguments of a TransformerLens model are not those of a Hugging Face one.
+    """What to load the language model with; the arguments of a TransformerLens model are not those of a
+    Hugging Face one.
 
     Raises:
         ValueError: If TransformerLens changed the weights so that its activations are others.
@@ -149,8 +172,10 @@ def _lm_kwargs(metadata: Any) -> dict[str, Any]:
         return kwargs
     if changed := [k for k in ("center_writing_weights", "fold_value_biases") if kwargs.get(k)]:
         raise ValueError(
-            f"the dictionary was trained on activations of a TransformerLens model with {changed[0]}, which are not "
-            "those of the Hugging Face model: harvest them with SAELens's CacheActivationsRunner and give --shards"
+            f"the dictionary was trained on activations of a TransformerLens model with {changed[0]}, "
+            "which are not "
+            "those of the Hugging Face model: harvest them with SAELens's CacheActivationsRunner and give "
+            "--shards"
         )
     return {}
 

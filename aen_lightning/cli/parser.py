@@ -1,8 +1,8 @@
 """Makes a command's parser from the signature and docstring of its function, and calls the function.
 
-A parameter before ``*`` is a positional argument, one after it an option of the same name; a list takes several words; a flag
-``x: bool`` is ``--x`` or ``--no_x``; the fields of a dataclass are options like all others. jsonargparse does the rest: types,
-defaults, help.
+A parameter before ``*`` is a positional argument, one after it an option of the same name; a list takes
+several words; a flag ``x: bool`` is ``--x`` or ``--no_x``; the fields of a dataclass are options like all
+others. jsonargparse does the rest: types, defaults, help.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ _SHORT = {"-o": "--out", "-c": "--config"}
 
 
 class OneLineErrors:
-    """Lets a jsonargparse parser raise :class:`UsageError` with one line, instead of printing its usage and exiting."""
+    """Lets a jsonargparse parser raise :class:`UsageError` with one line, instead of printing its usage and
+    exiting.
+    """
 
     usage_line = ""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Called by jsonargparse; the parsers of nested classes, whose errors it collects itself, keep theirs."""
+        """Called by jsonargparse.
+
+        The parsers of nested classes, whose errors it collects itself, keep theirs.
+        """
         if not self.exit_on_error:  # type: ignore[attr-defined]
             super().error(message, ex)  # type: ignore[misc]
         line = explain(message, self.option_names(getattr(ex, "subcommand_parser", None) or self))
@@ -55,8 +60,8 @@ def run_function(function: Callable[..., None], args: Sequence[str], *, prog: st
     """Parse the arguments of a command and call its function with them.
 
     Raises:
-        UsageError: For arguments that do not fit the signature, and where the function raises ValueError, TypeError or OSError:
-            the same error in one line.
+        UsageError: For arguments that do not fit the signature, and where the function raises ValueError,
+            TypeError or OSError: the same error in one line.
     """
     parser = make_parser(function, prog)
     values = parser.parse_args(normalized(args, _flags(function))).as_dict()
@@ -93,8 +98,12 @@ def _usage_and_help(function: Callable[..., None], prog: str) -> tuple[str, str]
             options.append(_dashed(option))
     usage = " ".join([*words, "[options]"] if options or groups else words)
     sections = [("", positionals), ("[value]: default. A flag is --FLAG or --no_FLAG.", options)]
-    sections += [(_docs(group).short_description or "", [_dashed(o) for o in options_of(group)]) for group in groups]
-    text = page(usage, plain(_docs(function).description or ""), [section for section in sections if section[1]])
+    sections += [
+        (_docs(group).short_description or "", [_dashed(o) for o in options_of(group)]) for group in groups
+    ]
+    text = page(
+        usage, plain(_docs(function).description or ""), [section for section in sections if section[1]]
+    )
     return usage, text
 
 
@@ -133,7 +142,9 @@ def _add_arguments(parser: CommandParser, source: Any) -> None:
         elif p.default is p.empty:
             parser.add_argument(name, type=element, nargs="+")
         else:
-            parser.add_argument(name, type=element or hints[name], nargs="*" if element else "?", default=p.default)
+            parser.add_argument(
+                name, type=element or hints[name], nargs="*" if element else "?", default=p.default
+            )
 
 
 def normalized(args: Sequence[str], flags: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]

@@ -78,7 +78,9 @@ def plan(args: Sequence[str]) -> None:
     settings = cli.config.as_dict()
     settings["trainer"]["devices"] = _counted(settings["trainer"]["devices"])
     with errors_of_use(cli):
-        print(plan_recipe(settings, tflops_per_s=settings["tflops_per_s"], model_config=known_model(settings)))
+        print(
+            plan_recipe(settings, tflops_per_s=settings["tflops_per_s"], model_config=known_model(settings))
+        )
 
 
 def _counted(devices: Any) -> Any:

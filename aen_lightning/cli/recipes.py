@@ -15,7 +15,8 @@ def recipes() -> dict[str, Path]:
 
 
 def find_config(name: str) -> Path:
-    """The file that ``--config NAME`` means: a file, or else a recipe by its name or as ``recipes/NAME.yaml``.
+    """The file that ``--config NAME`` means: a file, or else a recipe by its name or as
+    ``recipes/NAME.yaml``.
 
     Raises:
         FileNotFoundError: If it is neither; the message lists the recipes.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from aen_lightning.cli.training import AENCLI, errors_of_use
+from aen_lightning.runs.layout import REFIT_FILE
 from aen_lightning.training.refit import RefitModule
 
 
@@ -18,9 +19,8 @@ def refit(args: Sequence[str]) -> None:
         before = _held_out(cli)
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     after = _held_out(cli)
-    path = (
-        Path(cli.trainer.log_dir or cli.trainer.default_root_dir) / "refit.csv"
-    )  # on every rank: the ranks agree on it
+    # on every rank, as the ranks agree on it
+    path = Path(cli.trainer.log_dir or cli.trainer.default_root_dir) / REFIT_FILE
     if cli.trainer.is_global_zero and after:
         table = pd.DataFrame({"before": before, "after": after})
         path.parent.mkdir(parents=True, exist_ok=True)

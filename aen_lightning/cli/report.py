@@ -47,21 +47,23 @@ def report(
 ) -> None:
     """One self-contained HTML file about one or more runs.
 
-    Training curves, dead features, trade-offs, adaptive weights, geometry, a table that compares them, and with
-    --features the texts on which features fire.
+    Training curves, dead features, trade-offs, adaptive weights, geometry, a table that compares them, and
+    with --features the texts on which features fire.
 
     Args:
         run: Folder of aen fit or aen sweep (version_N, or its parent), or a dictionary (cfg.json).
         out: Where to write.
         title: Heading of the page.
-        results: JSON files of aen evaluate, diagnose and compare. evaluation.json and diagnosis.json in a dictionary's
-            folder are found without.
+        results: JSON files of aen evaluate, diagnose and compare. evaluation.json and diagnosis.json in a
+            dictionary's folder are found without.
         max_geometry_features: No cosines for larger dictionaries.
-        png: Folder for pictures of the page and of each figure, taken with the Chromium or Chrome that is there.
+        png: Folder for pictures of the page and of each figure, taken with the Chromium or Chrome that is
+            there.
         browser: Path of the one to use. null: found by name.
         pages: Which features to show.
         inputs: What features fire on.
     """
+    from aen_lightning.files import write_text
     from aen_lightning.report.browser import find_browser, take_pictures
     from aen_lightning.report.collect import collect
     from aen_lightning.report.figures import make_figures
@@ -72,14 +74,15 @@ def report(
     collected = collect(run, results or [])
     features = _features(collected, pages, inputs) if pages.features or pages.features_of else []
     figures = make_figures(collected, max_geometry_features=max_geometry_features)
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_report(collected, figures, features, title=title), encoding="utf-8")
+    path = write_text(out, render_report(collected, figures, features, title=title))
     for note in collected.notes:
         print(f"note: {note}")
     print(f"wrote {path}")
     if png and found is None:
-        print("no pictures: there is no chromium, chromium-browser, google-chrome or chrome here (give --browser PATH)")
+        print(
+            "no pictures: there is no chromium, chromium-browser, google-chrome or chrome here (give "
+            "--browser PATH)"
+        )
     elif png and found is not None:
         ids = ["summary", *(f.id for f in figures), *(["features"] if features else [])]
         for picture in take_pictures(found, path, Path(png), ids):
@@ -92,7 +95,9 @@ def _features(collected: Any, pages: FeaturePages, given: EvaluationInputs) -> l
     from aen_lightning.cli.opening import InputOpener, device_of
     from aen_lightning.evaluate.dictionary import load_dictionary
     from aen_lightning.evaluate.inputs import TextInputs
-    from aen_lightning.report.features import collect_activations, feature_pages, load_unembedding, token_texts
+    from aen_lightning.report.activations import collect_activations
+    from aen_lightning.report.features import feature_pages
+    from aen_lightning.report.vocabulary import load_unembedding, token_texts
 
     opener, made = InputOpener(given, whole_lm=False), []
     for d in _chosen(collected, pages.features_of):
@@ -106,7 +111,9 @@ def _features(collected: Any, pages: FeaturePages, given: EvaluationInputs) -> l
         if not model_name:
             raise ValueError("nothing says which language model the token ids belong to: give --model_name")
         revision = given.revision or metadata["revision"]
-        kwargs = inputs.data.model_from_pretrained_kwargs if isinstance(inputs, TextInputs) else {}
+        kwargs = (
+            (inputs.data.options.model_from_pretrained_kwargs or {}) if isinstance(inputs, TextInputs) else {}
+        )
         unembedding = None
         if pages.output_tokens:
             hook_name = given.hook_name or described["hook_name"]
@@ -115,7 +122,8 @@ def _features(collected: Any, pages: FeaturePages, given: EvaluationInputs) -> l
             )
             if unembedding is None:
                 collected.notes.append(
-                    f"{d.label}: no promoted output tokens, as decoder directions at {hook_name} are not read by the "
+                    f"{d.label}: no promoted output tokens, as decoder directions at {hook_name} are not "
+                    "read by the "
                     "LM head."
                 )
         page = feature_pages(
@@ -138,7 +146,9 @@ def _chosen(collected: Any, names: Sequence[str] | None) -> list[Any]:
     labels = ", ".join(repr(d.label) for d in known)
     if names is None:
         if len(known) > 1:
-            raise ValueError(f"the report has {len(known)} dictionaries: say whose features, by --features_of {labels}")
+            raise ValueError(
+                f"the report has {len(known)} dictionaries: say whose features, by --features_of {labels}"
+            )
         return known
     by_name |= {n: d for n in names for d in known if d.folder == Path(n).resolve()}
     if unknown := [n for n in names if n not in by_name]:
@@ -149,9 +159,16 @@ def _chosen(collected: Any, names: Sequence[str] | None) -> list[Any]:
 def _note(page: dict[str, Any], described: dict[str, Any], pages: FeaturePages) -> str:
     source = described.get("dataset_path") or described.get("path")
     source = ", ".join(map(str, source)) if isinstance(source, list) else source
-    kind = "held-out text" if described["kind"] == "text" else "activations on disk, in runs that may cross documents"
-    chosen = "the ones asked for" if pages.feature_ids else "chosen evenly from the rarest to the most frequent"
+    kind = (
+        "held-out text"
+        if described["kind"] == "text"
+        else "activations on disk, in runs that may cross documents"
+    )
+    chosen = (
+        "the ones asked for" if pages.feature_ids else "chosen evenly from the rarest to the most frequent"
+    )
     return (
-        f"{page['n_tokens']:,} tokens in {page['n_rows']:,} rows of {kind} ({source}); {page['n_fired']:,} of "
+        f"{page['n_tokens']:,} tokens in {page['n_rows']:,} rows of {kind} ({source}); {page['n_fired']:,} "
+        "of "
         f"{page['d_sae']:,} features fired on them; {len(page['features']):,} are shown, {chosen}."
     )

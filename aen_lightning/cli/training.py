@@ -52,7 +52,11 @@ def errors_of_use(cli: LightningCLI) -> Iterator[None]:
         trainer = getattr(cli, "trainer", None)
         if trainer is not None and trainer.global_step > 0:
             raise
-        hint = " (trainer.accelerator=auto takes what is there)" if "No supported gpu backend" in str(error) else ""
+        hint = (
+            " (trainer.accelerator=auto takes what is there)"
+            if "No supported gpu backend" in str(error)
+            else ""
+        )
         raise UsageError(explain(str(error), []) + hint) from error
 
 
@@ -70,7 +74,8 @@ class OneLineCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was typed after ``aen``.
 
-        ``sys.argv`` stays as it is, since Lightning starts the other ranks of a run from it; LightningCLI would warn of that.
+        ``sys.argv`` stays as it is, since Lightning starts the other ranks of a run from it; LightningCLI
+        would warn of that.
         """
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
@@ -81,7 +86,9 @@ class OneLineCLI(LightningCLI):
 class AENCLI(OneLineCLI):
     """LightningCLI with a CSV and a TensorBoard log by default, both in one folder per run."""
 
-    def __init__(self, model_class: type[pl.LightningModule], args: Sequence[str], *, run: bool = True) -> None:
+    def __init__(
+        self, model_class: type[pl.LightningModule], args: Sequence[str], *, run: bool = True
+    ) -> None:
         prepare_process()
         super().__init__(
             model_class,
@@ -102,9 +109,13 @@ class AENCLI(OneLineCLI):
             help="CPU threads torch uses in this process. null: torch's default. One is often faster on shared cores.",
         )
 
+    def _setting(self, config: Any, key: str) -> Any:
+        """A value that is in the subcommand's section if there are subcommands."""
+        return config.get(str(self.subcommand), config).get(key)
+
     def before_instantiate_classes(self) -> None:
         """Apply process-wide settings before any tensor is made."""
-        n_threads = self._get(self.config, "num_threads")
+        n_threads = self._setting(self.config, "num_threads")
         if n_threads is not None:
             if n_threads < 1:
                 raise ValueError(f"num_threads must be >= 1, got {n_threads}")
@@ -112,8 +123,8 @@ class AENCLI(OneLineCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Give the Trainer both loggers where the config names none."""
-        if self._get(self.config_init, "trainer.logger") in (None, True) and "logger" not in kwargs:
-            root = self._get(self.config_init, "trainer.default_root_dir") or str(Path.cwd())
+        if self._setting(self.config_init, "trainer.logger") in (None, True) and "logger" not in kwargs:
+            root = self._setting(self.config_init, "trainer.default_root_dir") or str(Path.cwd())
             csv = CSVLogger(root, name="")
             kwargs["logger"] = [csv, TensorBoardLogger(root, name="", version=csv.version)]
         return super().instantiate_trainer(**kwargs)
@@ -121,11 +132,16 @@ class AENCLI(OneLineCLI):
 
 def _worth_reading(record: logging.LogRecord) -> bool:
     """Keeps Lightning's advertisements, and what it says of hardware that is not there, off the screen."""
-    return not record.getMessage().startswith(("💡 Tip", "TPU available: False", "GPU available: False", "Seed set to"))
+    return not record.getMessage().startswith(
+        ("💡 Tip", "TPU available: False", "GPU available: False", "Seed set to")
+    )
 
 
 def fit(args: Sequence[str]) -> None:
-    """``aen fit ...``; the word comes first in ``args``, as LightningCLI wants it, also ``validate`` and ``test``."""
+    """``aen fit ...``.
+
+    The word comes first in ``args``, as LightningCLI wants it, also ``validate`` and ``test``.
+    """
     AENCLI(SAEModule, args)
 
 

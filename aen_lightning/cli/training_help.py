@@ -1,4 +1,7 @@
-"""The short help of the commands that LightningCLI parses: what matters on one page; ``--help_all`` shows the rest."""
+"""The short help of the commands that LightningCLI parses.
+
+What matters on one page; ``--help_all`` shows the rest.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,18 @@ _SAE = (
     ),
     Option("d_in", "int", None, "Width of the activations."),
     Option("d_sae", "int", None, "Number of features."),
-    Option("lambda_1", "float", "None", "The paper's L1 coefficient, instead of l1_coefficient = d_in * lambda_1."),
-    Option("lambda_2", "float", "None", "The paper's L2 coefficient, instead of l2_coefficient = d_in * lambda_2."),
+    Option(
+        "lambda_1",
+        "float",
+        "None",
+        "The paper's L1 coefficient, instead of l1_coefficient = d_in * lambda_1.",
+    ),
+    Option(
+        "lambda_2",
+        "float",
+        "None",
+        "The paper's L2 coefficient, instead of l2_coefficient = d_in * lambda_2.",
+    ),
 )
 _RUN = (
     Option(
@@ -47,9 +60,16 @@ _RUN = (
         "GPUs or processes; several need --trainer.strategy=ddp. A batch is per rank.",
     ),
     Option("--trainer.precision", "str", "'32-true'", "Such as bf16-mixed."),
-    Option("--trainer.gradient_clip_val", "float", "None", "Largest norm of the gradient, of each SAE on its own."),
+    Option(
+        "--trainer.gradient_clip_val",
+        "float",
+        "None",
+        "Largest norm of the gradient, of each SAE on its own.",
+    ),
     Option("--trainer.val_check_interval", "int", "None", "Training steps between two validations."),
-    Option("--trainer.default_root_dir", "str", "None", "Where version_0, version_1, ... go. None: this folder."),
+    Option(
+        "--trainer.default_root_dir", "str", "None", "Where version_0, version_1, ... go. None: this folder."
+    ),
     Option("--seed_everything", "int", "0", "Seed of all that is random."),
     Option("--num_threads", "int", "None", "CPU threads of torch. None: torch's own choice."),
 )
@@ -76,7 +96,9 @@ def _data() -> Section:
 
 def _fit() -> list[Section]:
     training = _options(*_TRAINING_CLASSES, "training.module:SAEModule")
-    sae = "The SAE, --model.sae.KEY, here of architecture aen (of another: aen fit --model.sae.help jumprelu):"
+    sae = (
+        "The SAE, --model.sae.KEY, here of architecture aen (of another: aen fit --model.sae.help jumprelu):"
+    )
     return [
         (sae, [*_SAE, *_options("saes.aen_config:AENTrainingSAEConfig")]),
         ("Its training, --model.KEY:", [o for o in training if o.name in _TRAINING]),
@@ -91,11 +113,11 @@ def _refit() -> list[Section]:
 
 
 def _harvest() -> list[Section]:
-    # HarvestCLI takes these two from the language model
-    text = [o for o in _options("harvest.data:HarvestDataModule") if o.name not in ("model_name", "revision")]
+    text = {o.name: o for o in _options("data.options:DatasetOptions", "harvest.data:HarvestDataModule")}
+    del text["model_name"], text["revision"]  # HarvestCLI takes these two from the language model
     return [
         ("The language model, --model.KEY:", _options("harvest.module:HarvestModule")),
-        ("The text, --data.KEY:", text),
+        ("The text, --data.KEY:", list(text.values())),
         ("The set of activations, --shards.KEY:", _options("harvest.writer:ShardWriter")),
         ("The run:", [o for o in _RUN if o.name in ("--config", "--trainer.devices")]),
     ]
@@ -103,7 +125,10 @@ def _harvest() -> list[Section]:
 
 def _plan() -> list[Section]:
     tflops = Option(
-        "--tflops_per_s", "float", "None", "What one rank sustains, in 1e12 operations per second: gives times."
+        "--tflops_per_s",
+        "float",
+        "None",
+        "What one rank sustains, in 1e12 operations per second: gives times.",
     )
     return [("", [_RUN[0], tflops])]
 
@@ -113,12 +138,14 @@ _PAGES: dict[str, tuple[str, Callable[[], list[Section]]]] = {
     "validate": ("Metrics of a checkpoint on the validation split of the data it was trained on.", _fit),
     "test": ("Metrics of a checkpoint on the test split of the data it was trained on.", _fit),
     "sweep": (
-        "Train a grid of SAEs on one stream and compare them. model.sae may hold a list of values for any key, or be a list "
+        "Train a grid of SAEs on one stream and compare them. model.sae may hold a list of values for any "
+        "key, or be a list "
         "of such dicts; model.seed may be a list.",
         _fit,
     ),
     "refit": (
-        "Refit a dictionary on its own support: what an L1 penalty shrank is restored, L0 and dead features stay.",
+        "Refit a dictionary on its own support: what an L1 penalty shrank is restored, L0 and dead "
+        "features stay.",
         _refit,
     ),
     "harvest": (
@@ -126,7 +153,8 @@ _PAGES: dict[str, tuple[str, Callable[[], list[Section]]]] = {
         _harvest,
     ),
     "plan": (
-        "Parameters, memory per rank, disk, FLOPs and time of a recipe of `aen fit` or `aen harvest`, without running it.",
+        "Parameters, memory per rank, disk, FLOPs and time of a recipe of `aen fit` or `aen harvest`, "
+        "without running it.",
         _plan,
     ),
 }

@@ -24,20 +24,23 @@ Batch = Tensor | dict[str, Tensor]
 class ActivationsDataModule(pl.LightningDataModule):
     """Trains on activations from disk, shuffled over the whole set, endlessly.
 
-    What rank r reads at step s is a pure function of (seed, s, r, world size), so a resumed run continues exactly, and nothing
-    about the data is in its checkpoint. Batches are float32 tensors (train_batch_size_tokens, d_in), scaled; for several
-    hooks a dict of them, row by row the same tokens. Every rank has batches of its own; ``max_steps`` ends the run.
+    What rank r reads at step s is a pure function of (seed, s, r, world size), so a resumed run continues
+    exactly, and nothing about the data is in its checkpoint. Batches are float32 tensors
+    (train_batch_size_tokens, d_in), scaled; for several hooks a dict of them, row by row the same tokens.
+    Every rank has batches of its own; ``max_steps`` ends the run.
 
     Args:
         path: Folder of shards (``aen harvest``), or of a dataset that SAELens cached.
         hook_name: Which hook; several as a list; None: the only one there is.
         train_batch_size_tokens: Rows a batch, per rank.
-        input_scaling: ``none``; ``per_token``: each row to norm sqrt(d_in); ``average``: all rows by one factor, which makes the
-            mean norm sqrt(d_in). See ``InputScaling``.
-        n_batches_for_norm_estimate: Batches of the training order behind that factor; they are trained on too.
-        held_out_fraction: Share of the rows, at the end of the set, for validation and test; never trained on, and parted from
-            training rows by ``context_size`` rows, so that no context is on both sides.
-        exclude_token_ids: Rows of these tokens are left out (what SAELens cached is unfiltered; a harvest has its own filters).
+        input_scaling: ``none``; ``per_token``: each row to norm sqrt(d_in); ``average``: all rows by one
+            factor, which makes the mean norm sqrt(d_in). See ``InputScaling``.
+        n_batches_for_norm_estimate: Batches of the training order behind that factor; they are trained on
+            too.
+        held_out_fraction: Share of the rows, at the end of the set, for validation and test; never trained
+            on, and parted from training rows by ``context_size`` rows, so that no context is on both sides.
+        exclude_token_ids: Rows of these tokens are left out (what SAELens cached is unfiltered; a harvest has
+            its own filters).
         seed: Of the order.
         shuffle_block_rows: See ``ShuffledOrder``.
         shuffle_window_rows: See ``ShuffledOrder``; fastest if a window's activations fit the page cache.
@@ -46,7 +49,8 @@ class ActivationsDataModule(pl.LightningDataModule):
         allow_incomplete: Train on what there is of a harvest that was cut off.
 
     Raises:
-        ValueError: For a value that makes no sense; at ``setup`` for a hook that is not in the set, or too few rows.
+        ValueError: For a value that makes no sense; at ``setup`` for a hook that is not in the set, or too
+            few rows.
     """
 
     def __init__(
@@ -95,7 +99,10 @@ class ActivationsDataModule(pl.LightningDataModule):
         self._open(self.verify)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the set and check the arguments against it; reads no activations but those behind an average scale."""
+        """Open the set and check the arguments against it.
+
+        Reads no activations but those behind an average scale.
+        """
         checked_elsewhere = self.trainer is not None and self.trainer.local_rank != 0
         source = self._open("never" if checked_elsewhere else self.verify)
         if self.hook_names:
@@ -106,7 +113,9 @@ class ActivationsDataModule(pl.LightningDataModule):
         names = list(source.d_in) if names is None else list(names)
         for name in names:
             if name not in source.d_in:
-                raise ValueError(f"{self.path} has no activations of {name!r}; it has {', '.join(source.d_in)}")
+                raise ValueError(
+                    f"{self.path} has no activations of {name!r}; it has {', '.join(source.d_in)}"
+                )
         n = source.n_tokens
         if self.exclude_token_ids:
             ids = source.token_ids()
@@ -122,8 +131,10 @@ class ActivationsDataModule(pl.LightningDataModule):
         self._n_train = n - self._n_held_out - gap
         if self._n_train < self.train_batch_size_tokens:
             raise ValueError(
-                f"{self.path} leaves {max(self._n_train, 0)} tokens to train on (of {source.n_tokens}; held out: {self._n_held_out} "
-                f"and a gap of {gap}), fewer than one batch of train_batch_size_tokens {self.train_batch_size_tokens}"
+                f"{self.path} leaves {max(self._n_train, 0)} tokens to train on (of {source.n_tokens}; "
+                f"held out: {self._n_held_out} "
+                f"and a gap of {gap}), fewer than one batch of train_batch_size_tokens "
+                f"{self.train_batch_size_tokens}"
             )
         self.hook_names = names
         self._scaling = {h: self._make_scaling(h) for h in names}
@@ -140,7 +151,8 @@ class ActivationsDataModule(pl.LightningDataModule):
         order, size = self._order(), self.train_batch_size_tokens
         n_batches = min(self.n_batches_for_norm_estimate, max(1, self._n_train // size))
         norms = [
-            self._read(order.batch(step, size), [hook_name])[hook_name].norm(dim=-1).mean() for step in range(n_batches)
+            self._read(order.batch(step, size), [hook_name])[hook_name].norm(dim=-1).mean()
+            for step in range(n_batches)
         ]
         return InputScaling("average", math.sqrt(self._d_in(hook_name)) / torch.stack(norms).mean().item())
 
@@ -150,7 +162,10 @@ class ActivationsDataModule(pl.LightningDataModule):
 
     def _order(self) -> ShuffledOrder:
         return ShuffledOrder(
-            self._n_train, seed=self.seed, block_rows=self.shuffle_block_rows, window_rows=self.shuffle_window_rows
+            self._n_train,
+            seed=self.seed,
+            block_rows=self.shuffle_block_rows,
+            window_rows=self.shuffle_window_rows,
         )
 
     def _read(self, rows: NDArray[np.int64], hook_names: Sequence[str]) -> dict[str, Tensor]:
@@ -185,7 +200,10 @@ class ActivationsDataModule(pl.LightningDataModule):
         self._require_setup()
         assert self.source is not None
         hook_name = self.hook_names if isinstance(self.hook_name, list) else self.hook_names[0]
-        metadata = dict(self.source.metadata) | {"hook_name": hook_name, "context_size": self.source.context_size}
+        metadata = dict(self.source.metadata) | {
+            "hook_name": hook_name,
+            "context_size": self.source.context_size,
+        }
         hf_names = metadata.pop("hf_hook_names", None) or {}
         if not isinstance(hook_name, list) and hf_names.get(hook_name):
             metadata["hf_hook_name"] = hf_names[hook_name]
@@ -193,7 +211,10 @@ class ActivationsDataModule(pl.LightningDataModule):
 
     @property
     def token_counts(self) -> dict[str, int]:
-        """Rows by fate: ``train``, ``held_out``, ``excluded``; and what the harvest counted (``read``, ``special``, ...)."""
+        """Rows by fate.
+
+        ``train``, ``held_out``, ``excluded``; and what the harvest counted (``read``, ``special``, ...).
+        """
         self._require_setup()
         assert self.source is not None
         counts = dict(self.source.manifest.counts) if isinstance(self.source, ShardSet) else {}
@@ -210,7 +231,10 @@ class ActivationsDataModule(pl.LightningDataModule):
         return TrainBatches(self)
 
     def val_dataloader(self) -> HeldOutBatches:
-        """The held-out rows in order, the same each time, parted between ranks; equally many batches on each."""
+        """The held-out rows in order, the same each time, parted between ranks.
+
+        Equally many batches on each.
+        """
         self._require_setup()
         if not self._n_held_out:
             return HeldOutBatches(self, [])
@@ -228,13 +252,19 @@ class ActivationsDataModule(pl.LightningDataModule):
 
 
 class TrainBatches:
-    """Iterable over the training batches of this rank. Each iterator begins where the trainer is, or at step 0."""
+    """Iterable over the training batches of this rank.
+
+    Each iterator begins where the trainer is, or at step 0.
+    """
 
     def __init__(self, data: ActivationsDataModule) -> None:
         self.data = data
 
     def _steps_done(self) -> int:
-        """Batches the trainer has trained on, this run and those before it; restored before the first batch is asked for."""
+        """Batches the trainer has trained on, this run and those before it.
+
+        Restored before the first batch is asked for.
+        """
         trainer = self.data.trainer
         if trainer is None:
             return 0
@@ -246,7 +276,9 @@ class TrainBatches:
         data, order = self.data, self.data._order()
         rank, world_size = data._rank_and_world_size()
         while True:
-            yield data._batch(order.batch(step, data.train_batch_size_tokens, rank=rank, world_size=world_size))
+            yield data._batch(
+                order.batch(step, data.train_batch_size_tokens, rank=rank, world_size=world_size)
+            )
             step += 1
 
     def __iter__(self) -> Iterator[Batch]:

@@ -1,4 +1,7 @@
-"""From rows of tokens to shuffled batches of activations: reading a language model, the shuffle buffer, resuming it."""
+"""From rows of tokens to shuffled batches of activations.
+
+Reading a language model, the shuffle buffer, resuming it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from aen_lightning.data.token_filter import TokenFilter
 from aen_lightning.language_model.cut_model import ActivationModel
 from aen_lightning.language_model.hook_points import Hook
 
@@ -19,8 +23,8 @@ Batch = Tensor | dict[str, Tensor]
 class MixingBuffer:
     """``sae_lens.training.mixing_buffer``, row for row, with its own random numbers and its content in reach.
 
-    SAELens's generator draws from the global generator, which a prefetching thread would share with training, and its
-    content cannot be rebuilt for an exact resume; the order of rows is the same for the same seed.
+    SAELens's generator draws from the global generator, which a prefetching thread would share with training,
+    and its content cannot be rebuilt for an exact resume; the order of rows is the same for the same seed.
 
     Args:
         buffer_size: Rows that set off shuffling and serving.
@@ -36,7 +40,9 @@ class MixingBuffer:
         self, buffer_size: int, batch_size: int, mix_fraction: float, generator: torch.Generator | None = None
     ) -> None:
         if buffer_size < batch_size:
-            raise ValueError(f"buffer_size_tokens must be at least a batch ({batch_size} tokens), got {buffer_size}")
+            raise ValueError(
+                f"buffer_size_tokens must be at least a batch ({batch_size} tokens), got {buffer_size}"
+            )
         if not 0 <= mix_fraction <= 1:
             raise ValueError(f"activations_mixing_fraction must be in [0, 1], got {mix_fraction}")
         self.buffer_size, self.batch_size, self.mix_fraction = buffer_size, batch_size, mix_fraction
@@ -64,18 +70,16 @@ class ActivationReader:
     Args:
         language_model: Gives the model; called at the first read.
         hooks: Hooks of the model, whose activations are put side by side.
-        excluded: Token ids to leave out.
-        norm_outlier_multiple: Tokens whose norm is above this multiple of the median of their model call, at any hook,
-            are left out; None: none.
+        token_filter: Which tokens to keep; medians of norms are over a model call.
         autocast: Run the model under bfloat16 autocast.
     """
 
     def __init__(
-        self, language_model: Callable[[], ActivationModel], hooks: tuple[Hook, ...], *, excluded: Tensor,
-        norm_outlier_multiple: float | None, autocast: bool,
+        self, language_model: Callable[[], ActivationModel], hooks: tuple[Hook, ...], *, token_filter: TokenFilter,
+        autocast: bool,
     ) -> None:  # fmt: skip
-        self.language_model, self.hooks, self.excluded = language_model, hooks, excluded
-        self.norm_outlier_multiple, self.autocast = norm_outlier_multiple, autocast
+        self.language_model, self.hooks = language_model, hooks
+        self.token_filter, self.autocast = token_filter, autocast
         self.widths = [h.d_in for h in hooks]
         self.reset_counts()
 
@@ -91,13 +95,14 @@ class ActivationReader:
 
     def kept_positions(self, tokens: Tensor) -> Tensor:
         """Positions in the flattened tokens that are not excluded by token id."""
-        return (~torch.isin(tokens.flatten(), self.excluded)).nonzero().squeeze(-1)
+        return self.token_filter.by_id(tokens.flatten()).nonzero().squeeze(-1)
 
     def read(self, tokens: Tensor, *, count: bool = False) -> tuple[Tensor, Tensor]:
         """One model call on tokens (prompts, context).
 
         Returns:
-            Raw activations, float32, hooks side by side: (n_kept, sum of d_in); and the positions kept, (n_kept,).
+            Raw activations, float32, hooks side by side: (n_kept, sum of d_in); and the positions kept,
+            (n_kept,).
         """
         model = self.language_model()
         with torch.autocast(model.device.type, torch.bfloat16, enabled=self.autocast):
@@ -106,10 +111,8 @@ class ActivationReader:
         n_not_special = len(kept)
         flat = [activations[h.hook_name].flatten(0, 1) for h in self.hooks]
         rows = torch.cat([part[kept.to(part.device)].to(model.device).float() for part in flat], dim=-1)
-        if self.norm_outlier_multiple is not None and n_not_special:
-            norms = torch.stack([part.norm(dim=-1) for part in rows.split(self.widths, dim=-1)])
-            medians = norms.median(dim=1, keepdim=True).values
-            inliers = (norms <= self.norm_outlier_multiple * medians).all(dim=0)
+        inliers = self.token_filter.by_norm(rows.split(self.widths, dim=-1))
+        if inliers is not None:
             rows, kept = rows[inliers], kept[inliers]
         if count:
             self.count(tokens, n_not_special, len(kept))
@@ -127,7 +130,9 @@ class ActivationReader:
             sums += torch.stack([part.norm(dim=-1).double().sum().cpu() for part in parts])
             n += len(parts[0])
         if n == 0:
-            raise ValueError("no token is left to estimate the mean norm from: give more data or exclude fewer tokens")
+            raise ValueError(
+                "no token is left to estimate the mean norm from: give more data or exclude fewer tokens"
+            )
         return (sums / n).tolist()
 
 
@@ -140,15 +145,16 @@ def shuffled_batches(
         reader: Runs the model.
         calls: Tokens (prompts, context) of one model call each.
         buffer: Empty.
-        skip: Batches to leave out at the beginning; those that follow are the same, bit for bit, as without ``skip``.
-            Without a norm filter this needs the model only for what is still in the buffer then.
+        skip: Batches to leave out at the beginning; those that follow are the same, bit for bit, as without
+            ``skip``. Without a norm filter this needs the model only for what is still in the buffer then.
     """
-    if skip and reader.norm_outlier_multiple is None:
+    if skip and reader.token_filter.norm_outlier_multiple is None:
         yield from _replay(reader, calls, buffer, skip)
         skip = 0
     elif skip:
         rank_zero_warn(
-            f"resuming: the model runs again over the tokens of the first {skip} batches, as norm_outlier_multiple "
+            f"resuming: the model runs again over the tokens of the first {skip} batches, as "
+            "norm_outlier_multiple "
             "needs their activations to tell which tokens were left out"
         )
     for tokens in calls:
@@ -159,10 +165,13 @@ def shuffled_batches(
                 yield rows
 
 
-def _replay(reader: ActivationReader, calls: Iterator[Tensor], buffer: MixingBuffer, skip: int) -> list[Tensor]:
+def _replay(
+    reader: ActivationReader, calls: Iterator[Tensor], buffer: MixingBuffer, skip: int
+) -> list[Tensor]:
     """Bring a new buffer to where it was after ``skip`` batches, and return those served beyond them.
 
-    The buffer shuffles pairs (call, position) in place of activations; then the model reads the calls that are left.
+    The buffer shuffles pairs (call, position) in place of activations; then the model reads the calls that
+    are left.
     """
     tokens_of: dict[int, Tensor] = {}
     served: list[Tensor] = []
@@ -184,7 +193,9 @@ def _replay(reader: ActivationReader, calls: Iterator[Tensor], buffer: MixingBuf
         if len(mine) == 0:
             continue
         activations, kept = reader.read(tokens)
-        row_at = torch.zeros(tokens.numel(), dtype=torch.long).index_copy_(0, kept.cpu(), torch.arange(len(kept)))
+        row_at = torch.zeros(tokens.numel(), dtype=torch.long).index_copy_(
+            0, kept.cpu(), torch.arange(len(kept))
+        )
         if rows is None:
             rows = activations.new_empty(len(pairs), activations.shape[-1])
         rows[mine.to(rows.device)] = activations[row_at[pairs[mine, 1]].to(rows.device)]

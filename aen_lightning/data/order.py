@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 class ShuffledOrder:
     """The endless order in which rows are read: a pure function of its arguments, with nothing to save.
 
-    Each epoch is a permutation of all rows. Blocks of neighbouring rows are permuted over the whole set; then rows are permuted
-    within windows of many blocks. A set no larger than a window is thus permuted uniformly; a larger one is read from disk
-    block by block, and two neighbours share a batch of B rows with probability about ``B / window_rows``.
+    Each epoch is a permutation of all rows. Blocks of neighbouring rows are permuted over the whole set; then
+    rows are permuted within windows of many blocks. A set no larger than a window is thus permuted uniformly;
+    a larger one is read from disk block by block, and two neighbours share a batch of B rows with probability
+    about ``B / window_rows``.
 
     Args:
         n_rows: Rows in the set.
@@ -70,5 +71,8 @@ class ShuffledOrder:
             blocks = self._permuted_blocks(epoch)[0][first : first + self.blocks_per_window]
             rows = (blocks[:, None] * self.block_rows + np.arange(self.block_rows)).ravel()
             rows = rows[rows < self.n_rows]
-            self._window = ((epoch, window), np.random.default_rng([self.seed, epoch, window]).permutation(rows))
+            self._window = (
+                (epoch, window),
+                np.random.default_rng([self.seed, epoch, window]).permutation(rows),
+            )
         return self._window[1]

@@ -20,8 +20,8 @@ _TEST_STREAM = 2**31 + 1
 def spiked_dictionary(d_in: int, n_features: int, *, rho: float, seed: int) -> FeatureDictionary:
     """A SAELens feature dictionary whose directions share a common component.
 
-    Feature j is ``unit(sqrt(1 - rho) u_j + sqrt(rho) v)`` with ``u_j`` and the one ``v`` unit Gaussian directions, so that two features
-    have an expected cosine of about ``rho``.
+    Feature j is ``unit(sqrt(1 - rho) u_j + sqrt(rho) v)`` with ``u_j`` and the one ``v`` unit Gaussian
+    directions, so that two features have an expected cosine of about ``rho``.
 
     Args:
         d_in: Width of the activations.
@@ -44,7 +44,8 @@ def spiked_dictionary(d_in: int, n_features: int, *, rho: float, seed: int) -> F
 def spiked_feature_acts(
     batch_size: int, n_features: int, *, k: int, magnitude: tuple[float, float], generator: torch.Generator
 ) -> Tensor:
-    """Codes with exactly ``k`` active features each, chosen uniformly without replacement, magnitudes uniform.
+    """Codes with exactly ``k`` active features each, chosen uniformly without replacement, magnitudes
+    uniform.
 
     Returns:
         Shape (batch_size, n_features), ``>= 0``.
@@ -58,7 +59,8 @@ def spiked_feature_acts(
 class SpikedDataModule(pl.LightningDataModule):
     """An endless, seeded stream of spiked synthetic activations, and fixed validation and test splits.
 
-    Batch i of rank r is a pure function of (seed, r, i): a resumed run goes on exactly where it stopped, and nothing needs saving.
+    Batch i of rank r is a pure function of (seed, r, i): a resumed run goes on exactly where it stopped, and
+    nothing needs saving.
 
     Args:
         d_in: Width of the activations.
@@ -96,7 +98,8 @@ class SpikedDataModule(pl.LightningDataModule):
             raise ValueError(f"k must be between 1 and n_features={n_features}, got {k}")
         if not 0 <= magnitude_min <= magnitude_max:
             raise ValueError(
-                f"magnitudes need 0 <= magnitude_min <= magnitude_max, got {magnitude_min} and {magnitude_max}"
+                f"magnitudes need 0 <= magnitude_min <= magnitude_max, got {magnitude_min} and "
+                f"{magnitude_max}"
             )
         if noise_std < 0:
             raise ValueError(f"noise_std must be >= 0, got {noise_std}")
@@ -123,7 +126,10 @@ class SpikedDataModule(pl.LightningDataModule):
         return {"dataset_path": "synthetic/spiked", "synthetic_data": dict(self.hparams)}
 
     def sample(self, n_samples: int, *, stream: int, index: int) -> tuple[Tensor, Tensor]:
-        """Sample ``index`` of a stream: activations (n_samples, d_in), scaled, and the true codes (n_samples, n_features)."""
+        """Sample ``index`` of a stream.
+
+        Activations (n_samples, d_in), scaled, and the true codes (n_samples, n_features).
+        """
         h = self.hparams
         generator = torch.Generator().manual_seed(_mix(h["seed"], stream, index))
         feature_acts = spiked_feature_acts(
@@ -168,7 +174,9 @@ class _Stream(IterableDataset[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         index = self.start
         while True:
-            yield self.data.sample(self.data.hparams["train_batch_size_tokens"], stream=self.stream, index=index)[0]
+            yield self.data.sample(
+                self.data.hparams["train_batch_size_tokens"], stream=self.stream, index=index
+            )[0]
             index += 1
 
 

@@ -1,7 +1,7 @@
 """Diagnosis of a dictionary (``aen diagnose``) and comparison of several (``aen compare``).
 
-The JSON of ``aen diagnose`` (``diagnosis.json`` in the dictionary's folder), schema 1; a *summary* is ``{"mean", "min", "p10", "p50", "p90",
-"max"}``, each a number or null::
+The JSON of ``aen diagnose`` (``diagnosis.json`` in the dictionary's folder), schema 1; a *summary* is
+``{"mean", "min", "p10", "p50", "p90", "max"}``, each a number or null::
 
     command, schema, created, versions, dictionary, data       as in aen_lightning.evaluate
     coherence     a summary of each atom's largest |cosine| with another, share_above_0.9, closest_pairs: [[i, j, cosine], ...]
@@ -10,15 +10,18 @@ The JSON of ``aen diagnose`` (``diagnosis.json`` in the dictionary's folder), sc
     lipschitz     n_tokens, encoder: {bound, is_continuous, relative_step, and summaries local, empirical, between_inputs},
                   coding_map: null or {bound, relative_step, local, empirical}        -> diagnostics.lipschitz
     coding_gap    n_tokens, l1_coefficient_mean, l2_coefficient, source, objective: {encoder, best_on_support, exact},
-                  excess_pct: a summary, from_magnitudes_share, from_support_share, squared_error, explained_variance and l0:
-                  {encoder, exact}, support: {precision, recall, jaccard}, starvation: {features_fired_by_encoder,
-                  features_fired_by_exact, features_only_exact, features_only_encoder, dead, dead_used_by_exact},
+                  excess_pct: a summary, from_magnitudes_share, from_support_share, squared_error,
+                      explained_variance and l0:
+                  {encoder, exact}, support: {precision, recall, jaccard}, starvation:
+                  {features_fired_by_encoder, features_fired_by_exact, features_only_exact,
+                  features_only_encoder, dead, dead_used_by_exact},
                   certificate: {max_relative_gap, encoder_gap_mean, dtype}           -> diagnostics.coding_gap.coding_gap
     composition   n_samples, by_frequency, sizes: [k, ...], and lists as long: lost_share, spurious, spurious_mass,
                   magnitude_ratio, relative_error, reconstruction_error, interference; half_lost_at
     skipped       {section: why}
 
-Sections not asked for, or skipped, are null. All but coherence is measured in the space the dictionary was trained in.
+Sections not asked for, or skipped, are null. All but coherence is measured in the space the dictionary was
+trained in.
 
 The JSON of ``aen compare`` (``--json``): the same head, ``dictionaries`` (by name), and what
 :func:`aen_lightning.diagnostics.stability.compare_dictionaries` returns.

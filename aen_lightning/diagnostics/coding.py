@@ -4,13 +4,14 @@ For an input y (``x - b_dec``) and a dictionary W (rows are atoms), per token::
 
     P(h) = ||y - h W||^2  +  sum_j c_j h_j  +  l2 ||h||^2,     h >= 0,     c_j = l1 u_j
 
-Its dual, for any vector t of width d_in (from ``||r||^2 = max_t 2 t.r - ||t||^2``), with ``v_j = 2 t.w_j - c_j``::
+Its dual, for any vector t of width d_in (from ``||r||^2 = max_t 2 t.r - ||t||^2``), with ``v_j = 2 t.w_j -
+c_j``::
 
     D(t) = 2 t.y - ||t||^2 - sum_j max(0, v_j)^2 / (4 l2)          (l2 > 0)
     D(t) = 2 t.y - ||t||^2    where all v_j <= 0                     (l2 = 0)
 
-``P(h) - D(t)`` bounds how far h is from the optimum, whatever h and t: that is the certificate returned. At the optimum t is the
-residual ``y - h W``.
+``P(h) - D(t)`` bounds how far h is from the optimum, whatever h and t: that is the certificate returned. At
+the optimum t is the residual ``y - h W``.
 """
 
 from __future__ import annotations
@@ -48,9 +49,11 @@ def coding_objective(y: Tensor, W: Tensor, h: Tensor, *, l1: Tensor, l2: float) 
 
 
 def coding_gap_bound(y: Tensor, W: Tensor, h: Tensor, *, l1: Tensor, l2: float) -> tuple[Tensor, Tensor]:
-    """P(h) and an upper bound of ``P(h) - min P``, each (n,), from the residual of h as dual point, as it is or shrunk.
+    """P(h) and an upper bound of ``P(h) - min P``, each (n,), from the residual of h as dual point, as it is
+    or shrunk.
 
-    Shrunk until every constraint holds (``v <= 0``) it is a dual point for any l2; the better of the two counts.
+    Shrunk until every constraint holds (``v <= 0``) it is a dual point for any l2; the better of the two
+    counts.
     """
     residual = y - h @ W
     objective = residual.square().sum(dim=-1) + h @ l1 + l2 * h.square().sum(dim=-1)
@@ -81,9 +84,10 @@ def solve_coding(
 ) -> Code:
     """Solve the coding problem for a batch of inputs.
 
-    FISTA with adaptive restart (O'Donoghue & Candes, 2015) finds which atoms matter; then each token is solved exactly on its
-    own working set (non-negative least squares), and the atoms that violate optimality most are added until none does. The
-    objective falls with every round, so this ends at the optimum. The gap says how exact the answer is.
+    FISTA with adaptive restart (O'Donoghue & Candes, 2015) finds which atoms matter; then each token is
+    solved exactly on its own working set (non-negative least squares), and the atoms that violate optimality
+    most are added until none does. The objective falls with every round, so this ends at the optimum. The gap
+    says how exact the answer is.
 
     Args:
         y: Inputs less ``b_dec``, shape (n, d_in), float32 or float64; all products are in its dtype.
@@ -91,7 +95,8 @@ def solve_coding(
         l1: c, shape (d_sae,) or one number, ``> 0``.
         l2: ``>= 0``.
         start: First guess, shape (n, d_sae), e.g. the encoder's code.
-        tolerance: Gap relative to ``max(P, ||y||^2 * 1e-3)`` at which a token is done; None: 1e-12 in float64, 1e-5 in float32.
+        tolerance: Gap relative to ``max(P, ||y||^2 * 1e-3)`` at which a token is done; None: 1e-12 in
+            float64, 1e-5 in float32.
         max_iterations: Of FISTA.
         max_rounds: Of the working sets.
 
@@ -99,13 +104,21 @@ def solve_coding(
         ValueError: For coefficients out of range or shapes that do not fit.
     """
     if y.ndim != 2 or W.ndim != 2 or y.shape[1] != W.shape[1]:
-        raise ValueError(f"y (n, d_in) and W (d_sae, d_in) must fit, got {tuple(y.shape)} and {tuple(W.shape)}")
+        raise ValueError(
+            f"y (n, d_in) and W (d_sae, d_in) must fit, got {tuple(y.shape)} and {tuple(W.shape)}"
+        )
     c = torch.as_tensor(l1, dtype=y.dtype, device=y.device).expand(len(W))
     if not (torch.isfinite(c).all() and (c > 0).all() and l2 >= 0):
-        raise ValueError(f"the coding problem needs l1 > 0 and l2 >= 0, got l1 from {float(c.min())} and l2 {l2}")
+        raise ValueError(
+            f"the coding problem needs l1 > 0 and l2 >= 0, got l1 from {float(c.min())} and l2 {l2}"
+        )
     if tolerance is None:
         tolerance = 1e-12 if y.dtype == torch.float64 else 1e-5
-    h = torch.zeros(len(y), len(W), dtype=y.dtype, device=y.device) if start is None else start.to(y).clamp_min(0)
+    h = (
+        torch.zeros(len(y), len(W), dtype=y.dtype, device=y.device)
+        if start is None
+        else start.to(y).clamp_min(0)
+    )
     floor = 1e-3 * y.square().sum(dim=-1).clamp_min(torch.finfo(y.dtype).tiny)
 
     def certify(h: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +148,15 @@ def solve_coding(
 
 
 def _fista(
-    y: Tensor, W: Tensor, c: Tensor, l2: float, h: Tensor, *, max_iterations: int, tolerance: float, floor: Tensor
+    y: Tensor,
+    W: Tensor,
+    c: Tensor,
+    l2: float,
+    h: Tensor,
+    *,
+    max_iterations: int,
+    tolerance: float,
+    floor: Tensor,
 ) -> Tensor:
     step = 0.5 / (1.01 * spectral_norm(W) ** 2 + l2)
     z, t = h.clone(), torch.ones(len(y), 1, dtype=y.dtype, device=y.device)
@@ -156,7 +177,10 @@ def _fista(
 
 
 def spectral_norm(W: Tensor, n_iterations: int = 100) -> float:
-    """Largest singular value of a matrix: of its smaller Gram matrix, in float64; for a side above 8192, by power iteration."""
+    """Largest singular value of a matrix.
+
+    Of its smaller Gram matrix, in float64; for a side above 8192, by power iteration.
+    """
     if min(W.shape) <= 8192:
         small = W if W.shape[0] <= W.shape[1] else W.T
         gram = torch.zeros(len(small), len(small), dtype=torch.float64, device=W.device)
@@ -164,7 +188,9 @@ def spectral_norm(W: Tensor, n_iterations: int = 100) -> float:
             part = columns.double()
             gram += part @ part.T
         return float(torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt())
-    v = torch.randn(W.shape[1], dtype=W.dtype, device=W.device, generator=torch.Generator(W.device).manual_seed(0))
+    v = torch.randn(
+        W.shape[1], dtype=W.dtype, device=W.device, generator=torch.Generator(W.device).manual_seed(0)
+    )
     for _ in range(n_iterations):
         v = torch.nn.functional.normalize(W.T @ (W @ v), dim=0)
     return float((W @ v).norm())
@@ -192,8 +218,9 @@ def solve_on_support(y: Tensor, atoms: Tensor, c: Tensor, l2: float) -> Tensor:
         l2: ``>= 0``.
 
     Returns:
-        h on these atoms, shape (k,), float64, ``>= 0``. If they are dependent and ``l2`` is 0, one of the optima, found by the
-        proximal point method (a sequence of problems with a ridge, each around the last answer).
+        h on these atoms, shape (k,), float64, ``>= 0``. If they are dependent and ``l2`` is 0, one of the
+        optima, found by the proximal point method (a sequence of problems with a ridge, each around the last
+        answer).
     """
     D = atoms.double()
     eye = torch.eye(len(D), dtype=D.dtype, device=D.device)
@@ -219,15 +246,23 @@ def _is_well_conditioned(K: Tensor) -> bool:
 
 
 def _non_negative(K: Tensor, b: Tensor) -> Tensor:
-    """Minimum of ``h K h - 2 b h`` over ``h >= 0``, as least squares: ``||L^T h - L^-1 b||^2`` with ``K = L L^T``."""
+    """Minimum of ``h K h - 2 b h`` over ``h >= 0``, as least squares.
+
+    ``||L^T h - L^-1 b||^2`` with ``K = L L^T``.
+    """
     L = torch.linalg.cholesky(K)
     target = torch.linalg.solve_triangular(L, b.unsqueeze(1), upper=False).squeeze(1)
-    solution, _ = nnls(L.T.cpu().numpy(), np.ascontiguousarray(target.cpu().numpy()), maxiter=10 * len(b) + 100)
+    solution, _ = nnls(
+        L.T.cpu().numpy(), np.ascontiguousarray(target.cpu().numpy()), maxiter=10 * len(b) + 100
+    )
     return torch.from_numpy(solution).to(b)
 
 
 def _on_active(K: Tensor, b: Tensor, active: Tensor) -> Tensor | None:
-    """The stationary point on given atoms, to rounding (nnls stops at a tolerance of its own); None if it is not positive or unique."""
+    """The stationary point on given atoms, to rounding (nnls stops at a tolerance of its own).
+
+    None if it is not positive or unique.
+    """
     part = K[active][:, active]
     if not _is_well_conditioned(part):
         return None

@@ -9,7 +9,13 @@ import torch
 from sae_lens import SAE
 from torch import Tensor
 
-from aen_lightning.diagnostics.coding import Code, coding_gap_bound, coding_objective, solve_coding, solve_on_support
+from aen_lightning.diagnostics.coding import (
+    Code,
+    coding_gap_bound,
+    coding_objective,
+    solve_coding,
+    solve_on_support,
+)
 from aen_lightning.diagnostics.quantiles import summarize
 from aen_lightning.metrics import ACTIVE_THRESHOLD
 from aen_lightning.saes.penalty import adaptive_weights
@@ -22,8 +28,8 @@ class CodingProblem:
     Args:
         l1: ``l1_coefficient * u_j``, shape (d_sae,), ``> 0``.
         l2: ``l2_coefficient``.
-        scale: Norm that the decoder rows have instead of the 1 they were trained at (an average input scale was folded in);
-            inputs, dictionary and biases are divided by it.
+        scale: Norm that the decoder rows have instead of the 1 they were trained at (an average input scale
+            was folded in); inputs, dictionary and biases are divided by it.
         source: In words, where the numbers come from.
     """
 
@@ -44,9 +50,11 @@ def coding_problem(
     """The coding problem of a dictionary, from what it says of its training or from the arguments.
 
     Args:
-        sae: The dictionary; ``training_architecture_details`` in its metadata has the coefficients of ``aen`` and ``standard`` ones.
-        mean_feature_acts: Mean activation of each feature per token, shape (d_sae,). The adaptive weights are not in an exported
-            dictionary; with ``gamma > 0`` they are computed anew from this by the formula of training.
+        sae: The dictionary; ``training_architecture_details`` in its metadata has the coefficients of ``aen``
+            and ``standard`` ones.
+        mean_feature_acts: Mean activation of each feature per token, shape (d_sae,). The adaptive weights are
+            not in an exported dictionary; with ``gamma > 0`` they are computed anew from this by the formula
+            of training.
         l1_coefficient: In SAELens's form; None: from the metadata.
         l2_coefficient: In SAELens's form; None: from the metadata, 0 if it has none.
         l1_weights: u, shape (d_sae,); None: as above, or 1.
@@ -62,7 +70,8 @@ def coding_problem(
         l1_coefficient = details.get("l1_coefficient")
     if not l1_coefficient or l1_coefficient < 0:
         raise ValueError(
-            f"the coding problem needs an L1 coefficient above 0, and this dictionary (trained as {kind}) states "
+            f"the coding problem needs an L1 coefficient above 0, and this dictionary (trained as {kind}) "
+            "states "
             f"{l1_coefficient}: give l1_coefficient (and l2_coefficient) to compare with"
         )
     l2 = float(details.get("l2_coefficient") or 0.0) if l2_coefficient is None else float(l2_coefficient)
@@ -73,7 +82,8 @@ def coding_problem(
         if l1_weights is None and gamma > 0:
             if mean_feature_acts is None:
                 raise ValueError(
-                    "this dictionary was trained with adaptive weights, which its weights file does not hold: give l1_weights, or "
+                    "this dictionary was trained with adaptive weights, which its weights file does not "
+                    "hold: give l1_weights, or "
                     "mean_feature_acts to compute them from"
                 )
             weights = adaptive_weights(
@@ -88,7 +98,9 @@ def coding_problem(
         weights = norms  # SAELens's L1 counts an activation by the norm of its decoder row
     if l1_weights is not None:
         if l1_weights.shape != weights.shape:
-            raise ValueError(f"l1_weights must have shape {tuple(weights.shape)}, got {tuple(l1_weights.shape)}")
+            raise ValueError(
+                f"l1_weights must have shape {tuple(weights.shape)}, got {tuple(l1_weights.shape)}"
+            )
         weights, source = l1_weights.double().to(norms.device), f"{source}; adaptive weights given"
     return CodingProblem(l1_coefficient * weights, l2, scale, source)
 
@@ -118,19 +130,24 @@ def coding_gap(
         max_iterations: Of FISTA.
 
     Returns:
-        The section ``coding_gap`` of the JSON, and the exact codes. In it ``objective``: means of the encoder's, of the best on the
-        encoder's support and the exact optimum; ``excess_pct``: how far the encoder's lies above the optimum (mean over tokens of the
-        ratio's excess, in percent); of that excess ``from_magnitudes_share``, which the best magnitudes on the same features (zero
-        among them) would take back, and ``from_support_share``, which is lost by features left out; ``squared_error``, ``l0``, ``explained_variance`` of both; ``support``: precision, recall and
-        Jaccard of the encoder's support against the optimal one (means over tokens); ``starvation``: features that fire in the sample
-        by encoder and by optimum, and of the ``dead`` ones how many the exact codes use; ``certificate``: ``max_relative_gap``, the largest
-        duality gap relative to the objective, which bounds the error of all of the above.
+        The section ``coding_gap`` of the JSON, and the exact codes. In it ``objective``: means of the
+        encoder's, of the best on the encoder's support and the exact optimum; ``excess_pct``: how far the
+        encoder's lies above the optimum (mean over tokens of the ratio's excess, in percent); of that excess
+        ``from_magnitudes_share``, which the best magnitudes on the same features (zero among them) would take
+        back, and ``from_support_share``, which is lost by features left out; ``squared_error``, ``l0``,
+        ``explained_variance`` of both; ``support``: precision, recall and Jaccard of the encoder's support
+        against the optimal one (means over tokens); ``starvation``: features that fire in the sample by
+        encoder and by optimum, and of the ``dead`` ones how many the exact codes use; ``certificate``:
+        ``max_relative_gap``, the largest duality gap relative to the objective, which bounds the error of all
+        of the above.
     """
     W, l1 = W_dec.to(dtype) / problem.scale, problem.l1.to(x.device, dtype)
     y = (x.to(dtype) - b_dec.to(dtype)) / problem.scale
     h = feature_acts.to(dtype)
     if (h < 0).any():
-        raise ValueError("the coding problem is for codes that are not negative, and this dictionary's are signed")
+        raise ValueError(
+            "the coding problem is for codes that are not negative, and this dictionary's are signed"
+        )
     exact = solve_coding(y, W, l1=l1, l2=problem.l2, start=h, max_iterations=max_iterations)
     own, own_gap = coding_gap_bound(y, W, h, l1=l1, l2=problem.l2)
     refit = _best_on_support(y, W, l1, problem.l2, h)
@@ -194,7 +211,8 @@ def _ev(y: Tensor, W: Tensor, h: Tensor) -> float | None:
     spread = y - y.mean(dim=0)
     error = y - h @ W
     return _ratio(
-        float(spread.square().sum() - (error - error.mean(dim=0)).square().sum()), float(spread.square().sum())
+        float(spread.square().sum() - (error - error.mean(dim=0)).square().sum()),
+        float(spread.square().sum()),
     )
 
 

@@ -24,13 +24,22 @@ class Coherence:
     neighbour: Tensor
 
     def summary(self, n_pairs: int = 10) -> dict[str, Any]:
-        """The section ``coherence`` of the JSON: quantiles, how many atoms have a near twin, and the closest pairs."""
+        """The section ``coherence`` of the JSON.
+
+        Quantiles, how many atoms have a near twin, and the closest pairs.
+        """
         top = self.max_abs_cosine.topk(min(2 * n_pairs, self.max_abs_cosine.numel())).indices.tolist()
-        pairs = {(min(i, j), max(i, j)): float(self.max_abs_cosine[i]) for i in top for j in [int(self.neighbour[i])]}
+        pairs = {
+            (min(i, j), max(i, j)): float(self.max_abs_cosine[i])
+            for i in top
+            for j in [int(self.neighbour[i])]
+        }
         return {
             **summarize(self.max_abs_cosine),
             "share_above_0.9": float((self.max_abs_cosine > 0.9).double().mean()),
-            "closest_pairs": [[i, j, c] for (i, j), c in sorted(pairs.items(), key=lambda p: -p[1])[:n_pairs]],
+            "closest_pairs": [
+                [i, j, c] for (i, j), c in sorted(pairs.items(), key=lambda p: -p[1])[:n_pairs]
+            ],
         }
 
 
@@ -38,9 +47,10 @@ class Coherence:
 def coherence(W_dec: Tensor, *, chunk_size: int = 4096, max_blocks: int | None = None) -> Coherence:
     """Largest ``|cosine|`` of every atom with another one.
 
-    Works through pairs of chunks of atoms, each pair once (the matrix of cosines is symmetric). Beside the dictionary it needs
-    two chunks in float32, one block of cosines and its copy: ``4 * chunk_size * (2 * d_in + 2 * chunk_size)`` bytes,
-    and 16 bytes per atom. Products are in float32 (float64 for a float64 dictionary), whatever the dictionary's dtype.
+    Works through pairs of chunks of atoms, each pair once (the matrix of cosines is symmetric). Beside the
+    dictionary it needs two chunks in float32, one block of cosines and its copy: ``4 * chunk_size * (2 * d_in
+    + 2 * chunk_size)`` bytes, and 16 bytes per atom. Products are in float32 (float64 for a float64
+    dictionary), whatever the dictionary's dtype.
 
     Args:
         W_dec: Dictionary, shape (d_sae, d_in), any floating dtype. A zero atom has cosine 0 with all.
@@ -53,7 +63,9 @@ def coherence(W_dec: Tensor, *, chunk_size: int = 4096, max_blocks: int | None =
     Source: the coherence per atom of arXiv:2605.05341, section 6.
     """
     if W_dec.ndim != 2 or len(W_dec) < 2:
-        raise ValueError(f"coherence needs a dictionary (d_sae, d_in) of at least two atoms, got {tuple(W_dec.shape)}")
+        raise ValueError(
+            f"coherence needs a dictionary (d_sae, d_in) of at least two atoms, got {tuple(W_dec.shape)}"
+        )
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     dtype = torch.promote_types(W_dec.dtype, torch.float32)

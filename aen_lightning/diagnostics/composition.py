@@ -1,4 +1,7 @@
-"""What happens to features that are active together: decode k of them, encode again, and see which survive."""
+"""What happens to features that are active together.
+
+Decode k of them, encode again, and see which survive.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,11 @@ def composition(
     by_frequency: bool = True,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Compose k features at their usual magnitudes, decode, re-encode, and count what is lost or comes out of nowhere.
+    """Compose k features at their usual magnitudes, decode, re-encode, and count what is lost or comes out of
+    nowhere.
 
-    Everything happens in the space the dictionary was trained in, so the composed input has the norm its parts give it and is
-    not scaled back to that of a token.
+    Everything happens in the space the dictionary was trained in, so the composed input has the norm its
+    parts give it and is not scaled back to that of a token.
 
     Args:
         sae: The dictionary, inside :func:`aen_lightning.evaluate.dictionary.scaled_space`.
@@ -39,13 +43,14 @@ def composition(
         seed: Of the sets.
 
     Returns:
-        The section ``composition``: ``sizes``, and lists as long, each a mean over samples: ``lost_share`` of the k
-        features (not active after), ``spurious`` features (active after, not among the k; a count), ``spurious_mass`` (their
-        share of all activation), ``magnitude_ratio`` (activation of the k after, over before, lost ones as 0), ``relative_error``
-        (``||h' - h|| / ||h||``), ``reconstruction_error`` (``||x' - x||^2 / ||x - b_dec||^2``, x' decoded again), ``interference``
-        (``sum_j |sum_i h_i d_i . d_j| / sum_j h_j ||d_j||^2`` over j and other i among the k, d rows of the dictionary: how much the
-        others add to a feature by overlap, whatever the encoder); and ``half_lost_at``: the smallest k of ``sizes`` at which
-        half of the features are lost, None if never.
+        The section ``composition``: ``sizes``, and lists as long, each a mean over samples: ``lost_share`` of
+        the k features (not active after), ``spurious`` features (active after, not among the k; a count),
+        ``spurious_mass`` (their share of all activation), ``magnitude_ratio`` (activation of the k after,
+        over before, lost ones as 0), ``relative_error`` (``||h' - h|| / ||h||``), ``reconstruction_error``
+        (``||x' - x||^2 / ||x - b_dec||^2``, x' decoded again), ``interference`` (``sum_j |sum_i h_i d_i .
+        d_j| / sum_j h_j ||d_j||^2`` over j and other i among the k, d rows of the dictionary: how much the
+        others add to a feature by overlap, whatever the encoder); and ``half_lost_at``: the smallest k of
+        ``sizes`` at which half of the features are lost, None if never.
 
     Raises:
         ValueError: If no feature ever fired.
@@ -78,7 +83,10 @@ def composition(
 
 
 def _draw(weights: Tensor, n_samples: int, k: int, generator: torch.Generator) -> Tensor:
-    """Sets of k different indices, shape (n_samples, k); by the Gumbel trick, which takes any number of categories."""
+    """Sets of k different indices, shape (n_samples, k).
+
+    By the Gumbel trick, which takes any number of categories.
+    """
     rows = []
     for _ in range(n_samples):
         noise = -torch.log(-torch.log(torch.rand(len(weights), dtype=torch.float64, generator=generator)))
@@ -104,6 +112,7 @@ def _compose(sae: SAE[Any], W_dec: Tensor, norms: Tensor, index: Tensor, values:
         "spurious_mass": others.abs().sum(dim=-1) / total.clamp_min(1e-12),
         "magnitude_ratio": kept.sum(dim=-1) / values.sum(dim=-1).clamp_min(1e-12),
         "relative_error": (again - h).norm(dim=-1) / h.norm(dim=-1),
-        "reconstruction_error": (x_again - x).square().sum(dim=-1) / offset.square().sum(dim=-1).clamp_min(1e-12),
+        "reconstruction_error": (x_again - x).square().sum(dim=-1)
+        / offset.square().sum(dim=-1).clamp_min(1e-12),
         "interference": overlap.abs().sum(dim=-1) / (own * values).sum(dim=-1).clamp_min(1e-12),
     }

@@ -50,7 +50,8 @@ def diagnose_dictionary(
         reference: Name of the dictionary, for the result.
         sections: Which of ``SECTIONS``.
         n_sample: Tokens for the Gram spectrum and the coding gap, spread evenly over the inputs.
-        n_lipschitz: Of these, tokens for the Lipschitz constants; for each the coding problem is solved again and again.
+        n_lipschitz: Of these, tokens for the Lipschitz constants; for each the coding problem is solved again
+            and again.
         l1_coefficient: See :func:`aen_lightning.diagnostics.coding_gap.coding_problem`.
         l2_coefficient: See there.
         l1_weights: See there.
@@ -78,7 +79,8 @@ def diagnose_dictionary(
         return result
     if sae.cfg.architecture() == "temporal":
         raise ValueError(
-            "the codes of a temporal dictionary depend on the tokens before, and what is diagnosed here is a code of one token: "
+            "the codes of a temporal dictionary depend on the tokens before, and what is diagnosed here is "
+            "a code of one token: "
             "only coherence can be had (--only coherence)"
         )
     found = evaluate_reconstruction(sae, inputs, n_groups=1)
@@ -124,11 +126,15 @@ def _coding(
         result["coding_gap"] = section
     if "lipschitz" in sections:
         codes = exact.feature_acts[:n_lipschitz]
-        result["lipschitz"]["coding_map"] = coding_map_lipschitz(x[:n_lipschitz], codes, W_dec, b_dec, problem)
+        result["lipschitz"]["coding_map"] = coding_map_lipschitz(
+            x[:n_lipschitz], codes, W_dec, b_dec, problem
+        )
 
 
 def _spread(inputs: Inputs, n_sample: int, n_tokens: int) -> Tensor:
-    """``n_sample`` of the kept tokens at equal distances, in a random order (seeded), so that any first part is spread, too."""
+    """``n_sample`` of the kept tokens at equal distances, in a random order (seeded), so that any first part
+    is spread, too.
+    """
     n_sample = min(n_sample, n_tokens)
     wanted = (torch.arange(n_sample, dtype=torch.float64) * n_tokens / n_sample).long()
     found, before = [], 0

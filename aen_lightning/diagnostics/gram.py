@@ -21,11 +21,12 @@ def active_gram(W_dec: Tensor, feature_acts: Tensor, *, chunk_size: int = 8192) 
         chunk_size: Atoms a chunk, where all inactive atoms are looked at.
 
     Returns:
-        The section ``active_gram`` of the JSON. ``n_tokens`` looked at; and, each with mean and quantiles over them:
-        ``min_eigenvalue``, ``max_eigenvalue`` of ``D_A^T D_A``, and ``condition_number``, their ratio (None where infinite: the
-        active atoms are dependent to rounding); ``leakage``: ``||D_Ac^T D_A||_F``, over the inactive atoms Ac, and
-        ``leakage_per_pair``: its root mean square per pair of atoms, which compares dictionaries of different sizes;
-        ``cross_leverage_mean``, ``cross_leverage_max``: over the inactive atoms, the squared norm of the projection on the span of D_A
+        The section ``active_gram`` of the JSON. ``n_tokens`` looked at; and, each with mean and quantiles
+        over them: ``min_eigenvalue``, ``max_eigenvalue`` of ``D_A^T D_A``, and ``condition_number``, their
+        ratio (None where infinite: the active atoms are dependent to rounding); ``leakage``: ``||D_Ac^T
+        D_A||_F``, over the inactive atoms Ac, and ``leakage_per_pair``: its root mean square per pair of
+        atoms, which compares dictionaries of different sizes; ``cross_leverage_mean``,
+        ``cross_leverage_max``: over the inactive atoms, the squared norm of the projection on the span of D_A
         (a unit atom at 1 can be written by the active ones alone).
 
     Source: arXiv:2605.05341, section 6.
@@ -53,7 +54,9 @@ def active_gram(W_dec: Tensor, feature_acts: Tensor, *, chunk_size: int = 8192) 
         leak = leverage_sum = leverage_max = 0.0
         for start in range(0, len(atoms), chunk_size):
             # products first, then the choice of rows: copying atoms would cost more than multiplying them
-            along = (atoms[start : start + chunk_size] @ basis.T.to(atoms.dtype))[~active[start : start + chunk_size]]
+            along = (atoms[start : start + chunk_size] @ basis.T.to(atoms.dtype))[
+                ~active[start : start + chunk_size]
+            ]
             if len(along) == 0:
                 continue
             leverage = along.square().sum(dim=-1)
@@ -69,4 +72,6 @@ def active_gram(W_dec: Tensor, feature_acts: Tensor, *, chunk_size: int = 8192) 
         rows["cross_leverage_mean"].append(leverage_sum / max(1, n_inactive))
         rows["cross_leverage_max"].append(leverage_max)
     found: dict[str, Any] = {"n_tokens": len(rows["leakage"])}
-    return found | {name: summarize(torch.tensor(values, dtype=torch.float64)) for name, values in rows.items()}
+    return found | {
+        name: summarize(torch.tensor(values, dtype=torch.float64)) for name, values in rows.items()
+    }

@@ -19,19 +19,27 @@ _CONTINUOUS = ("standard", "aen")
 
 
 def coding_bound(l2: float) -> float:
-    """Lipschitz constant that the L2 term guarantees the exact coding map: ``1 / (2 sqrt(l2))``, infinite at 0.
+    """Lipschitz constant that the L2 term guarantees the exact coding map: ``1 / (2 sqrt(l2))``, infinite at
+    0.
 
-    For codes d apart on inputs e apart, optimality gives ``|dW|^2 + l2 |d|^2 <= |dW| |e|``; the right side less ``|dW|^2`` is at most
-    ``|e|^2 / 4``.
+    For codes d apart on inputs e apart, optimality gives ``|dW|^2 + l2 |d|^2 <= |dW| |e|``; the right side
+    less ``|dW|^2`` is at most ``|e|^2 / 4``.
     """
     return math.inf if l2 == 0 else 0.5 / math.sqrt(l2)
 
 
 @torch.no_grad()
 def encoder_lipschitz(
-    sae: SAE[Any], x: Tensor, feature_acts: Tensor, *, relative_step: float = 1e-3, n_directions: int = 4, seed: int = 0
+    sae: SAE[Any],
+    x: Tensor,
+    feature_acts: Tensor,
+    *,
+    relative_step: float = 1e-3,
+    n_directions: int = 4,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Lipschitz constants of the encoder, in the space the dictionary was trained in (inside ``scaled_space``).
+    """Lipschitz constants of the encoder, in the space the dictionary was trained in (inside
+    ``scaled_space``).
 
     Args:
         sae: The dictionary, inside :func:`aen_lightning.evaluate.dictionary.scaled_space`.
@@ -42,16 +50,21 @@ def encoder_lipschitz(
         seed: Of the directions.
 
     Returns:
-        The section ``lipschitz.encoder``. ``bound``: ``||W_enc||_2``, the constant of a ReLU encoder; ``is_continuous``: whether the
-        architecture is one (TopK and JumpReLU encoders jump, and no constant exists); ``local``: per input
-        ``||W_enc[:, A]||_2`` on its active set, the constant nearby; ``empirical``: per input the largest ``|dh| / |dx|`` over
-        the steps; ``between_inputs``: the same between real inputs at their full distance.
+        The section ``lipschitz.encoder``. ``bound``: ``||W_enc||_2``, the constant of a ReLU encoder;
+        ``is_continuous``: whether the architecture is one (TopK and JumpReLU encoders jump, and no constant
+        exists); ``local``: per input ``||W_enc[:, A]||_2`` on its active set, the constant nearby;
+        ``empirical``: per input the largest ``|dh| / |dx|`` over the steps; ``between_inputs``: the same
+        between real inputs at their full distance.
     """
     W_enc = sae.W_enc.detach().to(x.dtype)
-    local = [float(torch.linalg.matrix_norm(W_enc[:, a], 2)) if a.any() else 0.0 for a in _active(feature_acts)]
+    local = [
+        float(torch.linalg.matrix_norm(W_enc[:, a], 2)) if a.any() else 0.0 for a in _active(feature_acts)
+    ]
     generator = torch.Generator(x.device).manual_seed(seed)
     steps = _steps(x, relative_step, n_directions, generator)
-    moved = [(run_dictionary(sae, x + step)[0] - feature_acts).norm(dim=-1) / step.norm(dim=-1) for step in steps]
+    moved = [
+        (run_dictionary(sae, x + step)[0] - feature_acts).norm(dim=-1) / step.norm(dim=-1) for step in steps
+    ]
     apart = x - x.roll(1, dims=0)
     between = (feature_acts - feature_acts.roll(1, dims=0)).norm(dim=-1) / apart.norm(dim=-1)
     return {
@@ -89,9 +102,9 @@ def coding_map_lipschitz(
         seed: As there.
 
     Returns:
-        The section ``lipschitz.coding_map``. ``bound``: :func:`coding_bound` (None if l2 is 0, where there is none); ``local``: per
-        input ``max_s s / (s^2 + l2)`` over the singular values of its active atoms, the constant while the support stays;
-        ``empirical``: per input the largest ``|dh| / |dx|``, solved anew.
+        The section ``lipschitz.coding_map``. ``bound``: :func:`coding_bound` (None if l2 is 0, where there is
+        none); ``local``: per input ``max_s s / (s^2 + l2)`` over the singular values of its active atoms, the
+        constant while the support stays; ``empirical``: per input the largest ``|dh| / |dx|``, solved anew.
     """
     W, l1 = W_dec.to(exact.dtype) / problem.scale, problem.l1.to(exact.device, exact.dtype)
     y = (x.to(exact.dtype) - b_dec.to(exact.dtype)) / problem.scale

@@ -11,7 +11,8 @@ Summary = dict[str, float | None]
 
 
 def summarize(values: Tensor) -> Summary:
-    """Mean, minimum, 10th, 50th and 90th percentile and maximum; None where not finite or if there are no values.
+    """Mean, minimum, 10th, 50th and 90th percentile and maximum; None where not finite or if there are no
+    values.
 
     Percentiles are those of the sorted values without interpolation, so that an infinite one stays honest.
     """

@@ -25,17 +25,19 @@ def compare_dictionaries(
 
     Args:
         dictionaries: By name, each (n_features, d_in), at least two.
-        live: By name, bool (n_features,): features that fire. Where all dictionaries have it, dead features are left out of everything,
-            as their directions are left over from the start of training.
+        live: By name, bool (n_features,): features that fire. Where all dictionaries have it, dead features
+            are left out of everything, as their directions are left over from the start of training.
         thresholds: Cosines at which a pair counts as the same feature.
         baseline: Match each dictionary with random directions, too: what cosine chance gives at these sizes.
-        **matching_options: ``n_neighbours`` and ``dense_limit`` of :func:`aen_lightning.metrics.match_features`.
+        **matching_options: ``n_neighbours`` and ``dense_limit`` of
+            :func:`aen_lightning.metrics.match_features`.
 
     Returns:
-        The JSON of ``aen compare`` but for its head: ``n_features`` and ``n_compared`` by name; ``pairs``, a list of ``{"a", "b", "exact",
-        "n_pairs", "cosine" (mean and quantiles over pairs), "found_again": {threshold: {"of_a", "of_b"}}}``, shares of each
-        dictionary's compared features; ``found_in_all``: by name and threshold the share of its features that have a partner in every other
-        dictionary; ``random_baseline``: by name ``cosine`` and ``found_again`` against as many random directions.
+        The JSON of ``aen compare`` but for its head: ``n_features`` and ``n_compared`` by name; ``pairs``, a
+        list of ``{"a", "b", "exact", "n_pairs", "cosine" (mean and quantiles over pairs), "found_again":
+        {threshold: {"of_a", "of_b"}}}``, shares of each dictionary's compared features; ``found_in_all``: by
+        name and threshold the share of its features that have a partner in every other dictionary;
+        ``random_baseline``: by name ``cosine`` and ``found_again`` against as many random directions.
 
     Raises:
         ValueError: For fewer than two dictionaries, or widths that differ.
@@ -72,7 +74,9 @@ def compare_dictionaries(
         "n_compared": {name: len(W) for name, W in atoms.items()},
         "dead_features_left_out": use_live,
         "pairs": pairs,
-        "found_in_all": {n: {str(t): float(m.double().mean()) for t, m in by.items()} for n, by in again.items()},
+        "found_in_all": {
+            n: {str(t): float(m.double().mean()) for t, m in by.items()} for n, by in again.items()
+        },
     }
     if baseline:
         found["random_baseline"] = {
@@ -81,7 +85,9 @@ def compare_dictionaries(
     return found
 
 
-def _found_again(matching: Matching, n_a: int, n_b: int, thresholds: Sequence[float]) -> dict[str, dict[str, float]]:
+def _found_again(
+    matching: Matching, n_a: int, n_b: int, thresholds: Sequence[float]
+) -> dict[str, dict[str, float]]:
     counts = {t: int((matching.cosine >= t).sum()) for t in thresholds}
     return {str(t): {"of_a": n / n_a, "of_b": n / n_b} for t, n in counts.items()}
 

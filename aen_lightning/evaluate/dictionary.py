@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,19 +9,23 @@ from typing import Any
 
 import torch
 from sae_lens import SAE
-from sae_lens.constants import SPARSITY_FILENAME
-from safetensors.torch import load_file
+from sae_lens.constants import SAE_CFG_FILENAME
 from torch import Tensor
+
+from aen_lightning.files import read_json
+from aen_lightning.runs.dictionary import read_activation_scale, read_log_sparsity
 
 _ELEMENTS_PER_CHUNK = 2**25  # of a (tokens, d_sae) matrix of activations: 128 MiB in float32
 
 
 def load_dictionary(reference: str | Path, *, device: str = "cpu", dtype: str | None = None) -> SAE[Any]:
-    """Load a dictionary for inference, any SAELens architecture, and make it take flat activations (..., d_in).
+    """Load a dictionary for inference, any SAELens architecture, and make it take flat activations (...,
+    d_in).
 
     Args:
         reference: A SAELens folder (``cfg.json`` and ``sae_weights.safetensors``), or ``RELEASE:ID`` for
-            ``SAE.from_pretrained(RELEASE, ID)``, where RELEASE is one SAELens knows or a Hub repository ``OWNER/REPO``.
+            ``SAE.from_pretrained(RELEASE, ID)``, where RELEASE is one SAELens knows or a Hub repository
+            ``OWNER/REPO``.
         device: Where to put it.
         dtype: ``float32``, ``bfloat16``, ...; None keeps what is stored (``float32`` from the Hub).
 
@@ -35,10 +38,10 @@ def load_dictionary(reference: str | Path, *, device: str = "cpu", dtype: str | 
         ValueError: If it is a training checkpoint, a transcoder, or needs a scale that is not there.
     """
     folder = Path(reference)
-    if (folder / "cfg.json").is_file():
+    if (folder / SAE_CFG_FILENAME).is_file():
         sae = _load_folder(folder, device, dtype)
     elif folder.is_dir():
-        found = sorted(str(p.parent) for p in folder.glob("**/cfg.json"))
+        found = sorted(str(p.parent) for p in folder.rglob(SAE_CFG_FILENAME))
         hint = f"; give one of {', '.join(found[:5])}" if found else ""
         raise FileNotFoundError(f"{folder} holds no dictionary (no cfg.json){hint}")
     elif ":" in str(reference):
@@ -46,16 +49,19 @@ def load_dictionary(reference: str | Path, *, device: str = "cpu", dtype: str | 
         sae = SAE.from_pretrained(release, sae_id, device=device, dtype=dtype or "float32")
     else:
         raise FileNotFoundError(
-            f"no dictionary {str(reference)!r}: expected a folder with cfg.json and sae_weights.safetensors, or RELEASE:ID"
+            f"no dictionary {str(reference)!r}: expected a folder with cfg.json and "
+            "sae_weights.safetensors, or RELEASE:ID"
         )
     if "transcoder" in sae.cfg.architecture():
         raise ValueError(
-            f"{reference} is a {sae.cfg.architecture()}: it predicts another activation than its input, and what is "
+            f"{reference} is a {sae.cfg.architecture()}: it predicts another activation than its input, "
+            "and what is "
             "measured here is how well a dictionary reconstructs its input"
         )
     if sae.cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
         raise ValueError(
-            f"{reference} expects activations scaled by SAELens's trainer ({sae.cfg.normalize_activations}), and no scale "
+            f"{reference} expects activations scaled by SAELens's trainer "
+            f"({sae.cfg.normalize_activations}), and no scale "
             "came with it: export it when training has ended, which folds the scale into the weights"
         )
     sae.turn_off_forward_pass_hook_z_reshaping()  # our activations come with heads flattened
@@ -63,25 +69,28 @@ def load_dictionary(reference: str | Path, *, device: str = "cpu", dtype: str | 
 
 
 def _load_folder(folder: Path, device: str, dtype: str | None) -> SAE[Any]:
-    cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+    cfg = read_json(folder / SAE_CFG_FILENAME)
     try:
         sae = SAE.load_from_disk(folder, device=device, dtype=dtype)
     except (RuntimeError, KeyError, AssertionError) as err:
         raise ValueError(
-            f"{folder} holds no dictionary for inference ({cfg.get('architecture', 'no architecture')}: {err}); if it is a "
+            f"{folder} holds no dictionary for inference ({cfg.get('architecture', 'no architecture')}: "
+            f"{err}); if it is a "
             "training checkpoint, export it with save_inference_model"
         ) from err
-    scaler = folder / "activation_scaler.json"
-    if sae.cfg.normalize_activations == "expected_average_only_in" and scaler.is_file():
-        factor = json.loads(scaler.read_text(encoding="utf-8"))["scaling_factor"]
-        sae.fold_activation_norm_scaling_factor(float(factor))
+    if sae.cfg.normalize_activations == "expected_average_only_in":
+        scale = read_activation_scale(folder)
+        if scale is not None:
+            sae.fold_activation_norm_scaling_factor(scale)
     return sae
 
 
 def log_sparsity(reference: str | Path) -> Tensor | None:
-    """``log10`` of each feature's firing rate as stored beside a dictionary in a folder, shape (d_sae,); None if not."""
-    path = Path(reference) / SPARSITY_FILENAME
-    return load_file(path)["sparsity"] if path.is_file() else None
+    """``log10`` of each feature's firing rate as stored beside a dictionary in a folder, shape (d_sae,).
+
+    None if not.
+    """
+    return read_log_sparsity(Path(reference))
 
 
 def describe_dictionary(sae: SAE[Any], reference: str | Path) -> dict[str, Any]:
@@ -129,16 +138,22 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def to_scaled_space(sae: SAE[Any], x: Tensor) -> Tensor:
     """Raw activations as the dictionary sees them after its own run-time normalisation; shape (..., d_in)."""
     scaled = sae.run_time_activation_norm_fn_in(x.to(sae.device, sae.dtype))
-    for left_over in ("x_norm_coeff", "ln_mu", "ln_std"):  # SAELens keeps them for the decode that will not come
+    for left_over in (
+        "x_norm_coeff",
+        "ln_mu",
+        "ln_std",
+    ):  # SAELens keeps them for the decode that will not come
         sae.__dict__.pop(left_over, None)
     return _at_least_float32(scaled)
 
 
 @contextmanager
 def scaled_space(sae: SAE[Any]) -> Iterator[SAE[Any]]:
-    """While open, ``encode`` and ``decode`` take and return activations in the space the dictionary was trained in.
+    """While open, ``encode`` and ``decode`` take and return activations in the space the dictionary was
+    trained in.
 
-    SAELens's ``constant_norm_rescale`` and ``layer_norm`` are switched off; for other dictionaries nothing changes.
+    SAELens's ``constant_norm_rescale`` and ``layer_norm`` are switched off; for other dictionaries nothing
+    changes.
     """
     before = sae.run_time_activation_norm_fn_in, sae.run_time_activation_norm_fn_out
     sae.run_time_activation_norm_fn_in = sae.run_time_activation_norm_fn_out = lambda x: x

@@ -22,7 +22,9 @@ CONDITIONS = ("clean", "spliced", "zero_ablated", "mean_ablated")
 
 
 @contextmanager
-def replaced_activation(lm: Any, hook: Hook, replace: Callable[[Tensor], Tensor], shape: torch.Size) -> Iterator[None]:
+def replaced_activation(
+    lm: Any, hook: Hook, replace: Callable[[Tensor], Tensor], shape: torch.Size
+) -> Iterator[None]:
     """While open, forward passes of ``lm`` go on with ``replace(activation)`` at the hook.
 
     Args:
@@ -36,7 +38,8 @@ def replaced_activation(lm: Any, hook: Hook, replace: Callable[[Tensor], Tensor]
     """
     if hook.reads == "input" and hook.hook_name.endswith("hook_resid_mid"):
         raise ValueError(
-            f"cannot splice at {hook.hook_name!r}: the norm that reads it has a copy, and the residual stream goes past it; "
+            f"cannot splice at {hook.hook_name!r}: the norm that reads it has a copy, and the residual "
+            "stream goes past it; "
             "skip the downstream metrics, or take hook_resid_post"
         )
 
@@ -73,11 +76,12 @@ def evaluate_downstream(
     batch_size_prompts: int = 4,
     ablate: Ablate = "all",
 ) -> dict[str, Any]:
-    """Cross-entropy and KL of the next-token distribution with the activation replaced, on rows of held-out text.
+    """Cross-entropy and KL of the next-token distribution with the activation replaced, on rows of held-out
+    text.
 
-    The reconstruction is that of raw activations, so any scaling is undone before it is spliced in. Tokens that do not count
-    (special ones, norm outliers) keep their own activation then. A loss counts if the token it is predicted *from* counts, as in
-    SAELens's ``run_evals``.
+    The reconstruction is that of raw activations, so any scaling is undone before it is spliced in. Tokens
+    that do not count (special ones, norm outliers) keep their own activation then. A loss counts if the token
+    it is predicted *from* counts, as in SAELens's ``run_evals``.
 
     Args:
         sae: The dictionary.
@@ -85,7 +89,8 @@ def evaluate_downstream(
         mean_activation: What mean ablation puts in, shape (d_in,).
         n_rows: Rows to take, from the first; None: all.
         batch_size_prompts: Rows a model call; each makes four of (rows, context, vocabulary) logits in turn.
-        ablate: ``all``: ablations replace every position, as in SAELens; ``counted``: the positions the dictionary replaces.
+        ablate: ``all``: ablations replace every position, as in SAELens; ``counted``: the positions the
+            dictionary replaces.
 
     Returns:
         The section ``downstream`` of the JSON (see :mod:`aen_lightning.evaluate`), standard errors over rows.
@@ -147,7 +152,9 @@ def _summary(sums: Tensor, ablate: Ablate) -> dict[str, Any]:
         value, se = jackknife(sums, lambda s: statistic(s[:4] / s[8], s[4:8] / s[9]))
         return estimate(value, se)
 
-    def by_name(statistic: Callable[[Tensor, Tensor, int], Tensor], first: int, end: str = "") -> dict[str, Estimate]:
+    def by_name(
+        statistic: Callable[[Tensor, Tensor, int], Tensor], first: int, end: str = ""
+    ) -> dict[str, Estimate]:
         return {
             name.removesuffix(end): of(partial(_at_index, statistic, i))
             for i, name in enumerate(CONDITIONS)

@@ -31,7 +31,8 @@ def evaluate_dictionary(
 
     Args:
         sae: From ``load_dictionary``.
-        inputs: Held-out activations; text with its language model gives downstream metrics, synthetic data the ground truth.
+        inputs: Held-out activations; text with its language model gives downstream metrics, synthetic data
+            the ground truth.
         reference: Name of the dictionary, for the result.
         n_downstream_rows: Rows of text for the downstream metrics; None: all, 0: no downstream metrics.
         downstream_batch_size_prompts: Rows a call of the whole language model.

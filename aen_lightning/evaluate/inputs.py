@@ -26,7 +26,8 @@ class InputBatch:
 
     Args:
         x: Shape (units, tokens, d_in), float32, unscaled.
-        keep: Shape (units, tokens), bool: tokens that count; the others are special tokens, outliers or padding.
+        keep: Shape (units, tokens), bool: tokens that count; the others are special tokens, outliers or
+            padding.
         first_unit: Number of the first unit.
     """
 
@@ -92,8 +93,9 @@ class TextInputs(Inputs):
         rows = data.held_out_rows(split)[:n_rows]
         if not rows:
             raise ValueError(
-                f"the {split} documents give no row of {data.context_size} tokens: hold out more documents "
-                f"({data.options['held_out_documents']} now) or lower context_size"
+                f"the {split} documents give no row of {data.options.context_size} tokens: hold out more "
+                "documents "
+                f"({data.options.held_out_documents} now) or lower context_size"
             )
         self.data, self.split, self.batch_size_prompts, self.lm = data, split, batch_size_prompts, lm
         self.rows = torch.stack(rows)
@@ -103,12 +105,9 @@ class TextInputs(Inputs):
 
     def keep(self, tokens: Tensor, x: Tensor) -> Tensor:
         """Which tokens (rows, context) count, given raw activations (rows, context, d_in), as in training."""
-        keep = ~torch.isin(tokens.to(x.device), self.data.reader.excluded.to(x.device))
-        multiple = self.data.norm_outlier_multiple
-        if multiple is not None and keep.any():
-            norms = x.float().norm(dim=-1)
-            keep &= norms <= multiple * norms[keep].median()
-        return keep
+        keep = self.data.token_filter.by_id(tokens.to(x.device))
+        usual = self.data.token_filter.by_norm([x[keep]])
+        return keep if usual is None else keep.masked_scatter(keep, usual)
 
     def __iter__(self) -> Iterator[InputBatch]:
         model, first = self.data.language_model, 0
@@ -128,8 +127,8 @@ class TextInputs(Inputs):
             "kind": "text",
             "split": self.split,
             "n_rows": self.n_units,
-            "held_out_documents": self.data.options["held_out_documents"],
-            "excluded_token_ids": self.data.reader.excluded.tolist(),
+            "held_out_documents": self.data.options.held_out_documents,
+            "excluded_token_ids": list(self.data.token_filter.token_ids),
             **{key: metadata.get(key) for key in keys},
         }
 
@@ -142,7 +141,8 @@ class ShardInputs(Inputs):
         hook_name: Which hook; None: the only one.
         held_out_fraction: Share of the rows, at the end; 1 takes all.
         exclude_token_ids: Rows of these tokens do not count.
-        tokens_per_unit: Length of the runs of rows that standard errors take as units; None: the context size, or 128.
+        tokens_per_unit: Length of the runs of rows that standard errors take as units; None: the context
+            size, or 128.
         n_tokens: Most rows to take; None: all.
 
     Raises:
@@ -166,7 +166,9 @@ class ShardInputs(Inputs):
             raise ValueError(f"{path} holds several hooks, {', '.join(self.source.d_in)}: say which")
         self.hook_name = hook_name or next(iter(self.source.d_in))
         if self.hook_name not in self.source.d_in:
-            raise ValueError(f"{path} has no activations of {hook_name!r}; it has {', '.join(self.source.d_in)}")
+            raise ValueError(
+                f"{path} has no activations of {hook_name!r}; it has {', '.join(self.source.d_in)}"
+            )
         self.d_in = self.source.d_in[self.hook_name]
         self.unit = tokens_per_unit or self.source.context_size or 128
         n = self.source.n_tokens
@@ -176,12 +178,16 @@ class ShardInputs(Inputs):
         self.unit = max(1, min(self.unit, self.n_rows))
         self.n_units = -(-self.n_rows // self.unit)
         if self.n_rows == 0:
-            raise ValueError(f"{path} has {n} rows, and {held_out_fraction} of them is none: raise held_out_fraction")
+            raise ValueError(
+                f"{path} has {n} rows, and {held_out_fraction} of them is none: raise held_out_fraction"
+            )
         ids = self.source.token_ids() if exclude_token_ids else None
         if exclude_token_ids and ids is None:
             raise ValueError(f"{path} has no token ids, so none can be excluded")
         self.excluded = list(exclude_token_ids)
-        self._keep = torch.ones(n, dtype=torch.bool) if ids is None else ~torch.isin(ids, torch.tensor(self.excluded))
+        self._keep = (
+            torch.ones(n, dtype=torch.bool) if ids is None else ~torch.isin(ids, torch.tensor(self.excluded))
+        )
 
     def __iter__(self) -> Iterator[InputBatch]:
         units = max(1, 4096 // self.unit)
@@ -190,7 +196,9 @@ class ShardInputs(Inputs):
             end = min(self.start + self.n_rows, begin + units * self.unit)
             x = self.source.gather(np.arange(begin, end), [self.hook_name])[self.hook_name]
             keep, missing = self._keep[begin:end], -(end - begin) % self.unit
-            x = torch.nn.functional.pad(x, (0, 0, 0, missing), value=1.0)  # a zero row has no direction to scale
+            x = torch.nn.functional.pad(
+                x, (0, 0, 0, missing), value=1.0
+            )  # a zero row has no direction to scale
             keep = torch.nn.functional.pad(keep, (0, missing))
             yield InputBatch(x.unflatten(0, (-1, self.unit)), keep.unflatten(0, (-1, self.unit)), first)
 
@@ -225,7 +233,9 @@ class SyntheticInputs(Inputs):
         self.per_unit = n_samples // self.n_units
         # unscaled: the dictionary does its own scaling, as on real activations
         unscaled = SpikedDataModule(**{**data.hparams, "input_scaling": "none"})
-        self.x, self.true_acts = unscaled.sample(self.n_units * self.per_unit, stream=SYNTHETIC_STREAM, index=0)
+        self.x, self.true_acts = unscaled.sample(
+            self.n_units * self.per_unit, stream=SYNTHETIC_STREAM, index=0
+        )
 
     def __iter__(self) -> Iterator[InputBatch]:
         x = self.x.unflatten(0, (self.n_units, self.per_unit))

@@ -1,4 +1,7 @@
-"""One pass of a dictionary over held-out activations: sparsity, reconstruction in both spaces, use of features."""
+"""One pass of a dictionary over held-out activations.
+
+Sparsity, reconstruction in both spaces, use of features.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,8 @@ class Reconstruction:
         sparsity: ``l0``, ``l1``.
         spaces: ``raw`` and ``scaled``, each a metric by name.
         density: Firings per token, shape (d_sae,).
-        mean_when_active: Mean activation where active, in the units the dictionary encodes to, shape (d_sae,).
+        mean_when_active: Mean activation where active, in the units the dictionary encodes to, shape
+            (d_sae,).
         mean_activation: Mean raw input, shape (d_in,).
     """
 
@@ -102,7 +106,9 @@ def evaluate_reconstruction(sae: SAE[Any], inputs: Inputs, *, n_groups: int = 32
             x_sum += x[keep].double().sum(dim=0)
     n_tokens = int(use.n_tokens)
     if n_tokens == 0:
-        raise ValueError("no token is left to evaluate on: every one is special or an outlier; give other data")
+        raise ValueError(
+            "no token is left to evaluate on: every one is special or an outlier; give other data"
+        )
     found = use.compute()
     return Reconstruction(
         n_tokens=n_tokens,

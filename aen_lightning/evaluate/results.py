@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from aen_lightning.files import write_json
+
 SCHEMA = 1
 _PACKAGES = ("aen-lightning", "sae-lens", "torch", "transformers")
 
 
 def head(command: str) -> dict[str, Any]:
-    """``command``, ``schema`` (of the layout), ``created`` (UTC) and ``versions``: the first keys of every result."""
+    """``command``, ``schema`` (of the layout), ``created`` (UTC) and ``versions``.
+
+    The first keys of every result.
+    """
     return {
         "command": command,
         "schema": SCHEMA,
@@ -37,17 +40,14 @@ def write_result(result: dict[str, Any], path: str | Path) -> Path:
     Raises:
         ValueError: If it holds a nan or an infinity, which JSON has not.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=1, allow_nan=False)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
-    return path
+    return write_json(path, result)
 
 
 def result_path(reference: str | Path, given: str | None, file_name: str) -> Path | None:
-    """Where a result goes: where asked, else into the dictionary's own folder; None for a dictionary that is no local folder."""
+    """Where a result goes.
+
+    Where asked, else into the dictionary's own folder; None for a dictionary that is no local folder.
+    """
     if given is not None:
         return Path(given)
     return Path(reference) / file_name if Path(reference).is_dir() else None
@@ -70,7 +70,10 @@ def table(rows: Sequence[Sequence[str]], *, header: Sequence[str] = ()) -> str:
         if len(row) == 1:
             lines.append(f"\n{row[0]}")
             continue
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines).strip("\n")
 

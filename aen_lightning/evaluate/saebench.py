@@ -1,7 +1,7 @@
 """How SAEBench runs one of our dictionaries.
 
-SAEBench (0.6) asks for older versions of numpy and datasets than this package, so it lives in an environment of its own. What we
-export is a plain SAELens dictionary, so there nothing of ours is needed::
+SAEBench (0.6) asks for older versions of numpy and datasets than this package, so it lives in an environment
+of its own. What we export is a plain SAELens dictionary, so there nothing of ours is needed::
 
     from sae_lens import SAE
     import sae_bench.evals.core.main as core
@@ -12,9 +12,10 @@ export is a plain SAELens dictionary, so there nothing of ours is needed::
                         exclude_special_tokens_from_reconstruction=True, dataset="Skylion007/openwebtext",
                         context_size=128, output_folder="eval_results/core")
 
-and so for its other evaluations, whose ``run_eval`` takes the same ``selected_saes``. Three things must hold, which
-:func:`saebench_dictionary` sees to: decoder rows of norm 1 to 1e-5 (1e-2 in half precision), ``model_name``, and a TransformerLens
-``hook_name`` with the layer's number in its metadata; its evaluations read them from there.
+and so for its other evaluations, whose ``run_eval`` takes the same ``selected_saes``. Three things must hold,
+which :func:`saebench_dictionary` sees to: decoder rows of norm 1 to 1e-5 (1e-2 in half precision),
+``model_name``, and a TransformerLens ``hook_name`` with the layer's number in its metadata; its evaluations
+read them from there.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def saebench_dictionary(
         raise ValueError(f"{reference}: SAEBench needs model_name in the metadata of cfg.json")
     if not re.match(r"blocks\.\d+\.", str(metadata["hook_name"])):
         raise ValueError(
-            f"{reference}: SAEBench needs a TransformerLens hook_name such as 'blocks.4.hook_resid_post' in the metadata of "
+            f"{reference}: SAEBench needs a TransformerLens hook_name such as 'blocks.4.hook_resid_post' "
+            "in the metadata of "
             f"cfg.json, got {metadata['hook_name']!r}"
         )
     try:
@@ -59,6 +61,7 @@ def saebench_dictionary(
     except NotImplementedError as err:  # TopK and the like, where a norm would change which features win
         if float((sae.W_dec.norm(dim=-1) - 1).abs().max()) > 1e-5:
             raise ValueError(
-                f"{reference}: decoder rows are not of norm 1, and a {sae.cfg.architecture()} cannot fold them"
+                f"{reference}: decoder rows are not of norm 1, and a {sae.cfg.architecture()} cannot fold "
+                "them"
             ) from err
     return name or Path(str(reference)).name, sae

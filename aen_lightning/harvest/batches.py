@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aen_lightning.data.token_filter import TokenFilter
 from aen_lightning.harvest.tokens import TokenShard, batches_of, position_ids_of, read_token_shard
 
 
@@ -19,7 +20,7 @@ class HarvestBatches:
         folder: Of the set.
         work: Shard, number of the batch in it, and whether the result is wanted.
         batch_size: Rows a batch.
-        excluded: Token ids whose activations are not kept.
+        token_filter: Tells by its id whether a token is kept.
         mask_documents: Give ``position_ids`` that begin again at each document.
     """
 
@@ -29,11 +30,11 @@ class HarvestBatches:
         work: Sequence[tuple[int, int, bool]],
         *,
         batch_size: int,
-        excluded: Tensor,
+        token_filter: TokenFilter,
         mask_documents: bool,
     ) -> None:
         self.folder, self.work, self.batch_size = folder, work, batch_size
-        self.excluded, self.mask_documents = excluded, mask_documents
+        self.token_filter, self.mask_documents = token_filter, mask_documents
 
     def __len__(self) -> int:
         return len(self.work)
@@ -62,7 +63,7 @@ class HarvestBatches:
         # padding is at the end, where a causal model's real tokens do not see it, and takes token 0
         at = torch.where(real, first[:, None] + torch.arange(width), 0)
         input_ids = torch.where(real, shard.tokens[at].long(), 0)
-        keep = real & ~torch.isin(input_ids, self.excluded)
+        keep = real & self.token_filter.by_id(input_ids)
         n_read, n_kept = int(real.sum()), int(keep.sum())
         position_ids = None
         if self.mask_documents:

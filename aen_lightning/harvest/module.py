@@ -10,36 +10,40 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from aen_lightning.data.token_filter import TokenFilter
+from aen_lightning.files import DTYPES, ModelDtype
 from aen_lightning.language_model.cut_model import (
     CutModel,
-    Hook,
-    ModelDtype,
     cut_model,
     load_config,
     load_cut_model,
     resolve_hooks,
 )
-from aen_lightning.shards.manifest import STORED_DTYPES
+from aen_lightning.language_model.hook_points import Hook
 
 
 class HarvestModule(pl.LightningModule):
     """Runs a language model up to the deepest hook and hands on the activations of the tokens to keep.
 
     Nothing is loaded before Lightning asks for the model, and then only the layers that the hooks need. Under
-    ``ModelParallelStrategy`` the weights are sharded over the ranks (FSDP2) and each rank reads its own part of them only.
+    ``ModelParallelStrategy`` the weights are sharded over the ranks (FSDP2) and each rank reads its own part
+    of them only.
 
     Args:
         model_name: Hub name or folder of a Hugging Face causal language model.
-        hook_names: Which activations, all taken in one pass. See ``aen_lightning.language_model.cut_model.resolve_hook``.
+        hook_names: Which activations, all taken in one pass. See
+            ``aen_lightning.language_model.hook_points.resolve_hook``.
         revision: Branch, tag or commit on the Hub.
         model_dtype: Of weights and computation: ``float32``, ``bfloat16`` or ``float16``.
         dtype: On disk; None: the same.
-        norm_outlier_multiple: Leave out tokens whose norm, at any of the hooks, exceeds this multiple of the median norm in their
-            batch (attention sinks: 100 times and more). None: keep them.
-        model_from_pretrained_kwargs: For ``AutoModel.from_pretrained``, e.g. a ``quantization_config`` for 8 or 4 bits.
+        norm_outlier_multiple: Leave out tokens whose norm, at any of the hooks, exceeds this multiple of the
+            median norm in their batch (attention sinks: 100 times and more). None: keep them.
+        model_from_pretrained_kwargs: For ``AutoModel.from_pretrained``, e.g. a ``quantization_config`` for 8
+            or 4 bits.
 
     Raises:
-        ValueError: For an unknown dtype or a multiple that is not above 1; from ``hooks`` for a hook that does not exist.
+        ValueError: For an unknown dtype or a multiple that is not above 1; from ``hooks`` for a hook that
+            does not exist.
     """
 
     def __init__(
@@ -54,13 +58,11 @@ class HarvestModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         for name, value in (("model_dtype", model_dtype), ("dtype", dtype or model_dtype)):
-            if value not in STORED_DTYPES:
-                raise ValueError(f"{name} must be one of {', '.join(STORED_DTYPES)}, got {value!r}")
-        if norm_outlier_multiple is not None and not norm_outlier_multiple > 1:
-            raise ValueError(f"norm_outlier_multiple must be above 1 (or None), got {norm_outlier_multiple}")
+            if value not in DTYPES:
+                raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {value!r}")
         self.model_name, self.hook_names, self.revision = model_name, list(hook_names), revision
         self.model_dtype, self.stored_dtype = model_dtype, dtype or model_dtype
-        self.norm_outlier_multiple = norm_outlier_multiple
+        self.token_filter = TokenFilter(norm_outlier_multiple=norm_outlier_multiple)
         self.model_from_pretrained_kwargs = dict(model_from_pretrained_kwargs or {})
         self._given: PreTrainedModel | None = None
         self._hooks: tuple[Hook, ...] | None = None
@@ -72,7 +74,10 @@ class HarvestModule(pl.LightningModule):
     def from_model(
         cls, model: PreTrainedModel, hook_names: list[str], *, model_name: str = "", **kwargs: Any
     ) -> HarvestModule:
-        """For a model that is in memory already; it is frozen. ``model_name`` is where its tokenizer is, if text is read."""
+        """For a model that is in memory already.
+
+        It is frozen. ``model_name`` is where its tokenizer is, if text is read.
+        """
         module = cls(model_name or model.name_or_path or "", hook_names, **kwargs)
         module._given, module._hf_config = model, model.config
         return module
@@ -82,7 +87,9 @@ class HarvestModule(pl.LightningModule):
         """Config of the whole model."""
         if self._hf_config is None:
             self._hf_config = load_config(
-                self.model_name, revision=self.revision, model_from_pretrained_kwargs=self.model_from_pretrained_kwargs
+                self.model_name,
+                revision=self.revision,
+                model_from_pretrained_kwargs=self.model_from_pretrained_kwargs,
             )
         return self._hf_config
 
@@ -106,7 +113,7 @@ class HarvestModule(pl.LightningModule):
             "hook_names": [h.hook_name for h in self.hooks],
             "model_dtype": self.model_dtype,
             "dtype": self.stored_dtype,
-            "norm_outlier_multiple": self.norm_outlier_multiple,
+            "norm_outlier_multiple": self.token_filter.norm_outlier_multiple,
             "model_from_pretrained_kwargs": {
                 k: v if isinstance(v, (str, int, float, bool, list, dict, type(None))) else str(v)
                 for k, v in sorted(self.model_from_pretrained_kwargs.items())
@@ -121,7 +128,8 @@ class HarvestModule(pl.LightningModule):
         strategy, device = self.trainer.strategy, self.trainer.strategy.root_device
         if isinstance(strategy, FSDPStrategy):
             raise ValueError(
-                "strategy 'fsdp' would keep the whole model on every rank: take ModelParallelStrategy with data_parallel_size: "
+                "strategy 'fsdp' would keep the whole model on every rank: take ModelParallelStrategy with "
+                "data_parallel_size: "
                 "(number of ranks) and tensor_parallel_size: 1"
             )
         if self._given is not None:
@@ -134,7 +142,8 @@ class HarvestModule(pl.LightningModule):
             if mesh["tensor_parallel"].size() > 1:
                 n = mesh.size()
                 raise ValueError(
-                    f"ModelParallelStrategy has tensor_parallel_size {mesh['tensor_parallel'].size()}; the harvest shards weights "
+                    f"ModelParallelStrategy has tensor_parallel_size {mesh['tensor_parallel'].size()}; the "
+                    "harvest shards weights "
                     f"over data-parallel ranks: set data_parallel_size: {n} and tensor_parallel_size: 1"
                 )
             self.language_model = load_sharded_cut_model(
@@ -160,8 +169,8 @@ class HarvestModule(pl.LightningModule):
         """Activations of one batch of token rows.
 
         Args:
-            batch: From ``HarvestDataModule``: ``input_ids`` (batch, context); ``position_ids`` or None; ``keep`` (n_kept,): flat
-                positions of the tokens to keep, or None for all.
+            batch: From ``HarvestDataModule``: ``input_ids`` (batch, context); ``position_ids`` or None;
+                ``keep`` (n_kept,): flat positions of the tokens to keep, or None for all.
             batch_idx: Unused.
 
         Returns:
@@ -174,15 +183,10 @@ class HarvestModule(pl.LightningModule):
         if keep is not None:
             activations, ids = {name: x[keep] for name, x in activations.items()}, ids[keep]
         n_outliers = 0
-        if self.norm_outlier_multiple is not None and len(ids):
-            usual = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-            for x in activations.values():
-                norms = x.float().norm(dim=-1)
-                usual &= norms <= self.norm_outlier_multiple * norms.median()
-            n_outliers = len(usual) - int(usual.sum())
-            if n_outliers:
-                activations, ids = {name: x[usual] for name, x in activations.items()}, ids[usual]
-        stored = STORED_DTYPES[self.stored_dtype]
+        usual = self.token_filter.by_norm(list(activations.values()))
+        if usual is not None and (n_outliers := len(usual) - int(usual.sum())):
+            activations, ids = {name: x[usual] for name, x in activations.items()}, ids[usual]
+        stored = DTYPES[self.stored_dtype]
         return {
             "activations": {n: _fitting(x, stored, n) for n, x in activations.items()},
             "token_ids": ids,
@@ -197,17 +201,22 @@ class HarvestModule(pl.LightningModule):
     def check_documents_are_masked(self) -> None:
         """Change one of two documents in a row and see whether the other notices.
 
-        transformers finds documents in ``position_ids`` that begin again, but not every architecture passes them on to its mask.
+        transformers finds documents in ``position_ids`` that begin again, but not every architecture passes
+        them on to its mask.
 
         Raises:
             ValueError: If it notices.
         """
         assert self.language_model is not None
         ids, positions = torch.tensor([[4, 5, 6, 7]]), torch.tensor([[0, 1, 0, 1]])
-        seen = [self.language_model.activations(x, position_ids=positions) for x in (ids, torch.tensor([[1, 2, 6, 7]]))]
+        seen = [
+            self.language_model.activations(x, position_ids=positions)
+            for x in (ids, torch.tensor([[1, 2, 6, 7]]))
+        ]
         if not all(torch.equal(seen[0][h][:, 2:], seen[1][h][:, 2:]) for h in seen[0]):
             raise ValueError(
-                f"models of type {self.hf_config.model_type!r} cannot mask documents in packed rows (transformers does not give "
+                f"models of type {self.hf_config.model_type!r} cannot mask documents in packed rows "
+                "(transformers does not give "
                 "their position_ids to the mask): set mask_documents: false, or pack: false"
             )
 
@@ -221,7 +230,8 @@ def _fitting(x: Tensor, dtype: torch.dtype, hook_name: str) -> Tensor:
     converted = x.to(dtype)
     if dtype == torch.float16 and x.dtype != dtype and not torch.equal(converted.isfinite(), x.isfinite()):
         raise ValueError(
-            f"an activation at {hook_name!r} of size {x.abs().max().item():.4g} does not fit float16 (65504): store bfloat16 or "
+            f"an activation at {hook_name!r} of size {x.abs().max().item():.4g} does not fit float16 "
+            "(65504): store bfloat16 or "
             "float32, or leave attention sinks out with norm_outlier_multiple"
         )
     return converted

@@ -1,7 +1,7 @@
 """What a recipe will take, worked out from it without running it: parameters, memory, disk, FLOPs, time.
 
-Counts are exact (the models are built on the meta device, without weights). Memory and FLOPs are the terms that grow with the model;
-an allocator's slack and the code itself come on top.
+Counts are exact (the models are built on the meta device, without weights). Memory and FLOPs are the terms
+that grow with the model; an allocator's slack and the code itself come on top.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from aen_lightning.language_model.cut_model import build_cut_model, cut_config, layers_of, load_config, resolve_hooks
-from aen_lightning.shards.manifest import STORED_DTYPES
+from aen_lightning.files import DTYPES
+from aen_lightning.language_model.cut_model import build_cut_model, load_config, resolve_hooks
+from aen_lightning.language_model.hook_points import cut_config, layers_of
 
 GIB = 2**30
 _DOCUMENT_START_BYTES = 5  # a token waiting to be harvested: int32 and a mark
@@ -53,11 +54,13 @@ def plan(
 
     Args:
         config: Contents of a recipe of ``aen harvest`` or ``aen fit``, overrides applied.
-        tflops_per_s: What one rank sustains, in 1e12 floating-point operations per second; gives tokens per second and hours.
+        tflops_per_s: What one rank sustains, in 1e12 floating-point operations per second; gives tokens per
+            second and hours.
         model_config: Config of the language model; None: loaded by the recipe's ``model_name``.
 
     Raises:
-        ValueError: If the recipe is neither, or lacks what is needed; OSError if the model's config cannot be found.
+        ValueError: If the recipe is neither, or lacks what is needed; OSError if the model's config cannot be
+            found.
     """
     if tflops_per_s is not None and not tflops_per_s > 0:
         raise ValueError(f"tflops_per_s must be above 0, got {tflops_per_s}")
@@ -73,7 +76,8 @@ def plan(
         _plan_fit(made, config, model["sae"], data, world_size, model_config)
     else:
         raise ValueError(
-            "cannot plan this config: a harvest has model.hook_names and shards, a fit has model.sae; got the sections "
+            "cannot plan this config: a harvest has model.hook_names and shards, a fit has model.sae; got "
+            "the sections "
             f"{', '.join(config) or 'none'} with model keys {', '.join(model) or 'none'}"
         )
     if tflops_per_s is not None:
@@ -82,7 +86,8 @@ def plan(
         if "tokens" in made.numbers:
             made.numbers["hours"] = made.numbers["tokens"] / rate / 3600
         made.notes.append(
-            f"rates are those of {tflops_per_s:g} TFLOP/s sustained on each of {world_size} rank(s), nothing else waiting"
+            f"rates are those of {tflops_per_s:g} TFLOP/s sustained on each of {world_size} rank(s), "
+            "nothing else waiting"
         )
     return made
 
@@ -107,13 +112,18 @@ def _n_bytes(parameters: Any) -> int:
 
 
 def _plan_lm(
-    made: Plan, model_config: PretrainedConfig, hook_names: list[str], dtype: str, context_size: int, shards_over: int
+    made: Plan,
+    model_config: PretrainedConfig,
+    hook_names: list[str],
+    dtype: str,
+    context_size: int,
+    shards_over: int,
 ) -> dict[str, int]:
     """Rows about the language model up to the deepest hook; returns the widths of the hooks."""
     hooks = resolve_hooks(model_config, hook_names)
     deepest = max(h.layer for h in hooks)
     cut = cut_config(model_config, deepest)
-    cut.dtype = STORED_DTYPES[dtype]
+    cut.dtype = DTYPES[dtype]
     with torch.device("meta"):
         base = build_cut_model(cut, hooks)
     blocks = layers_of(base)
@@ -127,7 +137,8 @@ def _plan_lm(
         share, gathered = total / shards_over, max(rest, 2 * max(n_block))
         made.numbers["lm_memory_per_rank_gib"] = (share + gathered) / GIB
         made.notes.append(
-            f"FSDP2: {share / GIB:.3f} GiB of weights stay on each rank, up to {gathered / GIB:.3f} GiB are gathered at a time"
+            f"FSDP2: {share / GIB:.3f} GiB of weights stay on each rank, up to {gathered / GIB:.3f} GiB "
+            "are gathered at a time"
         )
     else:
         made.numbers["lm_memory_per_rank_gib"] = total / GIB
@@ -151,7 +162,7 @@ def _plan_harvest(
     model_dtype, context_size = model.get("model_dtype", "float32"), int(data.get("context_size", 128))
     sharded = world_size if _is_sharded(config.get("trainer") or {}) else 1
     widths = _plan_lm(made, model_config, model["hook_names"], model_dtype, context_size, sharded)
-    stored = STORED_DTYPES[model.get("dtype") or model_dtype]
+    stored = DTYPES[model.get("dtype") or model_dtype]
     per_token = sum(widths.values()) * stored.itemsize + 4
     waiting = int((config.get("shards") or {}).get("queue_size", 4)) + 2
     batch = int(data.get("batch_size_prompts", 32)) * context_size
@@ -176,7 +187,14 @@ def _plan_fit(
     if data.get("model_name") and hook_name:
         model_config = model_config or load_config(data["model_name"], revision=data.get("revision"))
         names = [hook_name] if isinstance(hook_name, str) else list(hook_name)
-        _plan_lm(made, model_config, names, data.get("model_dtype", "float32"), int(data.get("context_size", 128)), 1)
+        _plan_lm(
+            made,
+            model_config,
+            names,
+            data.get("model_dtype", "float32"),
+            int(data.get("context_size", 128)),
+            1,
+        )
         live = made.numbers["lm_flops_per_token"]
     module = _sae_on_meta(sae)
     n = sum(p.numel() for p in module.parameters())
@@ -196,7 +214,9 @@ def _plan_fit(
         "sae_flops_per_token_if_sparse": 2 * d_in * d_sae,
         "flops_per_token": live + 10 * d_in * d_sae,
     }
-    made.notes.append("sae_flops_per_token is a dense step; once features are sparse only the encoder product remains")
+    made.notes.append(
+        "sae_flops_per_token is a dense step; once features are sparse only the encoder product remains"
+    )
     steps = (config.get("trainer") or {}).get("max_steps")
     if isinstance(steps, int) and steps > 0:
         made.numbers["tokens"] = steps * batch * world_size

@@ -5,7 +5,6 @@ One file per shard, so that any rank can take any shard, now or after a restart,
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -13,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from aen_lightning.data.documents import TokenRows
-from aen_lightning.shards.manifest import put_in_place
+from aen_lightning.data.token_rows import TokenRows
+from aen_lightning.files import save_tensors
 
 TOKENS_FOLDER = "tokens"
-_START = 1 << 40  # added to the first token of a document on its way through the packing, which moves tokens unseen
+_START = (
+    1 << 40
+)  # added to the first token of a document on its way through the packing, which moves tokens unseen
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,13 @@ class TokenShard:
 
 
 class MarkedTokenRows(TokenRows):
-    """``TokenRows`` that knows where documents begin.
-
-    Args:
-        pack: Fill rows across documents; otherwise a document is a row, cut every ``context_size`` tokens, and rows are of
-            unequal length.
-        kwargs: See ``TokenRows``.
-    """
-
-    def __init__(self, *args: Any, pack: bool = True, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.pack = pack
+    """``TokenRows`` that knows where documents begin."""
 
     def marked(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows of the dataset, once, in its order: tokens, and 1 where a document begins; the same on every rank."""
+        """Rows of the dataset, once, in its order.
+
+        Tokens, and 1 where a document begins; the same on every rank.
+        """
         for row in self.first():
             starts = row >= _START
             tokens = torch.where(starts, row - _START, row)
@@ -68,16 +62,6 @@ class MarkedTokenRows(TokenRows):
             if len(tokens):
                 tokens[0] += _START
                 yield tokens
-
-    def _pack(self, documents: Iterator[Any]) -> Iterator[Tensor]:
-        return super()._pack(documents) if self.pack else self._one_by_one(documents)
-
-    def _one_by_one(self, documents: Iterator[Any]) -> Iterator[Tensor]:
-        as_tokens = (torch.as_tensor(d, dtype=torch.long) for d in documents)
-        for tokens in as_tokens if self.pretokenized else self._tokenize(documents):
-            begin = [] if self.begin_batch_token_id is None else [torch.tensor([self.begin_batch_token_id])]
-            for piece in tokens.split(self.context_size - len(begin)):
-                yield torch.cat([*begin, piece])
 
 
 def token_shard_path(folder: Path, index: int) -> Path:
@@ -109,10 +93,7 @@ def write_token_shards(
             "lengths": torch.tensor([len(t) for t, _ in piece], dtype=torch.int32),
             "starts": torch.cat([s for _, s in piece]).to(torch.uint8),
         }
-        path = token_shard_path(folder, len(counts))
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        save_file(tensors, temporary)
-        put_in_place(temporary, path)
+        save_tensors(token_shard_path(folder, len(counts)), tensors)
         counts.append(len(piece))
     return counts
 
@@ -139,7 +120,10 @@ def batches_of(lengths: Tensor, batch_size: int) -> list[Tensor]:
 
 
 def position_ids_of(starts: Tensor) -> Tensor:
-    """Position of each token in its document, (batch, context): 0 at the row's beginning and wherever a document begins."""
+    """Position of each token in its document, (batch, context).
+
+    0 at the row's beginning and wherever a document begins.
+    """
     at = torch.arange(starts.shape[1]).expand(starts.shape)
     begins = torch.where(starts.bool(), at, 0).cummax(1).values
     return at - begins

@@ -21,17 +21,20 @@ from aen_lightning.shards.write import ShardFolder, ShardStream
 class ShardWriter(BasePredictionWriter):
     """Writes what ``HarvestModule`` predicts as shards, in a thread of its own.
 
-    Batches go straight into the open shard's file, so at most ``queue_size`` batches are held in memory; if the disk is slower
-    than the model, the model waits.
+    Batches go straight into the open shard's file, so at most ``queue_size`` batches are held in memory; if
+    the disk is slower than the model, the model waits.
 
     Args:
         path: Folder of the set.
-        shard_size_mib: About the size of a shard, MiB. A run that is cut off loses at most one unfinished shard per rank.
+        shard_size_mib: About the size of a shard, MiB. A run that is cut off loses at most one unfinished
+            shard per rank.
         force_disk: Begin even if the disk seems too small.
         queue_size: Batches waiting to be written.
     """
 
-    def __init__(self, path: str, shard_size_mib: float = 256, force_disk: bool = False, queue_size: int = 4) -> None:
+    def __init__(
+        self, path: str, shard_size_mib: float = 256, force_disk: bool = False, queue_size: int = 4
+    ) -> None:
         super().__init__("batch")
         if shard_size_mib <= 0:
             raise ValueError(f"shard_size_mib must be above 0, got {shard_size_mib}")
@@ -85,9 +88,13 @@ class ShardWriter(BasePredictionWriter):
             while (item := self._queue.get()) is not None:
                 place, prediction = item
                 if stream is None:
-                    stream = ShardStream(self.path, place["shard"], self._d_in, self._dtype, place["capacity"])
+                    stream = ShardStream(
+                        self.path, place["shard"], self._d_in, self._dtype, place["capacity"]
+                    )
                 stream.append(prediction["activations"], prediction["token_ids"])
-                stream.count(read=place["n_read"], special=place["n_special"], outlier=prediction["n_outliers"])
+                stream.count(
+                    read=place["n_read"], special=place["n_special"], outlier=prediction["n_outliers"]
+                )
                 if place["last"]:
                     stream.close()
                     stream = None
@@ -113,7 +120,9 @@ class ShardWriter(BasePredictionWriter):
         if self._error is not None:
             raise self._error
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         """Stop the thread; an unfinished shard leaves nothing behind."""
         if self._thread is not None:
             self._error = self._error or exception

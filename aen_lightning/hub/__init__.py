@@ -1,21 +1,24 @@
 """Dictionaries on the Hugging Face Hub: publish, fetch, and adopt the checkpoints of the paper's authors."""
 
 from aen_lightning.hub.checkpoint import Checkpoint, read_checkpoint
+from aen_lightning.hub.checkpoint_config import AUTHORS_REPO
+from aen_lightning.hub.checkpoint_settings import KINDS
 from aen_lightning.hub.imports import (
-    AUTHORS_REPO,
     authors_checkpoint_disk_loader,
     authors_checkpoint_loader,
+    fetch_checkpoint,
     import_checkpoint,
 )
-from aen_lightning.hub.pull import Pulled, Remote, load_pretrained, look_up, pull
-from aen_lightning.hub.push import Plan, Published, plan_push, publish, push
+from aen_lightning.hub.plan import Plan, plan_push
+from aen_lightning.hub.pull import Pulled, listing, load_pretrained, pull, usage
+from aen_lightning.hub.push import Published, publish, push
+from aen_lightning.hub.remote import Remote, look_up, read_config
 from aen_lightning.hub.retry import HubError
-from aen_lightning.runs.dictionary import Dictionary, find_dictionaries
 
 __all__ = [
     "AUTHORS_REPO",
+    "KINDS",
     "Checkpoint",
-    "Dictionary",
     "HubError",
     "Plan",
     "Published",
@@ -23,8 +26,9 @@ __all__ = [
     "Remote",
     "authors_checkpoint_disk_loader",
     "authors_checkpoint_loader",
-    "find_dictionaries",
+    "fetch_checkpoint",
     "import_checkpoint",
+    "listing",
     "load_pretrained",
     "look_up",
     "plan_push",
@@ -32,4 +36,6 @@ __all__ = [
     "pull",
     "push",
     "read_checkpoint",
+    "read_config",
+    "usage",
 ]

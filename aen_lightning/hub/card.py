@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from transformer_lens.supported_models import MODEL_ALIASES
 
+from aen_lightning.hub.markdown import code, number, table
 from aen_lightning.runs.provenance import is_local_path
 
 _BEGIN = "<!-- aen-lightning: this part is written by `aen push`; text outside of it is kept -->"
@@ -22,7 +23,9 @@ _FIRST_METRICS = ("l0", "explained_variance", "dead_features_pct", "mse", "shrin
 _TRAINING_METRICS = ("l0", "explained_variance", "mse", "shrinkage_ratio", "dead_features")
 _SCALING = {
     "none": "none needed",
-    "constant_norm_rescale": "each token to norm sqrt(d_in), undone on the way out; done by the dictionary itself",
+    "constant_norm_rescale": (
+        "each token to norm sqrt(d_in), undone on the way out; done by the dictionary itself"
+    ),
     "layer_norm": "layer norm, undone on the way out; done by the dictionary itself",
 }
 
@@ -77,7 +80,8 @@ def render_card(
     tags = list(dict.fromkeys([*(data.get("tags") or []), *ours["tags"]]))
     data = {**data, **ours, "tags": tags}
     card = ModelCard(
-        f"---\n{ModelCardData(**data).to_yaml()}\n---\n{before}{_BEGIN}\n{_body(repo_id, entries, revision)}\n{_END}\n{after}"
+        f"---\n{ModelCardData(**data).to_yaml()}\n---\n"
+        f"{before}{_BEGIN}\n{_body(repo_id, entries, revision)}\n{_END}\n{after}"
     )
     return str(card.content)
 
@@ -112,8 +116,9 @@ def _overview(entries: Sequence[Entry]) -> str:
         m, scaling = e.metadata, e.cfg.get("normalize_activations", "none")
         rows.append(
             [
-                f"`{e.sae_id}`", e.cfg.get("architecture", "standard"), m.get("training_architecture"), e.cfg["d_in"], e.cfg["d_sae"],
-                e.cfg.get("dtype"), m.get("model_name"), _code(m.get("hook_name")), _SCALING.get(scaling, scaling),
+                f"`{e.sae_id}`", e.cfg.get("architecture", "standard"), m.get("training_architecture"),
+                e.cfg["d_in"], e.cfg["d_sae"], e.cfg.get("dtype"), m.get("model_name"),
+                code(m.get("hook_name")), _SCALING.get(scaling, scaling),
             ]
         )  # fmt: skip
     head = ["ID", "architecture", "trained as", "d_in", "d_sae", "dtype", "model", "hook", "input scaling"]
@@ -123,7 +128,11 @@ def _overview(entries: Sequence[Entry]) -> str:
 def _usage(repo_id: str, entries: Sequence[Entry], revision: str) -> str:
     first = entries[0]
     plugin = any(e.cfg.get("architecture") == "aen" for e in entries)
-    needs = "import aen_lightning  # pip install aen-lightning: registers the architecture `aen`\n" if plugin else ""
+    needs = (
+        "import aen_lightning  # pip install aen-lightning: registers the architecture `aen`\n"
+        if plugin
+        else ""
+    )
     pinned = f"""```python
 {needs}from huggingface_hub import snapshot_download
 from sae_lens import SAE
@@ -153,7 +162,8 @@ def _evaluation(entries: Sequence[Entry]) -> str:
     held_out = {e.sae_id: e.provenance.get("evaluation") or {} for e in entries}
     if any(held_out.values()):
         sections.append(
-            "On held-out tokens, the last values logged; errors are in the space the dictionary trained in (after input scaling)."
+            "On held-out tokens, the last values logged; errors are in the space the dictionary trained in "
+            "(after input scaling)."
         )
         sections.append(_metric_table(held_out))
     in_training = {
@@ -176,7 +186,7 @@ def _evaluation(entries: Sequence[Entry]) -> str:
 def _metric_table(found: dict[str, dict[str, Any]]) -> str:
     names = list(dict.fromkeys(name for metrics in found.values() for name in metrics))
     names.sort(key=lambda n: (_FIRST_METRICS.index(n) if n in _FIRST_METRICS else len(_FIRST_METRICS), n))
-    rows = [[f"`{sae_id}`", *(_number(metrics.get(n)) for n in names)] for sae_id, metrics in found.items()]
+    rows = [[f"`{sae_id}`", *(number(metrics.get(n)) for n in names)] for sae_id, metrics in found.items()]
     return table(["ID", *names], rows)
 
 
@@ -187,18 +197,22 @@ def _training(entries: Sequence[Entry]) -> str:
         environment = p.get("environment_at_publishing") or {}
         rows.append(
             [
-                f"`{e.sae_id}`", m.get("dataset_path"), m.get("context_size"), _number(p.get("n_training_samples")),
-                _number(p.get("n_training_steps")), p.get("seed"), m.get("sae_lens_training_version"),
-                ", ".join(f"{k} {v}" for k, v in environment.items()), _code(p.get("git_commit_at_publishing")),
+                f"`{e.sae_id}`", m.get("dataset_path"), m.get("context_size"),
+                number(p.get("n_training_samples")), number(p.get("n_training_steps")),
+                p.get("seed"), m.get("sae_lens_training_version"),
+                ", ".join(f"{k} {v}" for k, v in environment.items()),
+                code(p.get("git_commit_at_publishing")),
             ]
         )  # fmt: skip
         settings = p.get("recipe") or m.get("training_architecture_details")
         if settings:
             text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120).rstrip()
-            recipes.append(f"<details><summary><code>{e.sae_id}</code></summary>\n\n```yaml\n{text}\n```\n\n</details>")
+            recipes.append(
+                f"<details><summary><code>{e.sae_id}</code></summary>\n\n```yaml\n{text}\n```\n\n</details>"
+            )
     head = [
-        "ID", "data set", "context", "tokens", "steps", "seed", "SAELens in training", "installed when published",
-        "git commit when published",
+        "ID", "data set", "context", "tokens", "steps", "seed", "SAELens in training",
+        "installed when published", "git commit when published",
     ]  # fmt: skip
     common = []
     for column in (-2, -1):  # what is the same for all stands once
@@ -240,28 +254,9 @@ Sparse Autoencoders*, [arXiv:2605.05341](https://arxiv.org/abs/2605.05341)."""
 
 def missing_for_dashboards(metadata: dict[str, Any]) -> list[str]:
     """Metadata that SAEDashboard's and Neuronpedia's runners read and this dictionary lacks."""
-    return [key for key in ("model_name", "hook_name", "context_size", "dataset_path") if not metadata.get(key)]
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table without the columns in which no row has anything."""
-    keep = [i for i in range(len(head)) if any(row[i] not in (None, "") for row in rows)]
-    lines = [[head[i] for i in keep], ["---"] * len(keep), *([_cell(row[i]) for i in keep] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _number(value: Any) -> str | None:
-    if value is None or isinstance(value, bool):
-        return None
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _code(value: Any) -> str | None:
-    return None if value is None else f"`{value}`"
+    return [
+        key for key in ("model_name", "hook_name", "context_size", "dataset_path") if not metadata.get(key)
+    ]
 
 
 def _tags(entries: Sequence[Entry]) -> list[str]:

@@ -9,9 +9,10 @@ from sae_lens import SAE
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.util import str_to_dtype
-from safetensors import SafetensorError, safe_open
 
-_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+from aen_lightning.files import SAFETENSORS_NAMES, read_safetensors_header
+
+_DTYPE_NAMES = {name: str(dtype).removeprefix("torch.") for dtype, name in SAFETENSORS_NAMES.items()}
 _IGNORED_BY_SAELENS = ("scaling_factor",)  # ones, in dictionaries saved before version 6
 
 
@@ -25,13 +26,15 @@ def expected_shapes(cfg: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     architecture = cfg.get("architecture", "standard")
     if architecture not in SAE_CLASS_REGISTRY:
         raise ValueError(
-            f"the config names the architecture {architecture!r}, which this installation does not have; it has "
-            f"{', '.join(sorted(SAE_CLASS_REGISTRY))}"
+            f"the config names the architecture {architecture!r}, which this installation does not have; it "
+            f"has {', '.join(sorted(SAE_CLASS_REGISTRY))}"
         )
     try:
         sae: SAE[Any] = SAE.from_dict({**cfg, "architecture": architecture, "device": "meta"})
     except (TypeError, KeyError) as error:  # a field is missing or has another type
-        raise ValueError(f"the config cannot be read as that of a {architecture!r} dictionary: {error}") from error
+        raise ValueError(
+            f"the config cannot be read as that of a {architecture!r} dictionary: {error}"
+        ) from error
     return {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
 
 
@@ -46,15 +49,13 @@ def check_weights(cfg: dict[str, Any], weights: Path) -> None:
         ValueError: If they disagree, or the file is no safetensors; it says in what.
     """
     wanted = expected_shapes(cfg)
-    try:
-        with safe_open(weights, framework="pt") as file:
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-            shapes = {name: tuple(s.get_shape()) for name, s in found.items()}
-            dtypes = {_DTYPE_NAMES.get(s.get_dtype(), s.get_dtype()) for s in found.values()}
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is damaged, or no safetensors file: {error}") from error
+    found = read_safetensors_header(weights)
+    shapes = {name: info.shape for name, info in found.items()}
+    dtypes = {_DTYPE_NAMES.get(info.dtype, info.dtype) for info in found.values()}
     problems = [f"{name} is missing" for name in wanted if name not in shapes]
-    problems += [f"{name} does not belong there" for name in shapes if name not in (*wanted, *_IGNORED_BY_SAELENS)]
+    problems += [
+        f"{name} does not belong there" for name in shapes if name not in (*wanted, *_IGNORED_BY_SAELENS)
+    ]
     problems += [
         f"{name} has shape {shapes[name]} where the config means {shape}"
         for name, shape in wanted.items()

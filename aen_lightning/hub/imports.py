@@ -1,50 +1,39 @@
 """The authors' checkpoints as SAELens dictionaries: on disk, or through SAELens's own ``converter`` argument.
 
-``encoder.weight`` (d_sae, d_in) becomes ``W_enc`` (d_in, d_sae), ``decoder.weight`` (d_in, d_sae) becomes ``W_dec`` (d_sae, d_in); the formulas
-are the same: ``h = relu((x - b_dec) @ W_enc + b_enc)``, or the k largest of it, and ``h @ W_dec + b_dec``, on activations scaled per
-token to norm sqrt(d_in). That scaling and its inverse become SAELens's ``constant_norm_rescale``.
+``encoder.weight`` (d_sae, d_in) becomes ``W_enc`` (d_in, d_sae), ``decoder.weight`` (d_in, d_sae) becomes
+``W_dec`` (d_sae, d_in); the formulas are the same: ``h = relu((x - b_dec) @ W_enc + b_enc)``, or the k
+largest of it, and ``h @ W_dec + b_dec``, on activations scaled per token to norm sqrt(d_in). That scaling and
+its inverse become SAELens's ``constant_norm_rescale``.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import sae_lens
 import torch
 from huggingface_hub import HfApi
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.util import str_to_dtype
-from safetensors.torch import save_file
 from torch import Tensor
 
+from aen_lightning.files import Transposed, save_tensors, set_default_mode, stream_tensors, write_json
 from aen_lightning.hub.check import check_weights
 from aen_lightning.hub.checkpoint import Checkpoint, Kind, read_checkpoint
+from aen_lightning.hub.checkpoint_config import Scaling, config_of, metadata_of
 from aen_lightning.hub.retry import hub_errors, with_retries
-from aen_lightning.hub.safetensors_stream import Transposed, write_safetensors
 from aen_lightning.saes.aen import AENTrainingSAE, AENTrainingSAEConfig
 from aen_lightning.saes.export import ADAPTIVE_STATE_FILENAME
 
-AUTHORS_REPO = "farischaudhry/adaptive-elastic-net-sae"
-Scaling = Literal["per_token", "none"]
-
-_HUB_FILE = re.compile(r"hf://(?P<repo>[\w-][\w.-]*/[\w.-]+?)(?:@(?P<revision>[^/]+))?/(?P<file>.+\.(?:pt|pth))")
-_PILE = {"dataset_path": "EleutherAI/the_pile_deduplicated", "context_size": 128, "prepend_bos": False,
-         "sequence_separator_token": "eos", "model_from_pretrained_kwargs": {}, "hook_head_index": None}  # fmt: skip
-# what the folder names of the authors' repository mean (paper, section "training protocol")
-_MODELS: dict[str, dict[str, Any]] = {
-    "llama8b": {"model_name": "meta-llama/Llama-3.1-8B", "hook_name": "blocks.16.hook_resid_post",
-                "hf_hook_name": "model.layers.16", **_PILE},
-    "pythia": {"model_name": "EleutherAI/pythia-70m-deduped", "hook_name": "blocks.3.hook_resid_post",
-               "hf_hook_name": "gpt_neox.layers.3", **_PILE},
-}  # fmt: skip
-_ALIASES = {"llama": "llama8b", "llama8b": "llama8b", "pythia": "pythia", "pythia70m": "pythia"}
-_SYNTHETIC = re.compile(r"(spiked|synthetic)([_-].*)?")
+_HUB_FILE = re.compile(
+    r"hf://(?P<repo>[\w-][\w.-]*/[\w.-]+?)(?:@(?P<revision>[^/]+))?/(?P<file>.+\.(?:pt|pth))"
+)
 
 
-def fetch_checkpoint(source: str, *, endpoint: str | None = None, token: str | None = None) -> tuple[Path, str]:
+def fetch_checkpoint(
+    source: str, *, endpoint: str | None = None, token: str | None = None
+) -> tuple[Path, str]:
     """A local path as it is, or ``hf://OWNER/REPO[@REVISION]/PATH.pt`` through huggingface_hub's cache.
 
     Returns:
@@ -58,7 +47,9 @@ def fetch_checkpoint(source: str, *, endpoint: str | None = None, token: str | N
         return Path(source), Path(source).resolve().as_posix()
     match = _HUB_FILE.fullmatch(source)
     if match is None:
-        raise ValueError(f"expected hf://OWNER/REPO/PATH.pt or hf://OWNER/REPO@REVISION/PATH.pt, got {source!r}")
+        raise ValueError(
+            f"expected hf://OWNER/REPO/PATH.pt or hf://OWNER/REPO@REVISION/PATH.pt, got {source!r}"
+        )
     repo_id, file = match["repo"], match["file"]
     api = HfApi(endpoint=endpoint, token=token)
     with hub_errors(repo_id, "reading"):
@@ -82,7 +73,8 @@ def import_checkpoint(
 ) -> Path:
     """Convert one of the authors' checkpoints into a SAELens folder.
 
-    Weights go from the mapped file to the new one in slices, so memory holds little more than the pages of the source.
+    Weights go from the mapped file to the new one in slices, so memory holds little more than the pages of
+    the source.
 
     Args:
         path: The ``.pt`` file.
@@ -90,31 +82,33 @@ def import_checkpoint(
         name: Path in the authors' repository, which says model, kind and k; None: ``path``.
         kind: What was trained, where the name does not say it.
         k: Of a TopK model, where the name does not say it.
-        input_scaling: Of the activations it was trained on; None: per token, or none for the authors' synthetic data.
+        input_scaling: Of the activations it was trained on; None: per token, or none for the authors'
+            synthetic data.
         model_name: Language model, where the name does not say it.
         hook_name: TransformerLens name of the hook, likewise.
-        for_training: Write the training SAE ``aen`` with its adaptive state, to be trained on; else an inference
-            dictionary, and the adaptive state, if there is any, in ``adaptive_state.safetensors`` beside it.
+        for_training: Write the training SAE ``aen`` with its adaptive state, to be trained on; else an
+            inference dictionary, and the adaptive state, if there is any, in ``adaptive_state.safetensors``
+            beside it.
 
     Returns:
         ``folder``.
 
     Raises:
-        ValueError: If the checkpoint is refused (see :func:`~aen_lightning.hub.checkpoint.read_checkpoint`), or if it holds numbers
-            that are not finite.
+        ValueError: If the checkpoint is refused (see :func:`~aen_lightning.hub.checkpoint.read_checkpoint`),
+            or if it holds numbers that are not finite.
         FileExistsError: If the folder holds a dictionary.
     """
     folder = Path(folder)
     if (folder / SAE_CFG_FILENAME).exists():
         raise FileExistsError(f"{folder} holds a dictionary already: name another folder, or remove it")
     checkpoint = read_checkpoint(path, name=name, kind=kind, k=k)
-    metadata = _metadata(checkpoint, model_name, hook_name)
+    metadata = metadata_of(checkpoint, model_name, hook_name)
     if for_training:
         return _write_for_training(checkpoint, folder, metadata)
-    cfg = _config(checkpoint, metadata, input_scaling)
+    cfg = config_of(checkpoint, metadata, input_scaling)
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / SAE_WEIGHTS_FILENAME
-    write_safetensors(
+    stream_tensors(
         weights,
         {
             "W_enc": Transposed(checkpoint.encoder),
@@ -126,8 +120,8 @@ def import_checkpoint(
     check_weights(cfg, weights)
     state = _adaptive_state(checkpoint)
     if state:
-        save_file(state, folder / ADAPTIVE_STATE_FILENAME)
-    (folder / SAE_CFG_FILENAME).write_text(json.dumps(cfg, indent=2), encoding="utf-8")
+        save_tensors(folder / ADAPTIVE_STATE_FILENAME, state)
+    write_json(folder / SAE_CFG_FILENAME, cfg)
     return folder
 
 
@@ -142,7 +136,9 @@ def authors_checkpoint_loader(
     k: int | None = None,
     input_scaling: Scaling | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor], None]:
-    """A SAELens converter: ``SAE.from_pretrained(AUTHORS_REPO, "checkpoints/....pt", converter=authors_checkpoint_loader)``.
+    """A SAELens converter for a checkpoint on the Hub.
+
+    ``SAE.from_pretrained(AUTHORS_REPO, "checkpoints/....pt", converter=authors_checkpoint_loader)``
 
     Args:
         repo_id: Repository with the checkpoint.
@@ -171,7 +167,7 @@ def authors_checkpoint_disk_loader(
     k: int | None = None,
     input_scaling: Scaling | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The same for a local file: ``SAE.load_from_disk("....pt", converter=authors_checkpoint_disk_loader)``."""
+    """For a local file: ``SAE.load_from_disk("....pt", converter=authors_checkpoint_disk_loader)``."""
     name = Path(path).resolve().as_posix()
     return _components(Path(path), name, device, cfg_overrides, kind, k, input_scaling)[:2]
 
@@ -186,7 +182,11 @@ def _components(
     scaling: Scaling | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor], None]:
     checkpoint = read_checkpoint(path, name=name, kind=kind, k=k)
-    cfg = {**_config(checkpoint, _metadata(checkpoint, None, None), scaling), "device": device, **(overrides or {})}
+    cfg = {
+        **config_of(checkpoint, metadata_of(checkpoint, None, None), scaling),
+        "device": device,
+        **(overrides or {}),
+    }
     dtype = str_to_dtype(cfg["dtype"])
     state = {
         "W_enc": checkpoint.encoder.T,
@@ -199,62 +199,6 @@ def _components(
     return cfg, copies, None
 
 
-def _config(checkpoint: Checkpoint, metadata: dict[str, Any], scaling: Scaling | None) -> dict[str, Any]:
-    if scaling not in (None, "per_token", "none"):
-        raise ValueError(f"input_scaling must be 'per_token' or 'none', got {scaling!r}")
-    if scaling is None:
-        scaling = "none" if _is_synthetic(checkpoint) else "per_token"
-    cfg: dict[str, Any] = {
-        "architecture": "topk" if checkpoint.kind == "topk" else "standard",
-        "d_in": checkpoint.d_in,
-        "d_sae": checkpoint.d_sae,
-        "dtype": str(checkpoint.dtype).removeprefix("torch."),
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "constant_norm_rescale" if scaling == "per_token" else "none",
-        "reshape_activations": "none",
-        "metadata": metadata,
-    }
-    if checkpoint.kind == "topk":
-        cfg |= {"k": int(checkpoint.settings["k"]), "rescale_acts_by_decoder_norm": False}
-    return cfg
-
-
-def _metadata(checkpoint: Checkpoint, model_name: str | None, hook_name: str | None) -> dict[str, Any]:
-    folder = next((p for p in checkpoint.source.lower().split("/") if p in _ALIASES), None)
-    known = dict(_MODELS[_ALIASES[folder]]) if folder is not None else {}
-    if hook_name is not None and hook_name != known.get("hook_name"):
-        known.pop("hf_hook_name", None)
-    known |= {k: v for k, v in (("model_name", model_name), ("hook_name", hook_name)) if v is not None}
-    if not {"model_name", "hook_name"} <= known.keys() and not _is_synthetic(checkpoint):
-        raise ValueError(
-            f"{checkpoint.source} does not say which model and hook it is for (the authors' paths do, as in "
-            "checkpoints/llama8b/...): give both (--model-name, --hook-name)"
-        )
-    return {
-        # what says to SAELens that this config has the keys of version 6; it was not trained with SAELens
-        "sae_lens_version": sae_lens.__version__,
-        "sae_lens_training_version": None,
-        **known,
-        "training_architecture": {"adaptive_elastic_net": "aen", "l1": "standard"}.get(
-            checkpoint.kind, checkpoint.kind
-        ),
-        "training_architecture_details": {"kind": checkpoint.kind, **checkpoint.settings},
-        "imported_from": {
-            "file": checkpoint.source
-            if checkpoint.source.startswith(AUTHORS_REPO)
-            else checkpoint.source.rsplit("/", 1)[-1],
-            "run_name": checkpoint.run_name,
-            "paper": "arXiv:2605.05341",
-            "metrics": checkpoint.metrics,
-        },
-    }
-
-
-def _is_synthetic(checkpoint: Checkpoint) -> bool:
-    return any(_SYNTHETIC.fullmatch(part) for part in checkpoint.source.lower().split("/"))
-
-
 def _adaptive_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
     if checkpoint.ema is None:
         return {}
@@ -264,14 +208,21 @@ def _adaptive_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 def _write_for_training(checkpoint: Checkpoint, folder: Path, metadata: dict[str, Any]) -> Path:
     if checkpoint.kind == "topk":
-        raise ValueError("a TopK model is no AEN-SAE: it cannot be trained on as one; import it without for_training")
+        raise ValueError(
+            "a TopK model is no AEN-SAE: it cannot be trained on as one; import it without for_training"
+        )
     s = checkpoint.settings
     adaptive = checkpoint.ema is not None
     if "lambda_1" not in s or (adaptive and "gamma" not in s):
         raise ValueError(
-            f"{checkpoint.source} does not say lambda_1 and gamma, which training on needs; import it without for_training"
+            f"{checkpoint.source} does not say lambda_1 and gamma, which training on needs; import it "
+            f"without for_training"
         )
-    rest = {field: s[key] for key, field in (("beta", "ema_decay"), ("top_fraction", "reference_fraction")) if key in s}
+    rest = {
+        field: s[key]
+        for key, field in (("beta", "ema_decay"), ("top_fraction", "reference_fraction"))
+        if key in s
+    }
     cfg = AENTrainingSAEConfig.from_paper(
         d_in=checkpoint.d_in, d_sae=checkpoint.d_sae, lambda_1=s["lambda_1"], lambda_2=s.get("lambda_2", 0.0),
         gamma=s["gamma"] if adaptive else 0.0, dtype=str(checkpoint.dtype).removeprefix("torch."), **rest,
@@ -288,5 +239,6 @@ def _write_for_training(checkpoint: Checkpoint, folder: Path, metadata: dict[str
             getattr(sae, name).copy_(tensor)
         sae.set_ramp(sae.scheduled_ramp(int(sae.n_observed_steps)))
         sae.refresh_weights()
-    sae.save_model(folder)
+    weights, _ = sae.save_model(folder)
+    set_default_mode(weights)
     return folder

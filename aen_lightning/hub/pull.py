@@ -1,63 +1,19 @@
-"""Reading dictionaries from the Hub: list, fetch what is asked for, check it."""
+"""Reading dictionaries from the Hub: fetch what is asked for, check it, say how to use it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils.sha import git_hash, sha_fileobj
+from huggingface_hub import HfApi
 from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
+from sae_lens.constants import SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 
 from aen_lightning.hub.check import check_weights, expected_shapes
-from aen_lightning.hub.retry import N_ATTEMPTS, HubError, hub_errors, is_transient, with_retries
-from aen_lightning.runs.dictionary import check_id
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file in a repository: size in bytes, and its SHA-256 (large files) or git hash (small ones); None: unknown."""
-
-    size: int
-    sha256: str | None = None
-    git_hash: str | None = None
-
-
-@dataclass(frozen=True)
-class Remote:
-    """What a repository holds at one commit.
-
-    Args:
-        repo_id: ``OWNER/REPO``.
-        commit: Hash of the commit.
-        files: Every file of it, by path; of an offline cache, every file that is cached.
-        offline: Whether the Hub was out of reach and the local cache answered.
-        revision: What was asked for: a branch, a tag or a commit.
-    """
-
-    repo_id: str
-    commit: str
-    files: dict[str, RemoteFile]
-    offline: bool = False
-    revision: str = "main"
-
-    @property
-    def sae_ids(self) -> list[str]:
-        """IDs of the dictionaries: folders with a config and weights."""
-        folders = [path.rpartition("/")[0] for path in self.files if path.endswith(f"/{SAE_CFG_FILENAME}")]
-        return sorted(folder for folder in folders if f"{folder}/{SAE_WEIGHTS_FILENAME}" in self.files)
+from aen_lightning.hub.remote import Remote, choose, download, look_up, read_config
+from aen_lightning.runs.ids import check_id
 
 
 @dataclass(frozen=True)
@@ -79,91 +35,6 @@ class Pulled:
     cfg: dict[str, Any]
 
 
-def look_up(
-    repo_id: str, revision: str | None = None, *, endpoint: str | None = None, token: str | None = None
-) -> Remote:
-    """List a repository at a revision; where the Hub cannot be reached, list what the local cache has of it.
-
-    Args:
-        repo_id: ``OWNER/REPO``.
-        revision: Branch, tag or commit. None: ``main``.
-        endpoint: Of another Hub.
-        token: None: huggingface_hub's own login, if any.
-
-    Raises:
-        HubError: If there is no such repository or revision, if it may not be read, or if it is neither reachable nor cached.
-    """
-    api = HfApi(endpoint=endpoint, token=token)
-    cached = _cached(repo_id, revision)
-    n_attempts = N_ATTEMPTS if cached is None else 2  # where the cache can answer, nobody should wait long
-    with hub_errors(repo_id, "reading"):
-        try:
-            info = with_retries(
-                lambda: api.model_info(repo_id, revision=revision), f"looking up {repo_id}", n_attempts=n_attempts
-            )
-            commit = str(info.sha)
-            tree = with_retries(
-                lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)), f"listing {repo_id}"
-            )
-        except (HTTPError, OfflineModeIsEnabled) as error:
-            refused = isinstance(error, HfHubHTTPError) and not is_transient(error)
-            if refused or cached is None:
-                raise
-            return cached
-    files = {
-        f.path: RemoteFile(f.size, f.lfs.sha256 if f.lfs else None, None if f.lfs else f.blob_id)
-        for f in tree
-        if isinstance(f, RepoFile)
-    }
-    return Remote(repo_id, commit, files, revision=revision or "main")
-
-
-def _cached(repo_id: str, revision: str | None) -> Remote | None:
-    try:
-        folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-    files = {
-        path.relative_to(folder).as_posix(): RemoteFile(path.stat().st_size)
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-    return Remote(repo_id, folder.name, files, offline=True, revision=revision or "main")
-
-
-def choose(remote: Remote, sae_id: str | None) -> str:
-    """``sae_id`` if the repository has it; without one, the only dictionary it has.
-
-    Raises:
-        HubError: If there is none, no such one, or more than one to choose from.
-    """
-    ids = remote.sae_ids
-    where = f"{remote.repo_id} (commit {remote.commit[:8]}{', from the local cache' if remote.offline else ''})"
-    if not ids:
-        raise HubError(f"{where} holds no SAELens dictionary: no {SAE_CFG_FILENAME} beside {SAE_WEIGHTS_FILENAME}")
-    if sae_id is None and len(ids) == 1:
-        return ids[0]
-    if sae_id in ids:
-        return str(sae_id)
-    asked = "say which one" if sae_id is None else f"no dictionary {sae_id!r}"
-    more = f" and {len(ids) - 20} more" if len(ids) > 20 else ""
-    raise HubError(f"{where}: {asked}; it has {', '.join(ids[:20])}{more}")
-
-
-def read_config(
-    remote: Remote, sae_id: str, *, endpoint: str | None = None, token: str | None = None
-) -> dict[str, Any]:
-    """``cfg.json`` of a dictionary; nothing else is fetched."""
-    path = _download(remote, f"{sae_id}/{SAE_CFG_FILENAME}", HfApi(endpoint=endpoint, token=token))
-    try:
-        cfg = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{remote.repo_id}/{sae_id}/{SAE_CFG_FILENAME} is no JSON: {error}") from error
-    if not isinstance(cfg, dict):
-        raise ValueError(f"{remote.repo_id}/{sae_id}/{SAE_CFG_FILENAME} is no JSON object")
-    return cfg
-
-
 def pull(
     repo_id: str,
     sae_id: str | None = None,
@@ -172,9 +43,10 @@ def pull(
     endpoint: str | None = None,
     token: str | None = None,
 ) -> Pulled:
-    """Fetch a dictionary into huggingface_hub's cache and check it: config first, then weights, then their hashes.
+    """Fetch a dictionary into huggingface_hub's cache and check it: config, then weights, then hashes.
 
-    Everything comes from one commit, that ``revision`` means now. What is cached already is checked and not fetched again.
+    Everything comes from one commit, that ``revision`` means now. What is cached already is checked and not
+    fetched again.
 
     Args:
         repo_id: ``OWNER/REPO``.
@@ -192,9 +64,9 @@ def pull(
     cfg = read_config(remote, chosen, endpoint=endpoint, token=token)
     expected_shapes(cfg)  # refuse a config that cannot be loaded before gigabytes are fetched
     api = HfApi(endpoint=endpoint, token=token)
-    weights = _download(remote, f"{chosen}/{SAE_WEIGHTS_FILENAME}", api)
+    weights = download(remote, f"{chosen}/{SAE_WEIGHTS_FILENAME}", api)
     if f"{chosen}/{SPARSITY_FILENAME}" in remote.files:
-        _download(remote, f"{chosen}/{SPARSITY_FILENAME}", api)
+        download(remote, f"{chosen}/{SPARSITY_FILENAME}", api)
     check_weights(cfg, weights)
     return Pulled(weights.parent, repo_id, chosen, remote.commit, cfg)
 
@@ -209,7 +81,7 @@ def load_pretrained(
     endpoint: str | None = None,
     token: str | None = None,
 ) -> SAE[Any]:
-    """:func:`pull`, then load: ``SAE.from_pretrained`` with a revision, checks, and answers that say what is wrong.
+    """:func:`pull`, then load: ``SAE.from_pretrained`` with a revision, checks, and clear errors.
 
     Args:
         repo_id: ``OWNER/REPO``.
@@ -224,64 +96,14 @@ def load_pretrained(
     return SAE.load_from_disk(pulled.path, device=device, dtype=dtype)
 
 
-def _download(remote: Remote, path: str, api: HfApi) -> Path:
-    """A file of the commit, with the hash that the Hub states for it; fetched once more if it has another."""
-    expected = remote.files[path]
-
-    def fetch(force: bool) -> Path:
-        def at(revision: str) -> Path:
-            return Path(
-                api.hf_hub_download(
-                    remote.repo_id,
-                    path,
-                    revision=revision,
-                    force_download=force,
-                    local_files_only=remote.offline,
-                )
-            )
-
-        if path.endswith(SAE_CFG_FILENAME) and not remote.offline:
-            # by its name, so that the cache remembers which commit it means and can answer offline
-            file = at(remote.revision)
-            if remote.commit in file.parts:
-                return file
-        return at(remote.commit)
-
-    with hub_errors(remote.repo_id, "reading"):
-        for force in (False, True):
-            try:
-                file = with_retries(lambda force=force: fetch(force), f"downloading {path}")  # type: ignore[misc]
-            except EntryNotFoundError:
-                if not remote.offline:
-                    raise
-                raise HubError(
-                    f"{path} of {remote.repo_id} is not in the local cache, and the Hub is out of reach"
-                ) from None
-            if _hash_is(file, expected):
-                return file
-    blob = file.resolve()
-    file.unlink()
-    blob.unlink(missing_ok=True)
-    raise HubError(
-        f"{path} of {remote.repo_id} arrives with another hash than the Hub states for it, twice in a row: the copy was "
-        "deleted; try again later, or from another network"
-    )
-
-
-def _hash_is(file: Path, expected: RemoteFile) -> bool:
-    if expected.sha256 is not None:
-        with file.open("rb") as stream:
-            return sha_fileobj(stream).hex() == expected.sha256
-    return expected.git_hash is None or git_hash(file.read_bytes()) == expected.git_hash
-
-
 def usage(pulled: Pulled) -> str:
     """How to use a pulled dictionary, as text."""
     cfg, metadata = pulled.cfg, dict(pulled.cfg.get("metadata") or {})
     needs = "import aen_lightning  # registers the architecture\n" if cfg.get("architecture") == "aen" else ""
     lines = [
         f"{pulled.sae_id} from {pulled.repo_id} at commit {pulled.commit}",
-        f"  {cfg.get('architecture', 'standard')}, d_in {cfg.get('d_in')}, d_sae {cfg.get('d_sae')}, {cfg.get('dtype')}",
+        f"  {cfg.get('architecture', 'standard')}, d_in {cfg.get('d_in')}, d_sae {cfg.get('d_sae')}, "
+        f"{cfg.get('dtype')}",
     ]
     if metadata.get("model_name"):
         lines.append(f"  {metadata['model_name']}, {metadata.get('hook_name')}")
@@ -304,7 +126,8 @@ def listing(remote: Remote, configs: Sequence[tuple[str, dict[str, Any]]]) -> li
         rows.append(
             [
                 sae_id, str(cfg.get("architecture", "standard")), f"{cfg.get('d_in')} -> {cfg.get('d_sae')}",
-                str(metadata.get("hook_name") or cfg.get("hook_name") or ""), str(metadata.get("model_name") or ""),
+                str(metadata.get("hook_name") or cfg.get("hook_name") or ""),
+                str(metadata.get("model_name") or ""),
                 f"{megabytes:.1f} MB",
             ]
         )  # fmt: skip

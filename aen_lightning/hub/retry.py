@@ -1,15 +1,14 @@
 """What the Hub client lacks: a wait and another try around whole calls, and errors that say what to do.
 
-``huggingface_hub`` already waits and tries again for single requests that fail with 429 or 5xx, resumes a download whose
-connection drops, and skips uploads that arrived. It does not try again when the final commit fails, when a
-download's ``GET`` answers 5xx, or when the file that came has the wrong length.
+``huggingface_hub`` already waits and tries again for single requests that fail with 429 or 5xx, resumes a
+download whose connection drops, and skips uploads that arrived. It does not try again when the final commit
+fails, when a download's ``GET`` answers 5xx, or when the file that came has the wrong length.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -24,6 +23,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from aen_lightning.retry import retry
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -63,18 +64,16 @@ def with_retries(call: Callable[[], _T], what: str, *, n_attempts: int = N_ATTEM
     Raises:
         Exception: The error of the last attempt, or the first one that a repetition cannot mend, as it is.
     """
-    wait = _FIRST_WAIT_SECONDS
-    for attempt in range(1, n_attempts + 1):
-        try:
-            return call()
-        except (HTTPError, OSError) as error:
-            if attempt == n_attempts or not is_transient(error):
-                raise
-            pause = min(max(wait, _asked_wait(error)), _LONGEST_WAIT_SECONDS)
-            _log.warning("%s: %s; again in %.0f s (attempt %d of %d)", what, summary(error), pause, attempt, n_attempts)
-            time.sleep(pause)
-            wait *= 2
-    raise ValueError(f"n_attempts must be at least 1, got {n_attempts}")
+
+    def announce(error: Exception, wait: float, attempt: int) -> None:
+        _log.warning(
+            "%s: %s; again in %.0f s (attempt %d of %d)", what, summary(error), wait, attempt, n_attempts
+        )
+
+    return retry(
+        call, attempts=n_attempts, worth_it=is_transient, announce=announce, wait_seconds=_FIRST_WAIT_SECONDS,
+        longest_wait_seconds=_LONGEST_WAIT_SECONDS, asked_wait=_asked_wait,
+    )  # fmt: skip
 
 
 def _asked_wait(error: Exception) -> float:
@@ -86,7 +85,9 @@ def _asked_wait(error: Exception) -> float:
 
 
 def summary(error: Exception) -> str:
-    """One line that tells what happened, without addresses' query strings (they may be signed) and without headers."""
+    """One line that tells what happened, without addresses' query strings (they may be signed) and without
+    headers.
+    """
     if isinstance(error, HfHubHTTPError):
         request = error.response.request
         said = error.server_message or error.response.reason_phrase
@@ -97,7 +98,8 @@ def summary(error: Exception) -> str:
 
 @contextmanager
 def hub_errors(repo_id: str, doing: str) -> Iterator[None]:
-    """Turn the client's errors into :class:`HubError` with one line that says what was asked for and what to do.
+    """Turn the client's errors into :class:`HubError` with one line that says what was asked for and what to
+    do.
 
     Args:
         repo_id: ``OWNER/REPO``.
@@ -137,13 +139,16 @@ def _advice(error: Exception, repo_id: str) -> str | None:
         return "not in the local cache, and this process is offline (HF_HUB_OFFLINE): fetch it once with a connection"
     if status in (401, 403):
         return (
-            f"the Hub refuses: {summary(error)}; log in with `hf auth login` (or set HF_TOKEN) as an account, and with "
+            f"the Hub refuses: {summary(error)}; log in with `hf auth login` (or set HF_TOKEN) as an "
+            "account, and with "
             "a token, that has the right to do this"
         )
     if status == 412:
         return "somebody else changed the repository meanwhile; nothing was published: run the command again"
     if status in _TRANSIENT_STATUS:
-        return f"the Hub still fails after {N_ATTEMPTS} attempts: {summary(error)}; run the command again later"
+        return (
+            f"the Hub still fails after {N_ATTEMPTS} attempts: {summary(error)}; run the command again later"
+        )
     if status is not None:
         return f"the Hub refuses: {summary(error)}"
     if isinstance(error, HTTPError):

@@ -1,14 +1,12 @@
-"""Making a published folder of a local one: an inference dictionary for raw activations, without secrets or local paths."""
+"""What is published of a local folder: a dictionary for raw activations, without secrets or local paths."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from sae_lens import TrainingSAE
 from sae_lens.constants import (
-    ACTIVATION_SCALER_CFG_FILENAME,
     ACTIVATION_WHITENING_FILENAME,
     SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
@@ -17,9 +15,10 @@ from sae_lens.constants import (
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEConfig
 
+from aen_lightning.files import write_json
 from aen_lightning.hub.check import check_weights
-from aen_lightning.runs.dictionary import Dictionary
-from aen_lightning.runs.provenance import collect, scrub
+from aen_lightning.runs.dictionary import Dictionary, read_activation_scale, read_cfg
+from aen_lightning.runs.provenance import collect_provenance, scrub
 from aen_lightning.saes.aen import ARCHITECTURE
 
 PublishedArchitecture = Literal["standard", "aen"]
@@ -36,7 +35,8 @@ def stage(
     """Prepare a dictionary for publishing.
 
     Args:
-        dictionary: A SAELens folder: exported for inference, or saved by a trainer (then exported into ``folder``).
+        dictionary: A SAELens folder: exported for inference, or saved by a trainer (then exported into
+            ``folder``).
         folder: An empty folder for what must be rewritten; weights that can stay as they are are not copied.
         architecture: What dictionaries trained as ``aen`` call themselves.
         model_name: Overrides the metadata's.
@@ -51,28 +51,26 @@ def stage(
     path, cfg = dictionary.path, dict(dictionary.cfg)
     if _saved_for_training(cfg):
         path = _export(dictionary, folder / "exported")
-        cfg = json.loads((path / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
+        cfg = read_cfg(path)
     if cfg.get("normalize_activations") in ("expected_average_only_in", "covariance_whitening"):
         raise ValueError(
-            f"{dictionary.path} expects activations scaled by {cfg['normalize_activations']!r} and does not hold the factor, "
+            f"{dictionary.path} expects activations scaled by {cfg['normalize_activations']!r} and does not "
+            f"hold the factor, "
             "which SAELens's trainer folds in when it ends: publish the folder it wrote at the end"
         )
     metadata = dict(cfg.get("metadata") or {})
-    trained_as = metadata.get("training_architecture") or cfg.get("architecture", "standard")
-    if trained_as == ARCHITECTURE:
+    if dictionary.training_architecture == ARCHITECTURE:
         # both are a ReLU SAE with the same four weights: the name is all that differs
         cfg["architecture"] = architecture
         metadata["training_architecture"] = ARCHITECTURE
-    provenance = collect(dictionary)
     if model_name is not None:
         metadata["model_name"] = model_name
     if dataset is not None:
         metadata["dataset_path"] = dataset
-    cfg["metadata"] = {**scrub(metadata), "provenance": provenance}
+    cfg["metadata"] = {**scrub(metadata), "provenance": collect_provenance(dictionary)}
     cfg["device"] = "cpu"
     check_weights(cfg, path / SAE_WEIGHTS_FILENAME)
-    cfg_file = folder / SAE_CFG_FILENAME
-    cfg_file.write_text(json.dumps(cfg, indent=2), encoding="utf-8")
+    cfg_file = write_json(folder / SAE_CFG_FILENAME, cfg)
     files = {SAE_CFG_FILENAME: cfg_file, SAE_WEIGHTS_FILENAME: path / SAE_WEIGHTS_FILENAME}
     if (dictionary.path / SPARSITY_FILENAME).is_file():
         files[SPARSITY_FILENAME] = dictionary.path / SPARSITY_FILENAME
@@ -93,13 +91,13 @@ def _saved_for_training(cfg: dict[str, Any]) -> bool:
 def _export(dictionary: Dictionary, folder: Path) -> Path:
     """Export what a trainer saved, with the average scale folded in if SAELens left it beside the weights."""
     sae: TrainingSAE[Any] = TrainingSAE.load_from_disk(dictionary.path)
-    scaler = dictionary.path / ACTIVATION_SCALER_CFG_FILENAME
-    factor = json.loads(scaler.read_text(encoding="utf-8")).get("scaling_factor") if scaler.is_file() else None
+    scale = read_activation_scale(dictionary.path)
     if (dictionary.path / ACTIVATION_WHITENING_FILENAME).is_file():
         raise ValueError(
-            f"{dictionary.path} is a checkpoint of a whitened run: publish the folder its trainer wrote at the end"
+            f"{dictionary.path} is a checkpoint of a whitened run: publish the folder its trainer wrote at "
+            f"the end"
         )
-    if factor is not None and sae.cfg.normalize_activations == "expected_average_only_in":
-        sae.fold_activation_norm_scaling_factor(float(factor))
+    if scale is not None and sae.cfg.normalize_activations == "expected_average_only_in":
+        sae.fold_activation_norm_scaling_factor(scale)
     sae.save_inference_model(folder)
     return folder

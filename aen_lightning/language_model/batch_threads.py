@@ -1,7 +1,8 @@
 """Runs a function on parts of a batch side by side on the cores of a CPU.
 
-Where one operation after the other is split over the cores, each ends when its slowest core does. Parts of a batch that are each run from
-end to end by cores of their own wait for each other once a batch. On a GPU there is nothing to gain.
+Where one operation after the other is split over the cores, each ends when its slowest core does. Parts of a
+batch that are each run from end to end by cores of their own wait for each other once a batch. On a GPU there
+is nothing to gain.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ T = TypeVar("T")
 class RowParallel:
     """Threads of Python, each with its share of the threads that torch has when they are first used.
 
-    Autograd and inference mode and CPU autocast are as in the calling thread; gradients do not flow back through it, random numbers
-    are not reproducible in it.
+    Autograd and inference mode and CPU autocast are as in the calling thread; gradients do not flow back
+    through it, random numbers are not reproducible in it.
 
     Args:
         min_tokens: Elements of (rows, context) that a part has at least.
@@ -36,14 +37,18 @@ class RowParallel:
         self._pool_is_for = (0, 0)  # parts, threads of torch in all
 
     def n_parts(self, tokens: Tensor) -> int:
-        """Into how many parts a batch (rows, context) is to be cut: as many as there are threads, if it is large enough."""
+        """Into how many parts a batch (rows, context) is to be cut.
+
+        As many as there are threads, if it is large enough.
+        """
         return max(1, min(len(tokens), tokens.numel() // self.min_tokens, torch.get_num_threads()))
 
     def map(self, function: Callable[..., T], n_parts: int, *tensors: Tensor | None) -> list[T]:
         """``function`` of each part of the tensors, in order.
 
         Args:
-            function: Called with a part of each tensor, or None where that is None; several calls run at a time.
+            function: Called with a part of each tensor, or None where that is None; several calls run at a
+                time.
             n_parts: Number of parts, of equal size to within a row.
             *tensors: Each with the rows as its first dimension.
 
@@ -84,7 +89,9 @@ def _started_pool(n_workers: int, n_threads_each: int) -> ThreadPoolExecutor:
 
 
 def _in_the_same_mode(function: Callable[..., T]) -> Callable[..., T]:
-    """``function``, to be called in another thread under the settings of this one, which torch keeps for each thread."""
+    """``function``, to be called in another thread under the settings of this one, which torch keeps for each
+    thread.
+    """
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 

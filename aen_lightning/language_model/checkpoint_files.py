@@ -1,8 +1,7 @@
-"""Which files of a sharded checkpoint a cut model needs, and under which keys its weights lie there."""
+"""Which files of a checkpoint a cut model needs, and under which keys its weights lie there."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
+from aen_lightning.compat import find_in_repository
+from aen_lightning.files import read_json, write_json
 from aen_lightning.language_model.hook_points import after_layers_paths, base_prefix, layers_path
 
 _HUB_KWARGS = ("token", "cache_dir", "local_files_only", "force_download")
@@ -23,7 +24,8 @@ def checkpoint_keys(base_model: PreTrainedModel, available: Collection[str]) -> 
 
     Args:
         base_model: E.g. from ``build_cut_model`` on the meta device.
-        available: All keys of the checkpoint, saved from the causal LM (``model.layers.0...``) or the base model.
+        available: All keys of the checkpoint, saved from the causal LM (``model.layers.0...``) or the base
+            model.
 
     Returns:
         For every entry of the base model's state dict, its key in the checkpoint.
@@ -41,8 +43,9 @@ def checkpoint_keys(base_model: PreTrainedModel, available: Collection[str]) -> 
     return found
 
 
-def needed_shards(config: PretrainedConfig, layer: int, weight_map: dict[str, str]) -> list[str]:
-    """File names of a sharded checkpoint that hold anything but blocks above ``layer``, the final norm and the LM head.
+def needed_files(config: PretrainedConfig, layer: int, weight_map: dict[str, str]) -> list[str]:
+    """Names of the files of a checkpoint that hold anything but blocks above ``layer``, the final norm and
+    the LM head.
 
     Args:
         config: Of the whole model.
@@ -62,34 +65,34 @@ def needed_shards(config: PretrainedConfig, layer: int, weight_map: dict[str, st
 
 
 @contextmanager
-def without_upper_shards(
+def without_upper_layers(
     model_name: str, config: PretrainedConfig, layer: int, *, revision: str, kwargs: dict[str, Any]
 ) -> Iterator[str]:
-    """A stand-in for ``model_name`` without the shards that hold only layers above ``layer``: never fetched or opened.
+    """A stand-in for ``model_name`` without the files that hold only layers above ``layer``: never fetched or
+    opened.
 
-    Yields ``model_name`` itself where there is nothing to leave out: a checkpoint in one file, or not in safetensors.
+    Yields ``model_name`` itself where there is nothing to leave out: a checkpoint in one file, or not in
+    safetensors.
     """
     unusual = {"gguf_file", "subfolder", "variant", "use_safetensors", "state_dict"} & kwargs.keys()
     hub = {"revision": revision} | {k: v for k, v in kwargs.items() if k in _HUB_KWARGS}
-    index_file = None
-    if not unusual:
-        index_file = cached_file(
-            model_name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub
-        )
+    index_file = None if unusual else find_in_repository(model_name, SAFE_WEIGHTS_INDEX_NAME, **hub)
     if index_file is None:
         yield model_name
         return
-    index = json.loads(Path(index_file).read_text())
-    files = needed_shards(config, layer, index["weight_map"])
+    index = read_json(index_file)
+    files = needed_files(config, layer, index["weight_map"])
     if len(files) == len(set(index["weight_map"].values())):
         yield model_name
         return
-    with TemporaryDirectory(prefix="aen-shards-") as folder:
+    with TemporaryDirectory(prefix="aen-checkpoint-") as folder:
         for file in files:
             source = cached_file(model_name, file, **hub)
-            assert source is not None  # cached_file raises for a file that the index names and the repository lacks
+            assert (
+                source is not None
+            )  # cached_file raises for a file that the index names and the repository lacks
             (Path(folder) / file).symlink_to(Path(source).resolve())
         index["weight_map"] = {k: f for k, f in index["weight_map"].items() if f in files}
-        (Path(folder) / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index))
+        write_json(Path(folder) / SAFE_WEIGHTS_INDEX_NAME, index)
         config.save_pretrained(folder)
         yield folder

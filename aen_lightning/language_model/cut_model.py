@@ -1,25 +1,26 @@
 """Language models to take activations from, cut after the deepest hook.
 
-The base model (no LM head) is built from a config with fewer layers, so that transformers never materialises the layers
-above, and the final norm is replaced by the identity, so that ``last_hidden_state`` is the last block's raw output.
+The base model (no LM head) is built from a config with fewer layers, so that transformers never materialises
+the layers above, and the final norm is replaced by the identity, so that ``last_hidden_state`` is the last
+block's raw output.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
+from aen_lightning.compat import with_own_children
+from aen_lightning.files import DTYPES, ModelDtype
 from aen_lightning.language_model.batch_threads import RowParallel
-from aen_lightning.language_model.checkpoint_files import checkpoint_keys, needed_shards, without_upper_shards
+from aen_lightning.language_model.checkpoint_files import without_upper_layers
 from aen_lightning.language_model.hook_points import (
-    FAMILIES,
     Hook,
     HookReader,
     after_layers,
@@ -29,18 +30,9 @@ from aen_lightning.language_model.hook_points import (
     resolve_hook,
 )
 
-__all__ = [
-    "DTYPES", "FAMILIES", "ActivationModel", "CutModel", "Hook", "ModelDtype", "build_cut_model", "checkpoint_keys",
-    "cut_config", "cut_model", "layers_of", "load_config", "load_cut_model", "needed_shards", "resolve_hook",
-    "resolve_hooks",
-]  # fmt: skip
-
-ModelDtype = Literal["float32", "bfloat16", "float16"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 class ActivationModel(Protocol):
-    """What a data module needs of a language model: ``CutModel`` here and ``TLModel`` in ``tl_models`` have it."""
+    """What a data module needs of a language model: ``CutModel`` and ``TLModel`` have it."""
 
     hooks: tuple[Hook, ...]
 
@@ -55,13 +47,16 @@ class ActivationModel(Protocol):
 
 
 class CutModel:
-    """A frozen base model that ends at the deepest hook. Not an ``nn.Module``, so no parent module registers it.
+    """A frozen base model that ends at the deepest hook. Not an ``nn.Module``, so no parent module registers
+    it.
 
     Args:
-        model: Base model as ``build_cut_model`` or ``cut_model`` return it: put into eval mode and frozen here.
+        model: Base model as ``build_cut_model`` or ``cut_model`` return it: put into eval mode and frozen
+            here.
         hooks: What ``activations`` returns, in this order.
-        row_parallel: Run parts of a large batch side by side where the model is on a CPU. Not for a model whose forward pass cannot be
-            in two places at a time: one that is sharded over ranks, or whose weights are moved while it runs.
+        row_parallel: Run parts of a large batch side by side where the model is on a CPU. Not for a model
+            whose forward pass cannot be in two places at a time: one that is sharded over ranks, or whose
+            weights are moved while it runs.
     """
 
     def __init__(self, model: PreTrainedModel, hooks: Sequence[Hook], *, row_parallel: bool = True) -> None:
@@ -97,14 +92,20 @@ class CutModel:
         ids = input_ids.to(device)
         rest = [None if x is None else x.to(device) for x in (attention_mask, position_ids)]
         n_parts = 1
-        if self._rows is not None and device.type == "cpu" and all(x is None or len(x) == len(ids) for x in rest):
+        if (
+            self._rows is not None
+            and device.type == "cpu"
+            and all(x is None or len(x) == len(ids) for x in rest)
+        ):
             n_parts = self._rows.n_parts(ids)
         with self._reader() as reader:
 
             def run(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> dict[str, Tensor]:
                 given = {"attention_mask": mask, "position_ids": positions}
                 out = self.model(input_ids=ids, **{k: v for k, v in given.items() if v is not None})
-                seen = reader.take() if reader is not None else {self.hooks[0].hook_name: out.last_hidden_state}
+                seen = (
+                    reader.take() if reader is not None else {self.hooks[0].hook_name: out.last_hidden_state}
+                )
                 # OPT flattens (batch, context) before its MLP
                 return {h.hook_name: seen[h.hook_name].reshape(*ids.shape, h.d_in) for h in self.hooks}
 
@@ -126,10 +127,17 @@ class CutModel:
 
 
 def load_config(
-    model_name: str, *, revision: str | None = None, model_from_pretrained_kwargs: dict[str, Any] | None = None
+    model_name: str,
+    *,
+    revision: str | None = None,
+    model_from_pretrained_kwargs: dict[str, Any] | None = None,
 ) -> PretrainedConfig:
-    """The config of a model, with what ``model_from_pretrained_kwargs`` says about where to find it."""
-    passed = ("gguf_file", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
+    """The config of a model, with what ``model_from_pretrained_kwargs`` says about where to find it and its
+    attention.
+    """
+    passed = (
+        "gguf_file", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code", "attn_implementation",
+    )  # fmt: skip
     kwargs = {k: v for k, v in (model_from_pretrained_kwargs or {}).items() if k in passed}
     return AutoConfig.from_pretrained(model_name, revision=revision or "main", **kwargs)
 
@@ -182,11 +190,16 @@ def load_cut_model(
             ``quantization_config``, ``attn_implementation``, ``gguf_file``, ...
 
     Raises:
-        ValueError: For a hook that does not exist, a keyword that has an argument of its own here, or a checkpoint that
-            lacks weights of the layers needed.
+        ValueError: For a hook that does not exist, a keyword that has an argument of its own here, or a
+            checkpoint that lacks weights of the layers needed.
     """
     kwargs = dict(model_from_pretrained_kwargs or {})
-    for name, instead in (("dtype", "dtype"), ("torch_dtype", "dtype"), ("revision", "revision"), ("config", None)):
+    for name, instead in (
+        ("dtype", "dtype"),
+        ("torch_dtype", "dtype"),
+        ("revision", "revision"),
+        ("config", None),
+    ):
         if name in kwargs:
             hint = f"use the argument {instead!r}" if instead else "the config is made here"
             raise ValueError(f"model_from_pretrained_kwargs cannot hold {name!r}: {hint}")
@@ -196,18 +209,19 @@ def load_cut_model(
     hooks = resolve_hooks(config, hook_names)
     deepest, at = max(h.layer for h in hooks), revision or "main"
     with (
-        without_upper_shards(model_name, config, deepest, revision=at, kwargs=kwargs) as source,
+        without_upper_layers(model_name, config, deepest, revision=at, kwargs=kwargs) as source,
         _unread_weights_are_no_news(),
     ):
         model, info = AutoModel.from_pretrained(
             source, config=cut_config(config, deepest), revision=at, dtype=DTYPES[dtype], output_loading_info=True,
             **kwargs,
         )  # fmt: skip
-    model.name_or_path = model.config._name_or_path = model_name
+    model.name_or_path = model.config.name_or_path = model_name
     unread = tuple(f"{path}." for path in after_layers(model))
     if missing := sorted(key for key in info["missing_keys"] if not key.startswith(unread)):
         raise ValueError(
-            f"the checkpoint {model_name!r} lacks {len(missing)} weights that {[h.hook_name for h in hooks]} need, "
+            f"the checkpoint {model_name!r} lacks {len(missing)} weights that "
+            f"{[h.hook_name for h in hooks]} need, "
             f"e.g. {missing[0]!r}: it is not a complete checkpoint of a {config.model_type} model"
         )
     if kwargs.get("device_map") is None and not getattr(model, "is_quantized", False):
@@ -219,11 +233,12 @@ def cut_model(model: PreTrainedModel, hook_names: Sequence[str]) -> CutModel:
     """Cut a model that is already in memory. Weights are shared; the given model keeps its layers and head.
 
     Args:
-        model: A causal LM or its base model. It is frozen and put into eval mode, since its blocks are the same.
+        model: A causal LM or its base model. It is frozen and put into eval mode, since its blocks are the
+            same.
         hook_names: See ``resolve_hook``.
     """
     hooks = resolve_hooks(model.config, hook_names)
-    base: Any = copy.copy(model.base_model)
+    base: Any = with_own_children(model.base_model)
     path = layers_path(base.config)
     for owner in _copy_path(base, path):
         owner.config = cut_config(model.config, max(h.layer for h in hooks))
@@ -250,14 +265,12 @@ def _end_at_last_block(base: PreTrainedModel) -> PreTrainedModel:
 
 
 def _copy_path(root: nn.Module, path: str) -> Iterator[Any]:
-    """Give ``root`` (itself a shallow copy) and each owner on ``path`` its own module table; children stay shared."""
-    root._modules = dict(root._modules)
+    """``root`` (itself such a copy) and each owner on ``path``, copied with the children it has."""
     yield root
     head, _, rest = path.partition(".")
     if rest:
-        child = copy.copy(root._modules[head])
-        assert child is not None
-        root._modules[head] = child
+        child = with_own_children(root.get_submodule(head))
+        setattr(root, head, child)
         yield from _copy_path(child, rest)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,31 +12,28 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-
-# The one place in torch that says which slice of a tensor a rank holds; private by its path only.
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
+from aen_lightning.compat import find_in_repository, initialize, local_slice
+from aen_lightning.files import DTYPES, ModelDtype, read_json, read_safetensors_header
+from aen_lightning.language_model.checkpoint_files import checkpoint_keys
 from aen_lightning.language_model.cut_model import (
     CutModel,
-    ModelDtype,
     build_cut_model,
-    checkpoint_keys,
-    layers_of,
     load_config,
     resolve_hooks,
 )
+from aen_lightning.language_model.hook_points import layers_of
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WHERE = ("token", "cache_dir", "local_files_only", "subfolder")
 
 
 def shard_model(base_model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shard a base model over a 1-D mesh: an FSDP2 unit for each decoder block, the input embedding, and the rest.
+    """Shard a base model over a 1-D mesh: an FSDP2 unit for each decoder block, the input embedding, and the
+    rest.
 
-    Whatever part runs is gathered just before and freed just after, so a rank's peak is its share plus the largest unit (two
-    blocks, as the next is gathered while one computes, or the embedding).
+    Whatever part runs is gathered just before and freed just after, so a rank's peak is its share plus the
+    largest unit (two blocks, as the next is gathered while one computes, or the embedding).
     """
     for unit in (*layers_of(base_model), base_model.get_input_embeddings(), base_model):
         # said for the root, which would by default stay gathered
@@ -56,7 +52,8 @@ def load_sharded_cut_model(
 ) -> CutModel:
     """Load a cut model sharded over the ranks of a mesh; no process ever holds it whole.
 
-    The model is made on the meta device, sharded, and each rank then reads the slices it holds out of the safetensors files.
+    The model is made on the meta device, sharded, and each rank then reads the slices it holds out of the
+    safetensors files.
 
     Args:
         model_name: Hub name or folder.
@@ -65,29 +62,30 @@ def load_sharded_cut_model(
         revision: Branch, tag or commit on the Hub.
         dtype: Of weights and activations.
         device: This rank's.
-        model_from_pretrained_kwargs: ``attn_implementation``, ``token``, ``cache_dir``, ``local_files_only``, ``subfolder``.
+        model_from_pretrained_kwargs: ``attn_implementation``, ``token``, ``cache_dir``, ``local_files_only``,
+            ``subfolder``.
 
     Returns:
         The model. Every rank must call ``activations`` equally often.
 
     Raises:
-        ValueError: For other keywords (quantized weights cannot be sharded), or a checkpoint without safetensors files.
+        ValueError: For other keywords (quantized weights cannot be sharded), or a checkpoint without
+            safetensors files.
     """
     kwargs = dict(model_from_pretrained_kwargs or {})
-    attention = kwargs.pop("attn_implementation", None)
+    attention = {k: kwargs.pop(k) for k in ("attn_implementation",) if k in kwargs}
     where: dict[str, Any] = {k: kwargs.pop(k) for k in _WHERE if k in kwargs}
     if kwargs:
         raise ValueError(
-            f"a model sharded by FSDP2 cannot take {', '.join(map(repr, sorted(kwargs)))} of model_from_pretrained_kwargs: leave "
+            f"a model sharded by FSDP2 cannot take {', '.join(map(repr, sorted(kwargs)))} of "
+            "model_from_pretrained_kwargs: leave "
             "it out, or take another strategy (ddp: a whole model on every rank)"
         )
-    config = load_config(model_name, revision=revision, model_from_pretrained_kwargs=where)
-    if attention is not None:
-        config._attn_implementation = attention
+    config = load_config(model_name, revision=revision, model_from_pretrained_kwargs=where | attention)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{model_name} is quantized, which FSDP2 cannot shard here: take strategy ddp")
     hooks = resolve_hooks(config, hook_names)
-    config.dtype = _DTYPES[dtype]  # casting afterwards would also cast buffers that have to stay float32
+    config.dtype = DTYPES[dtype]  # casting afterwards would also cast buffers that have to stay float32
     with torch.device("meta"):
         base = build_cut_model(config, hooks)
     files = _checkpoint_files(model_name, revision, where)
@@ -113,32 +111,31 @@ class _Files(dict[str, str]):
         self.model_name, self.revision, self.where = model_name, revision, where
 
     def find(self, name: str) -> Path | None:
-        found = cached_file(
-            self.model_name, name, revision=self.revision or "main",
-            _raise_exceptions_for_missing_entries=False, **self.where,
-        )  # fmt: skip
-        return None if found is None else Path(found)
+        return find_in_repository(self.model_name, name, revision=self.revision or "main", **self.where)
 
 
 def _checkpoint_files(model_name: str, revision: str | None, where: dict[str, Any]) -> _Files:
     files = _Files(model_name, revision, where)
     if (index := files.find("model.safetensors.index.json")) is not None:
-        files.update(json.loads(index.read_text())["weight_map"])
+        files.update(read_json(index)["weight_map"])
     elif (whole := files.find("model.safetensors")) is not None:
-        with safe_open(whole, framework="pt") as f:
-            files.update(dict.fromkeys(f.keys(), "model.safetensors"))
+        files.update(dict.fromkeys(read_safetensors_header(whole), "model.safetensors"))
     else:
         raise ValueError(
-            f"{model_name} has no safetensors files, of which each rank could read its part: take strategy ddp"
+            f"{model_name} has no safetensors files, of which each rank could read its part: take strategy "
+            "ddp"
         )
     return files
 
 
 def _rebuild_computed_buffers(base: PreTrainedModel) -> None:
-    """Buffers that no checkpoint has (rotary frequencies, embedding scales) were lost on the meta device: compute them again."""
-    for module in base.modules():
-        if module._non_persistent_buffers_set:
-            base._init_weights(module)
+    """Buffers that no checkpoint has (rotary frequencies, embedding scales) were lost on the meta device.
+
+    Compute them again.
+    """
+    lost = {name for name, _ in base.named_buffers(remove_duplicate=False)} - base.state_dict().keys()
+    for owner in {name.rpartition(".")[0] for name in lost}:
+        initialize(base, base.get_submodule(owner))
 
 
 def _load_local_slices(base: PreTrainedModel, keys: dict[str, str], files: _Files) -> None:
@@ -158,13 +155,13 @@ def _load_local_slices(base: PreTrainedModel, keys: dict[str, str], files: _File
 def _copy_slice(target: Tensor, source: Any, name: str) -> None:
     if tuple(source.get_shape()) != tuple(target.shape):
         raise ValueError(
-            f"{name} has shape {tuple(source.get_shape())} in the checkpoint, {tuple(target.shape)} in the model"
+            f"{name} has shape {tuple(source.get_shape())} in the checkpoint, {tuple(target.shape)} in the "
+            "model"
         )
     local, wanted = target, tuple(slice(0, n) for n in target.shape)
     if isinstance(target, DTensor):
         local = target.to_local()
-        shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-        wanted = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+        wanted = local_slice(target)
     if local.numel():
         with torch.no_grad():
             local.copy_(source[wanted] if wanted else source[...])

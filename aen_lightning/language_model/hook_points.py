@@ -1,4 +1,5 @@
-"""Where in a language model an activation is read: TransformerLens names, Hugging Face module paths, and their meaning.
+"""Where in a language model an activation is read: TransformerLens names, Hugging Face module paths, and
+their meaning.
 
 Everything here works from a model's *config*; no weight is read. A TransformerLens name means what
 TransformerLens caches under it for the same weights; the tests check every name of every family against it.
@@ -28,13 +29,15 @@ class Hook:
     """One place to read activations of shape (batch, context, d_in).
 
     Args:
-        hook_name: The TransformerLens name where one exists (``blocks.16.hook_resid_post``), else ``hf_hook_name``.
+        hook_name: The TransformerLens name where one exists (``blocks.16.hook_resid_post``), else
+            ``hf_hook_name``.
         hf_hook_name: Module of the ``AutoModelForCausalLM`` whose *output* is this activation
             (``model.layers.16``), as SAELens's ``hf_hook_name`` metadata; None where no module outputs it.
         layer: Index of the deepest decoder block that has to run.
         d_in: Width of the activation.
         module: Path of the module to read in the *base* model (``AutoModel``), e.g. ``layers.16``.
-        reads: Whether the activation is that module's ``output`` (first element of a tuple) or first ``input``.
+        reads: Whether the activation is that module's ``output`` (first element of a tuple) or first
+            ``input``.
     """
 
     hook_name: str
@@ -53,12 +56,16 @@ class _Family:
     embed: str
     first_input: str | None  # module whose output enters block 0
     attn: str
-    attn_out: str  # module whose output TransformerLens calls hook_attn_out (after a post-norm, if there is one)
+    attn_out: (
+        str  # module whose output TransformerLens calls hook_attn_out (after a post-norm, if there is one)
+    )
     attn_proj: str  # its input is hook_z, heads flattened
     mlp_out: str
     mlp_proj: str  # its input is mlp.hook_post
     mid: str  # norm whose input is hook_resid_mid
-    after_layers: tuple[str, ...]  # replaced by Identity, so that last_hidden_state is the last block's output
+    after_layers: tuple[
+        str, ...
+    ]  # replaced by Identity, so that last_hidden_state is the last block's output
 
 
 _LLAMA = _Family(
@@ -104,7 +111,8 @@ def n_layers(config: PretrainedConfig) -> int:
     n = getattr(config, "num_hidden_layers", None)
     if not isinstance(n, int):
         raise ValueError(
-            f"a config of type {config.model_type!r} states no num_hidden_layers: give a text-only decoder model "
+            f"a config of type {config.model_type!r} states no num_hidden_layers: give a text-only decoder "
+            "model "
             f"(supported families: {', '.join(FAMILIES)})"
         )
     return n
@@ -172,7 +180,10 @@ def known_hooks(config: PretrainedConfig) -> dict[str, Hook]:
     if config.model_type not in _FAMILIES:
         return {}
     hooks: dict[str, Hook] = {}
-    embed, d_embed = _FAMILIES[config.model_type].embed, getattr(config, "word_embed_proj_dim", config.hidden_size)
+    embed, d_embed = (
+        _FAMILIES[config.model_type].embed,
+        getattr(config, "word_embed_proj_dim", config.hidden_size),
+    )
     hooks["hook_embed"] = Hook("hook_embed", f"{base_prefix(config)}.{embed}", 0, int(d_embed), embed)
     for layer in range(n_layers(config)):
         for kind in _BLOCK_HOOKS:
@@ -186,27 +197,33 @@ def resolve_hook(config: PretrainedConfig, hook_name: str) -> Hook:
 
     Args:
         config: Of the whole model, e.g. ``AutoConfig.from_pretrained(...)``.
-        hook_name: A TransformerLens name: ``hook_embed`` or ``blocks.L.`` followed by ``hook_resid_pre`` (``hook_in``),
-            ``hook_resid_mid``, ``hook_resid_post`` (``hook_out``), ``hook_attn_out``, ``hook_mlp_out``, ``attn.hook_z``
-            (heads flattened), ``mlp.hook_post``; or the path of a module of ``AutoModelForCausalLM``, whose output is
-            taken, e.g. ``model.layers.16`` or ``transformer.h.3.mlp``. TransformerLens names work for
-            the families in ``FAMILIES``, module paths for any decoder whose blocks can be found.
+        hook_name: A TransformerLens name: ``hook_embed`` or ``blocks.L.`` followed by ``hook_resid_pre``
+            (``hook_in``), ``hook_resid_mid``, ``hook_resid_post`` (``hook_out``), ``hook_attn_out``,
+            ``hook_mlp_out``, ``attn.hook_z`` (heads flattened), ``mlp.hook_post``; or the path of a module of
+            ``AutoModelForCausalLM``, whose output is taken, e.g. ``model.layers.16`` or
+            ``transformer.h.3.mlp``. TransformerLens names work for the families in ``FAMILIES``, module paths
+            for any decoder whose blocks can be found.
 
     Returns:
-        The hook. Its ``hook_name`` is the TransformerLens name even if a module path was given, where one exists.
+        The hook. Its ``hook_name`` is the TransformerLens name even if a module path was given, where one
+        exists.
 
     Raises:
         ValueError: If the model has no such hook; the message names near and valid ones.
     """
     n_layers(config)  # refuses what is not a text decoder
     known = known_hooks(config)
-    canonical = re.sub(r"^(blocks\.\d+\.)(hook_out|hook_in)$", lambda m: m.group(1) + _ALIASES[m.group(2)], hook_name)
+    canonical = re.sub(
+        r"^(blocks\.\d+\.)(hook_out|hook_in)$", lambda m: m.group(1) + _ALIASES[m.group(2)], hook_name
+    )
     if canonical in known:
         return known[canonical]
     if canonical.startswith(("blocks.", "hook_")):
         raise ValueError(_no_such_hook(config, hook_name, canonical, known))
     by_path = [h for h in known.values() if h.hf_hook_name == hook_name]
-    if by_path:  # resid_pre shares its module with the block below, or the embedding; the latter are the usual names
+    if (
+        by_path
+    ):  # resid_pre shares its module with the block below, or the embedding; the latter are the usual names
         return min(by_path, key=lambda hook: hook.hook_name.endswith("hook_resid_pre"))
     return _module_hook(config, hook_name, known)
 
@@ -214,7 +231,8 @@ def resolve_hook(config: PretrainedConfig, hook_name: str) -> Hook:
 def _no_such_hook(config: PretrainedConfig, asked: str, canonical: str, known: dict[str, Hook]) -> str:
     if not known:
         return (
-            f"TransformerLens names such as {asked!r} are known for {', '.join(FAMILIES)}; for a model of type "
+            f"TransformerLens names such as {asked!r} are known for {', '.join(FAMILIES)}; for a model of "
+            "type "
             f"{config.model_type!r} give the path of a module of AutoModelForCausalLM, e.g. 'model.layers.16'"
         )
     n = n_layers(config)
@@ -226,14 +244,17 @@ def _no_such_hook(config: PretrainedConfig, asked: str, canonical: str, known: d
     hint = f" Did you mean {', '.join(near)}?" if near else ""
     kinds = [kind for kind in _BLOCK_HOOKS if _refusal(config, kind) is None]
     return (
-        f"hook {asked!r} does not exist in a {config.model_type} model with {n} layers.{hint} Valid: hook_embed, "
+        f"hook {asked!r} does not exist in a {config.model_type} model with {n} layers.{hint} Valid: "
+        "hook_embed, "
         f"blocks.L.{{{', '.join(kinds)}}} for L from 0 to {n - 1}, or a module path such as "
         f"{known[f'blocks.{n // 2}.hook_attn_out'].hf_hook_name!r}"
     )
 
 
 def _module_hook(config: PretrainedConfig, path: str, known: dict[str, Hook]) -> Hook:
-    """A hook on any module's output, its width found by a forward pass on the meta device (no memory, no weights)."""
+    """A hook on any module's output, its width found by a forward pass on the meta device (no memory, no
+    weights).
+    """
     prefix, n = base_prefix(config), n_layers(config)
     relative = path.removeprefix(f"{prefix}.")
     digits = re.search(r"(?:^|\.)(\d+)(?:\.|$)", relative)
@@ -247,11 +268,16 @@ def _module_hook(config: PretrainedConfig, path: str, known: dict[str, Hook]) ->
         candidates = [f"{prefix}.{m}" for m in modules if m] + list(known)
         near = difflib.get_close_matches(path, candidates, n=3)
         raise ValueError(
-            f"hook {path!r} does not exist in a {config.model_type} model with {n} layers (paths are those of "
-            f"AutoModelForCausalLM, without its LM head).{' Did you mean ' + ', '.join(near) + '?' if near else ''}"
+            f"hook {path!r} does not exist in a {config.model_type} model with {n} layers (paths are those "
+            "of "
+            "AutoModelForCausalLM, without its LM "
+            f"head).{' Did you mean ' + ', '.join(near) + '?' if near else ''}"
         )
     blocks = layers_path(config)
-    if not relative.startswith(f"{blocks}.") and base.get_submodule(relative) is not base.get_input_embeddings():
+    if (
+        not relative.startswith(f"{blocks}.")
+        and base.get_submodule(relative) is not base.get_input_embeddings()
+    ):
         raise ValueError(f"hook {path!r} lies outside the decoder blocks {prefix}.{blocks}.0 to .{n - 1}")
     if relative == f"{blocks}.{layer}" and isinstance(width := getattr(config, "hidden_size", None), int):
         return Hook(path, path, layer, width, relative)
@@ -269,20 +295,23 @@ def _module_hook(config: PretrainedConfig, path: str, known: dict[str, Hook]) ->
             seen = reader.take()
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as err:
         raise ValueError(
-            f"cannot tell the width of {path!r} in a {config.model_type} model without its weights: choose another "
+            f"cannot tell the width of {path!r} in a {config.model_type} model without its weights: choose "
+            "another "
             f"hook (supported families: {', '.join(FAMILIES)})"
         ) from err
     shape = tuple(seen[path].shape) if path in seen else None
     if shape is None or len(shape) not in (2, 3) or (shape[:2] != (2, 3) and shape[0] != 6):
         raise ValueError(
-            f"hook {path!r} gives {'nothing' if shape is None else f'shape {shape}'} for 2 prompts of 3 tokens, "
+            f"hook {path!r} gives {'nothing' if shape is None else f'shape {shape}'} for 2 prompts of 3 "
+            "tokens, "
             "expected one vector a token: choose a module that outputs (batch, context, d_in)"
         )
     return Hook(path, path, layer, shape[-1], relative)
 
 
 class HookReader:
-    """Context manager: while open, forward passes of ``model`` leave the activations of ``hooks`` to be taken.
+    """Context manager: while open, forward passes of ``model`` leave the activations of ``hooks`` to be
+    taken.
 
     Each thread sees those of its own forward passes.
     """
@@ -304,14 +333,19 @@ class HookReader:
                 self._handles.append(module.register_forward_hook(read))
             else:
 
-                def read_input(_module: nn.Module, args: Any, kwargs: dict[str, Any], name: str = name) -> None:
+                def read_input(
+                    _module: nn.Module, args: Any, kwargs: dict[str, Any], name: str = name
+                ) -> None:
                     self._store(name, args[0] if args else kwargs.get("hidden_states"))
 
                 self._handles.append(module.register_forward_pre_hook(read_input, with_kwargs=True))
         return self
 
     def take(self) -> dict[str, Tensor]:
-        """The activations of this thread's last forward pass by hook name, as the modules gave them; forgotten here."""
+        """The activations of this thread's last forward pass by hook name, as the modules gave them.
+
+        Forgotten here.
+        """
         seen, self._seen.activations = self._seen.activations, {}
         return seen
 
@@ -357,7 +391,8 @@ def layers_path(config: PretrainedConfig) -> str:
     outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     if len(outermost) != 1:
         raise ValueError(
-            f"cannot tell the decoder blocks of a {config.model_type!r} model, candidates: {outermost or 'none'}; "
+            f"cannot tell the decoder blocks of a {config.model_type!r} model, candidates: "
+            f"{outermost or 'none'}; "
             f"supported families: {', '.join(FAMILIES)}"
         )
     return outermost[0]
@@ -371,7 +406,10 @@ def layers_of(base_model: PreTrainedModel) -> nn.ModuleList:
 
 
 def after_layers_paths(config: PretrainedConfig) -> tuple[str, ...]:
-    """Paths that a family has for modules applied after the last block; empty for families not in ``FAMILIES``."""
+    """Paths that a family has for modules applied after the last block.
+
+    Empty for families not in ``FAMILIES``.
+    """
     family = _FAMILIES.get(config.model_type)
     return () if family is None else family.after_layers
 
@@ -380,4 +418,6 @@ def after_layers(base_model: PreTrainedModel) -> tuple[str, ...]:
     """Paths of the modules that a base model has and applies after its last block, e.g. ``("norm",)``."""
     owners = [(path, *path.rpartition(".")) for path in after_layers_paths(base_model.config)]
     # OPT has some of them only in some sizes, and None in the others
-    return tuple(path for path, owner, _, name in owners if getattr(base_model.get_submodule(owner), name) is not None)
+    return tuple(
+        path for path, owner, _, name in owners if getattr(base_model.get_submodule(owner), name) is not None
+    )

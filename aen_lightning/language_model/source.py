@@ -1,16 +1,15 @@
 """The language model of a stream of text: known from its config, loaded when first run."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from aen_lightning.files import DTYPES, ModelDtype
 from aen_lightning.language_model.cut_model import (
     ActivationModel,
-    ModelDtype,
     cut_model,
     load_config,
     load_cut_model,
@@ -20,43 +19,69 @@ from aen_lightning.language_model.hook_points import Hook
 
 ModelClassName = Literal["AutoModelForCausalLM", "HookedTransformer", "TransformerBridge"]
 
+# jsonargparse reads the types of inherited fields as they are: `from __future__ import annotations` would
+# make strings of them
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelOptions:
+    """Which language model runs, and how.
+
+    Args:
+        model_name: Hub name or folder of the language model; for TransformerLens classes, the name it has
+            there.
+        model_class_name: ``AutoModelForCausalLM`` (cut after the deepest hook point), or a TransformerLens
+            class.
+        revision: Of the model on the Hub.
+        model_from_pretrained_kwargs: Passed on when the model is loaded (``device_map``,
+            ``quantization_config``, ...).
+        model_dtype: Of the language model: weights and computation.
+        autocast_lm: Run it under bfloat16 autocast.
+        device: Of the language model and the shuffle buffer; None: where the trainer puts the SAE.
+        tokenizer_name: None: the model's own.
+    """
+
+    model_name: str | None = None
+    model_class_name: ModelClassName = "AutoModelForCausalLM"
+    revision: str | None = None
+    model_from_pretrained_kwargs: dict[str, Any] | None = None
+    model_dtype: ModelDtype = "float32"
+    autocast_lm: bool = False
+    device: str | None = None
+    tokenizer_name: str | None = None
+
 
 class LanguageModelSource:
-    """Gives hooks, tokenizer and limits before any weight is read, and the model when it is first asked for.
+    """Gives hook points, tokenizer and limits before any weight is read, and the model when it is first asked
+    for.
 
     A TransformerLens model says what it is only once loaded.
 
     Args:
-        model_name: Hub name or folder; for TransformerLens classes, the name it has there. None if ``model`` is given.
+        options: Which model.
         hook_names: Where activations are taken.
-        model_class_name: ``AutoModelForCausalLM`` (cut after the deepest hook), or a TransformerLens class.
-        revision: Of the model on the Hub.
-        model_from_pretrained_kwargs: Passed on when the model is loaded.
-        model_dtype: Of weights and computation.
-        tokenizer_name: None: the model's own.
-        device: Where to load it; asked when it is loaded.
+        device: Where to load it if the options do not say; asked when it is loaded.
         model: A loaded model: of transformers or TransformerLens, or any ``ActivationModel``.
         tokenizer: A tokenizer.
+
+    Raises:
+        ValueError: If there is neither a ``model_name`` nor a model.
     """
 
     def __init__(
         self,
-        model_name: str | None,
-        hook_names: list[str],
+        options: LanguageModelOptions,
+        hook_names: Sequence[str],
         *,
-        model_class_name: ModelClassName,
-        revision: str | None,
-        model_from_pretrained_kwargs: dict[str, Any],
-        model_dtype: ModelDtype,
-        tokenizer_name: str | None,
         device: Callable[[], str],
         model: Any = None,
         tokenizer: Any = None,
     ) -> None:
-        self.model_name, self.hook_names, self.model_class_name = model_name, hook_names, model_class_name
-        self.revision, self.model_dtype, self.tokenizer_name = revision, model_dtype, tokenizer_name
-        self.model_from_pretrained_kwargs, self.device = model_from_pretrained_kwargs, device
+        if model is None and options.model_name is None:
+            raise ValueError("model_name is missing: give a Hub name or a folder (or, in Python, model=)")
+        self.options, self.hook_names, self.device = options, list(hook_names), device
         self.given_model, self._given_tokenizer = model, tokenizer
+        self._kwargs = dict(options.model_from_pretrained_kwargs or {})
         self._loaded: ActivationModel | None = None
         self._hooks: tuple[Hook, ...] | None = None
 
@@ -86,12 +111,12 @@ class LanguageModelSource:
         """The tokenizer, or None if a given model has none. A hook that does not exist is reported before."""
         _ = self.hooks
         if self._given_tokenizer is None:
-            name = self.tokenizer_name or (None if self._is_tl else self.model_name)
+            name = self.options.tokenizer_name or (None if self._is_tl else self.options.model_name)
             if name is None:
                 return getattr(self._inner(), "tokenizer", None)
-            passed = ("gguf_file", "token", "cache_dir", "local_files_only", "subfolder")
-            kwargs = {k: v for k, v in self.model_from_pretrained_kwargs.items() if k in passed}
-            self._given_tokenizer = AutoTokenizer.from_pretrained(name, revision=self.revision or "main", **kwargs)
+            self._given_tokenizer = load_tokenizer(
+                name, revision=self.options.revision, model_from_pretrained_kwargs=self._kwargs
+            )
         return self._given_tokenizer
 
     def check_context_size(self, context_size: int) -> None:
@@ -113,12 +138,12 @@ class LanguageModelSource:
         """Model and hook in SAELens's metadata keys, for an SAE on the first hook."""
         hook = self.hooks[0]
         metadata: dict[str, Any] = {
-            "model_name": self.model_name or _name_of(self.given_model),
-            "model_class_name": self.model_class_name,
+            "model_name": self.options.model_name or _name_of(self.given_model),
+            "model_class_name": self.options.model_class_name,
             "hook_name": hook.hook_name,
             "hook_head_index": None,
-            "model_from_pretrained_kwargs": _plain(self.model_from_pretrained_kwargs),
-            "revision": self.revision,
+            "model_from_pretrained_kwargs": _plain(self._kwargs),
+            "revision": self.options.revision,
         }
         if hook.hf_hook_name is not None:
             metadata["hf_hook_name"] = hook.hf_hook_name
@@ -128,7 +153,7 @@ class LanguageModelSource:
 
     @property
     def _is_tl(self) -> bool:
-        return self.model_class_name != "AutoModelForCausalLM"
+        return self.options.model_class_name != "AutoModelForCausalLM"
 
     @property
     def _known_once_loaded(self) -> bool:
@@ -139,9 +164,9 @@ class LanguageModelSource:
         return getattr(self._loaded, "model", self.given_model)
 
     def _config(self) -> Any:
-        assert self.model_name is not None
+        assert self.options.model_name is not None
         return load_config(
-            self.model_name, revision=self.revision, model_from_pretrained_kwargs=self.model_from_pretrained_kwargs
+            self.options.model_name, revision=self.options.revision, model_from_pretrained_kwargs=self._kwargs
         )
 
     def _load(self) -> ActivationModel:
@@ -152,20 +177,54 @@ class LanguageModelSource:
 
                 return TLModel(given, self.hook_names)
             return cut_model(given, self.hook_names) if isinstance(given, PreTrainedModel) else given
-        assert self.model_name is not None
+        options = self.options
+        assert options.model_name is not None
         kwargs: dict[str, Any] = {
-            "revision": self.revision, "dtype": self.model_dtype, "device": self.device(),
-            "model_from_pretrained_kwargs": self.model_from_pretrained_kwargs,
+            "revision": options.revision, "dtype": options.model_dtype, "device": options.device or self.device(),
+            "model_from_pretrained_kwargs": self._kwargs,
         }  # fmt: skip
-        if self.model_class_name == "AutoModelForCausalLM":
-            return load_cut_model(self.model_name, self.hook_names, **kwargs)
+        if options.model_class_name == "AutoModelForCausalLM":
+            return load_cut_model(options.model_name, self.hook_names, **kwargs)
         from aen_lightning.language_model.transformer_lens import load_tl_model
 
-        return load_tl_model(self.model_class_name, self.model_name, self.hook_names, **kwargs)
+        return load_tl_model(options.model_class_name, options.model_name, self.hook_names, **kwargs)
+
+    def whole_model(self, device: str) -> Any:
+        """The transformers model with all its layers and its LM head: the one given, or loaded anew from
+        ``model_name``.
+
+        Args:
+            device: Where to load it, unless ``model_from_pretrained_kwargs`` has a ``device_map``.
+
+        Returns:
+            None where there is none: for a TransformerLens model, or a model of another kind given without
+            its name.
+        """
+        if isinstance(self.given_model, PreTrainedModel):
+            return self.given_model
+        if self._is_tl or self.options.model_name is None:
+            return None
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            self.options.model_name, revision=self.options.revision or "main", dtype=DTYPES[self.options.model_dtype],
+            **self._kwargs,
+        )  # fmt: skip
+        return model if "device_map" in self._kwargs else model.to(device)
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, model_from_pretrained_kwargs: dict[str, Any] | None = None
+) -> Any:
+    """A tokenizer, with what ``model_from_pretrained_kwargs`` says about where to find it."""
+    passed = ("gguf_file", "token", "cache_dir", "local_files_only", "subfolder")
+    kwargs = {k: v for k, v in (model_from_pretrained_kwargs or {}).items() if k in passed}
+    return AutoTokenizer.from_pretrained(name, revision=revision or "main", **kwargs)
 
 
 def _plain(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The part of ``kwargs`` that JSON can hold; a quantization config, e.g., says how the model was run, not which."""
+    """The part of ``kwargs`` that JSON can hold.
+
+    A quantization config, e.g., says how the model was run, not which.
+    """
     plain = {}
     for name, value in kwargs.items():
         if isinstance(value, bool | int | float | str | list | dict | type(None)):
@@ -175,4 +234,6 @@ def _plain(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _name_of(model: Any) -> str:
     config = getattr(model, "cfg", None) or getattr(model, "config", None)
-    return str(getattr(config, "model_name", None) or getattr(config, "_name_or_path", None) or type(model).__name__)
+    return str(
+        getattr(config, "model_name", None) or getattr(config, "name_or_path", None) or type(model).__name__
+    )

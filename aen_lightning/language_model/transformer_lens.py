@@ -12,14 +12,15 @@ from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from aen_lightning.language_model.cut_model import DTYPES, ModelDtype
+from aen_lightning.files import DTYPES, ModelDtype
 from aen_lightning.language_model.hook_points import Hook
 
 TLClassName = Literal["HookedTransformer", "TransformerBridge"]
 
 
 class TLModel:
-    """A loaded ``HookedTransformer`` or ``TransformerBridge``, run only up to the block after the deepest hook.
+    """A loaded ``HookedTransformer`` or ``TransformerBridge``, run only up to the block after the deepest
+    hook.
 
     Args:
         model: The TransformerLens model. It is put into eval mode and frozen.
@@ -43,7 +44,8 @@ class TLModel:
             if name not in probe:
                 near = difflib.get_close_matches(name, list(model.hook_dict), n=3)
                 raise ValueError(
-                    f"hook {name!r} does not exist in this {type(model).__name__} of {model.cfg.n_layers} layers."
+                    f"hook {name!r} does not exist in this {type(model).__name__} of {model.cfg.n_layers} "
+                    "layers."
                     f"{' Did you mean ' + ', '.join(near) + '?' if near else ''}"
                 )
         self.hooks = tuple(
@@ -75,7 +77,9 @@ class TLModel:
             ValueError: If ``position_ids`` is given.
         """
         if position_ids is not None:
-            raise ValueError("TransformerLens models take no position_ids: use model_class_name: AutoModelForCausalLM")
+            raise ValueError(
+                "TransformerLens models take no position_ids: use model_class_name: AutoModelForCausalLM"
+            )
         masks = {} if attention_mask is None else {"attention_mask": attention_mask.to(self.device)}
         cache = self._run(input_ids, **masks)
         return {h.hook_name: cache[h.hook_name].reshape(*input_ids.shape, h.d_in) for h in self.hooks}
@@ -91,7 +95,8 @@ def load_tl_model(
     device: torch.device | str = "cpu",
     model_from_pretrained_kwargs: dict[str, Any] | None = None,
 ) -> TLModel:
-    """Load a TransformerLens model whole (it cannot be cut before loading), HookedTransformer the way SAELens does.
+    """Load a TransformerLens model whole (it cannot be cut before loading), HookedTransformer the way SAELens
+    does.
 
     Args:
         model_class_name: SAELens's name of the class.

@@ -1,4 +1,7 @@
-"""How far a dictionary trained on synthetic data found the true one: its directions, and the supports of its codes."""
+"""How far a dictionary trained on synthetic data found the true one.
+
+Its directions, and the supports of its codes.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from aen_lightning.metrics.sparsity import ACTIVE_THRESHOLD
 def support_scores(feature_acts: Tensor, true_acts: Tensor, matching: Matching) -> dict[str, float]:
     """How well the learned code says which true features are active.
 
-    A learned feature that is active counts as a true positive if its partner is active, else as a false positive; one
-    without a partner is always a false positive. Scores are means over samples, where nothing predicted and nothing to
-    predict both score 1, and 0 otherwise stands for 0/0.
+    A learned feature that is active counts as a true positive if its partner is active, else as a false
+    positive; one without a partner is always a false positive. Scores are means over samples, where nothing
+    predicted and nothing to predict both score 1, and 0 otherwise stands for 0/0.
 
     Args:
         feature_acts: Learned codes, shape (n, d_sae).
@@ -24,8 +27,8 @@ def support_scores(feature_acts: Tensor, true_acts: Tensor, matching: Matching) 
         matching: From :func:`~aen_lightning.metrics.match_features`, the learned dictionary first.
 
     Returns:
-        ``precision``, ``recall``, ``f1``, ``jaccard``, ``exact_support_rate`` (share of samples with no error at all), and
-        ``l0`` and ``true_l0``, the mean sizes.
+        ``precision``, ``recall``, ``f1``, ``jaccard``, ``exact_support_rate`` (share of samples with no error
+        at all), and ``l0`` and ``true_l0``, the mean sizes.
     """
     active, true = feature_acts.abs() > ACTIVE_THRESHOLD, true_acts.abs() > ACTIVE_THRESHOLD
     predicted = torch.zeros_like(true)
@@ -60,9 +63,9 @@ def ground_truth_scores(
         true_acts: Their true codes, shape (n, n_features).
 
     Returns:
-        ``matched_cosine`` (mean over the pairs of the best assignment, as ``aen_lightning.metrics.matched_cosine``),
-        ``found_at_0.9`` (share of true features whose partner has a cosine of 0.9 or more), ``support`` (see
-        :func:`support_scores`).
+        ``matched_cosine`` (mean over the pairs of the best assignment, as
+        ``aen_lightning.metrics.matched_cosine``), ``found_at_0.9`` (share of true features whose partner has
+        a cosine of 0.9 or more), ``support`` (see :func:`support_scores`).
 
     Source: arXiv:2605.05341, section 6.
     """

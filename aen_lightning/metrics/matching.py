@@ -44,18 +44,26 @@ def unit_rows(W_dec: Tensor, *, dtype: torch.dtype | None = None, chunk_size: in
     out = torch.empty(W_dec.shape, dtype=dtype, device=W_dec.device)
     for start in range(0, len(W_dec), chunk_size):
         rows = W_dec[start : start + chunk_size].detach().to(dtype)
-        out[start : start + chunk_size] = rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+        out[start : start + chunk_size] = rows / rows.norm(dim=-1, keepdim=True).clamp_min(
+            torch.finfo(dtype).tiny
+        )
     return out
 
 
 def match_features(
-    W_a: Tensor, W_b: Tensor, *, n_neighbours: int = 32, dense_limit: int = _DENSE_LIMIT, chunk_size: int = 4096
+    W_a: Tensor,
+    W_b: Tensor,
+    *,
+    n_neighbours: int = 32,
+    dense_limit: int = _DENSE_LIMIT,
+    chunk_size: int = 4096,
 ) -> Matching:
     """Assign features of one dictionary to those of another so that the sum of their cosines is largest.
 
-    Signs count: a feature is a direction, not a line. Up to ``dense_limit`` cosines the assignment is exact, in float64; beyond,
-    each feature of the first may take one of its ``n_neighbours`` nearest in the second, or stay alone (cosine 0), and the best
-    assignment under that is found, in memory that grows with ``n_neighbours`` only.
+    Signs count: a feature is a direction, not a line. Up to ``dense_limit`` cosines the assignment is exact,
+    in float64; beyond, each feature of the first may take one of its ``n_neighbours`` nearest in the second,
+    or stay alone (cosine 0), and the best assignment under that is found, in memory that grows with
+    ``n_neighbours`` only.
 
     Args:
         W_a: Shape (n_a, d_in).
@@ -95,14 +103,16 @@ def match_features(
 
 
 def matched_cosine(W_dec: Tensor, feature_vectors: Tensor) -> float:
-    """Mean cosine between the true features and the decoder rows that the best one-to-one assignment gives them.
+    """Mean cosine between the true features and the decoder rows that the best one-to-one assignment gives
+    them.
 
     Args:
         W_dec: Learned dictionary, shape (d_sae, d_in).
         feature_vectors: True dictionary, shape (n_features, d_in).
 
     Returns:
-        The mean over ``min(d_sae, n_features)`` pairs, in [-1, 1]; 1 means every feature was found. A zero row has cosine 0.
+        The mean over ``min(d_sae, n_features)`` pairs, in [-1, 1]; 1 means every feature was found. A zero
+        row has cosine 0.
 
     Source: the matched cosine (MCC) of arXiv:2605.05341, section 6.
     """
@@ -111,10 +121,13 @@ def matched_cosine(W_dec: Tensor, feature_vectors: Tensor) -> float:
 
 def _sparse_matching(cosines: np.ndarray[Any, Any], columns: np.ndarray[Any, Any], n_b: int) -> Matching:
     n_a, k = cosines.shape
-    # a column of its own for each row, at cosine 0: staying alone; costs are kept off zero, which a sparse matrix drops
+    # a column of its own for each row, at cosine 0: staying alone; costs are kept off zero, which a sparse
+    # matrix drops
     cost = np.concatenate([2.0 - cosines.clip(min=0), np.full((n_a, 1), 2.0)], axis=1)
     column = np.concatenate([columns, n_b + np.arange(n_a)[:, None]], axis=1)
-    graph = csr_array((cost.ravel(), column.ravel(), np.arange(0, n_a * (k + 1) + 1, k + 1)), shape=(n_a, n_b + n_a))
+    graph = csr_array(
+        (cost.ravel(), column.ravel(), np.arange(0, n_a * (k + 1) + 1, k + 1)), shape=(n_a, n_b + n_a)
+    )
     rows, chosen = min_weight_full_bipartite_matching(graph)
     paired = chosen < n_b
     rows, chosen = rows[paired], chosen[paired]
@@ -126,5 +139,7 @@ def _matching(
     rows: np.ndarray[Any, Any], columns: np.ndarray[Any, Any], cosines: np.ndarray[Any, Any], *, exact: bool
 ) -> Matching:
     order = np.argsort(rows)
-    first, second, cosine = (torch.from_numpy(np.ascontiguousarray(v[order])) for v in (rows, columns, cosines))
+    first, second, cosine = (
+        torch.from_numpy(np.ascontiguousarray(v[order])) for v in (rows, columns, cosines)
+    )
     return Matching(first.long(), second.long(), cosine.double(), exact)

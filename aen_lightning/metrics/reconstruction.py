@@ -1,8 +1,9 @@
 """How well inputs are reconstructed, as torchmetrics classes.
 
-Every metric keeps sums, so that ranks and batches reduce exactly: the value is that of one pass over all tokens. Definitions:
-arXiv:2605.05341, section 6, as written out with each class. Sums are replaced, not added to in place: Lightning validates and
-resets in inference mode, and what was made there may not be changed in place in the fit that follows.
+Every metric keeps sums, so that ranks and batches reduce exactly: the value is that of one pass over all
+tokens. Definitions: arXiv:2605.05341, section 6, as written out with each class. Sums are replaced, not added
+to in place: Lightning validates and resets in inference mode, and what was made there may not be changed in
+place in the fit that follows.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from aen_lightning.metrics.token_mean import TokenMean
 class ExplainedVariance(Metric):
     """``1 - sum_i var(x - x_hat)_i / sum_i var(x)_i``, variances over tokens, dimensionless (1 is perfect).
 
-    A constant offset between ``x`` and ``x_hat`` costs nothing here, unlike in SAELens's variant, which takes the squared error in
-    the numerator.
+    A constant offset between ``x`` and ``x_hat`` costs nothing here, unlike in SAELens's variant, which takes
+    the squared error in the numerator.
 
     Args:
         d_in: Width of the activations.
@@ -62,7 +63,10 @@ class ExplainedVariance(Metric):
 
 
 class R2(ExplainedVariance):
-    """``1 - mean ||x - x_hat||^2 / sum_i var(x)_i``: SAELens's ``explained_variance``, where a constant offset counts as error."""
+    """``1 - mean ||x - x_hat||^2 / sum_i var(x)_i``.
+
+    SAELens's ``explained_variance``, where a constant offset counts as error.
+    """
 
     def compute(self) -> Tensor:
         """R squared over all tokens seen."""
@@ -71,7 +75,10 @@ class R2(ExplainedVariance):
 
 
 class MSE(Metric):
-    """Mean over tokens and dimensions of ``(x - x_hat)^2``, in squared activation units (the paper's form: no sum over ``d_in``)."""
+    """Mean over tokens and dimensions of ``(x - x_hat)^2``, in squared activation units (the paper's form.
+
+    No sum over ``d_in``).
+    """
 
     full_state_update = False
     higher_is_better = False
@@ -103,7 +110,10 @@ class SquaredError(TokenMean):
 
 
 class Cosine(TokenMean):
-    """Mean over tokens of the cosine between ``x`` and ``x_hat``, as SAELens's ``cossim``; 0 where one of them is zero."""
+    """Mean over tokens of the cosine between ``x`` and ``x_hat``, as SAELens's ``cossim``.
+
+    0 where one of them is zero.
+    """
 
     def update(self, x: Tensor, x_hat: Tensor) -> None:
         """Add inputs and reconstructions of shape (..., d_in)."""
@@ -111,7 +121,10 @@ class Cosine(TokenMean):
 
 
 class ShrinkageRatio(Metric):
-    """``||x_hat||_1 / ||x||_1`` summed over tokens, dimensionless; below 1 the reconstruction is too small."""
+    """``||x_hat||_1 / ||x||_1`` summed over tokens, dimensionless.
+
+    Below 1 the reconstruction is too small.
+    """
 
     full_state_update = False
     higher_is_better = None
@@ -143,7 +156,10 @@ class L2Ratio(TokenMean):
 
 
 class RelativeReconstructionBias(Metric):
-    """``mean ||x_hat||^2 / mean x . x_hat`` (equation 10 of arXiv:2404.16014); below 1 the reconstruction is too small."""
+    """``mean ||x_hat||^2 / mean x .
+
+    X_hat`` (equation 10 of arXiv:2404.16014); below 1 the reconstruction is too small.
+    """
 
     full_state_update = False
     is_differentiable = False

@@ -1,4 +1,6 @@
-"""How many features fire, and which, as torchmetrics classes on sums (see :mod:`aen_lightning.metrics.reconstruction`)."""
+"""How many features fire, and which, as torchmetrics classes on sums (see
+:mod:`aen_lightning.metrics.reconstruction`).
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,8 @@ class DeadFeatures(Metric):
 
 
 class FeatureUse(Metric):
-    """How often each feature fires and how strongly: firing counts, summed activations, and what follows from them.
+    """How often each feature fires and how strongly: firing counts, summed activations, and what follows from
+    them.
 
     Args:
         d_sae: Number of features.
@@ -117,7 +120,9 @@ class FeatureUse(Metric):
         self.n_tokens = self.n_tokens + acts.shape[0]
 
     def compute(self) -> dict[str, Tensor]:
-        """``density`` (firings per token) and ``mean_when_active`` (0 for features that never fired), each (d_sae,)."""
+        """``density`` (firings per token) and ``mean_when_active`` (0 for features that never fired), each
+        (d_sae,).
+        """
         return {
             "density": self.n_firings.double() / self.n_tokens,
             "mean_when_active": self.acts_sum / self.n_firings.clamp_min(1),
@@ -136,10 +141,10 @@ def utilisation(density: Tensor) -> dict[str, float]:
         density: Firing rate per feature, shape (d_sae,), ``>= 0``.
 
     Returns:
-        ``gini``: Gini coefficient of the rates, 0 if all are equal, ``1 - 1/d_sae`` if one feature does everything;
-        ``normalized_entropy``: entropy of the rates as a distribution over features, divided by ``log d_sae``;
-        ``top_1pct_mass`` and ``top_10pct_mass``: share of all firings that fall to the most frequent 1 % and 10 % of features
-        (at least one). All nan if nothing fired.
+        ``gini``: Gini coefficient of the rates, 0 if all are equal, ``1 - 1/d_sae`` if one feature does
+        everything; ``normalized_entropy``: entropy of the rates as a distribution over features, divided by
+        ``log d_sae``; ``top_1pct_mass`` and ``top_10pct_mass``: share of all firings that fall to the most
+        frequent 1 % and 10 % of features (at least one). All nan if nothing fired.
 
     Source: arXiv:2605.05341, section 6 ("utilisation of firing rates").
     """
@@ -160,7 +165,8 @@ def density_histogram(density: Tensor, *, low: float = -7.0, step: float = 0.25)
     """Histogram of ``log10`` firing rate over the features that fired.
 
     Returns:
-        ``log10_edges`` (n + 1 numbers, from ``low`` to 0), ``counts`` (n numbers; rarer features are in the first bin), ``n_never``.
+        ``log10_edges`` (n + 1 numbers, from ``low`` to 0), ``counts`` (n numbers; rarer features are in the
+        first bin), ``n_never``.
     """
     alive = density[density > 0].double().log10().clamp(low, 0)
     n_bins = round(-low / step)

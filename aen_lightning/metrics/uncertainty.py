@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from aen_lightning.compat import compute_again
+
 Estimate = dict[str, float | None]
 """``value`` and ``se``, its standard error (None where it cannot be told)."""
 
@@ -21,8 +23,8 @@ def jackknife(sums: Tensor, statistic: Callable[[Tensor], Tensor]) -> tuple[Tens
         statistic: From the sums over all groups, shape (...), to any tensor.
 
     Returns:
-        The statistic, and its standard error of the same shape; nan with fewer than two groups. Groups must be about
-        equally large and close to independent: here they are runs of whole context rows.
+        The statistic, and its standard error of the same shape; nan with fewer than two groups. Groups must
+        be about equally large and close to independent: here they are runs of whole context rows.
 
     Source: the delete-a-group jackknife; Efron & Stein (1981), Ann. Stat. 9(3).
     """
@@ -39,15 +41,14 @@ def jackknife_metric(groups: Sequence[Metric]) -> Estimate:
     filled = [m for m in groups if m.update_called]
     if not filled:
         return {"value": None, "se": None}
-    names = list(filled[0]._defaults)
+    names = list(filled[0].metric_state)
     states = {name: torch.stack([getattr(m, name) for m in filled]) for name in names}
     probe = copy.deepcopy(filled[0])
 
     def at(state: dict[str, Tensor]) -> Tensor:
         for name, tensor in state.items():
             setattr(probe, name, tensor)
-        probe._computed = None
-        return probe.compute().double()
+        return compute_again(probe).double()
 
     totals = {name: tensor.sum(dim=0) for name, tensor in states.items()}
     value, n = at(totals), len(filled)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--virtual-time-budget=20000",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-dev-shm-usage", "--hide-scrollbars", "--virtual-time-budget=20000",
 )  # fmt: skip
 WIDTH_PX = 1280
 _OPEN = "open=2&rows=24"  # of features, in pictures: so many unfolded, so many listed
@@ -22,7 +23,7 @@ _HIGHEST_PX = 16000  # Chromium's textures end at 16384
 
 
 def find_browser(given: str | None = None) -> str | None:
-    """Path of a Chromium or Chrome: the given one, or the first known name that can be run; None if there is none.
+    """Path of a Chromium or Chrome: the given one, or the first known name that can be run, or None.
 
     Raises:
         FileNotFoundError: If the given one cannot be run.
@@ -72,7 +73,7 @@ def take_pictures(
 
 
 def measure(browser: str, page: Path, fragment: str = "", *, timeout_seconds: float = 120) -> dict[str, int]:
-    """Heights in pixels, which the page notes when its figures are drawn: ``page``, ``legend``, and each card by its id.
+    """Heights in pixels: ``page``, ``legend``, and each card by its id. The page notes them when it is drawn.
 
     Raises:
         RuntimeError: If its scripts did not finish.
@@ -88,7 +89,14 @@ def measure(browser: str, page: Path, fragment: str = "", *, timeout_seconds: fl
 def _run(browser: str, page: Path, fragment: str, flags: Sequence[str], timeout_seconds: float) -> bytes:
     address = page.resolve().as_uri() + (f"#{fragment}" if fragment else "")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        command = [browser, *_FLAGS, f"--user-data-dir={profile}", f"--window-size={WIDTH_PX},1200", *flags, address]
+        command = [
+            browser,
+            *_FLAGS,
+            f"--user-data-dir={profile}",
+            f"--window-size={WIDTH_PX},1200",
+            *flags,
+            address,
+        ]
         try:
             done = subprocess.run(command, capture_output=True, timeout=timeout_seconds, check=False)
         except subprocess.TimeoutExpired as e:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from aen_lightning.report.runs import Dictionary
+from aen_lightning.report.trained import TrainedSAE
 
 MAX_POINTS = 1000
 """Most points of a curve; a longer one is thinned evenly, its last point kept."""
@@ -27,7 +28,8 @@ class Figure:
         section: Heading it stands under.
         title: What it shows.
         caption: How to read it: what a good curve looks like, and what a bad one means.
-        figure: Traces of one dictionary have its label as ``legendgroup``; the page has one legend for all figures.
+        figure: Traces of one dictionary have its label as ``legendgroup``; the page has one legend for all
+            figures.
         own_legend: Whether the figure has a legend of its own instead.
     """
 
@@ -45,6 +47,11 @@ def floats(values: Iterable[Any]) -> list[float | None]:
     return [float(v) if np.isfinite(v) else None for v in values]
 
 
+def plain(text: str) -> str:
+    """``text`` for a trace, shown as it is: plotly reads names and texts as a kind of HTML, with links."""
+    return escape(text, quote=False)
+
+
 def thin(series: pd.Series[Any]) -> pd.Series[Any]:
     """At most ``MAX_POINTS`` points of a curve, evenly spaced, with the first and the last."""
     if len(series) <= MAX_POINTS:
@@ -59,12 +66,18 @@ def finish(figure: go.Figure, height: int) -> go.Figure:
         font={"family": "system-ui, sans-serif", "size": 13}, hovermode="closest",
         hoverlabel={"namelength": -1},
     )  # fmt: skip
-    axis = {"showline": True, "linecolor": "#9aa5b1", "gridcolor": _GRID, "zeroline": False, "ticks": "outside"}
+    axis = {
+        "showline": True,
+        "linecolor": "#9aa5b1",
+        "gridcolor": _GRID,
+        "zeroline": False,
+        "ticks": "outside",
+    }
     return figure.update_xaxes(**axis).update_yaxes(**axis)
 
 
 def log_axis(values: Iterable[float | None]) -> dict[str, Any]:
-    """A logarithmic axis with plain numbers: plotly's own labels are bare digits (2, 5) between the powers of ten."""
+    """A logarithmic axis with plain numbers; plotly writes bare digits (2, 5) between the powers of ten."""
     positive = [v for v in values if v is not None and v > 0] or [1.0]
     low, high = np.log10(min(positive)), np.log10(max(positive))
     powers = range(int(np.floor(low)) - 1, int(np.ceil(high)) + 1)
@@ -78,14 +91,22 @@ def log_axis(values: Iterable[float | None]) -> dict[str, Any]:
 
 
 def add_histogram(
-    figure: go.Figure, d: Dictionary, colour: str, values: NDArray[Any], edges: NDArray[Any], note: str, **at: int
+    figure: go.Figure,
+    d: TrainedSAE,
+    colour: str,
+    values: NDArray[Any],
+    edges: NDArray[Any],
+    note: str,
+    **at: int,
 ) -> None:
-    """Percent of all values in each bin, as a line through the middles of the bins, which many dictionaries can share."""
+    """Percent of all values in each bin, as a line through the middles of the bins: many SAEs fit in one."""
     share = 100 * np.histogram(values, edges)[0] / max(1, len(values))
     figure.add_trace(
         go.Scatter(
-            x=floats((edges[1:] + edges[:-1]) / 2), y=floats(share), mode="lines", line={"color": colour, "width": 1.8},
-            name=d.label, legendgroup=d.label, hovertemplate=f"{d.label}{note}<br>%{{y:.2f}} % of features here<extra></extra>",
+            x=floats((edges[1:] + edges[:-1]) / 2), y=floats(share), mode="lines",
+            line={"color": colour, "width": 1.8},
+            name=plain(d.label), legendgroup=d.label,
+            hovertemplate=f"%{{fullData.name}}{note}<br>%{{y:.2f}} % of features here<extra></extra>",
         ),
         **at,
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Where a dictionary comes from: what its run's folder and this process can tell, without secrets or local paths."""
+"""Where a dictionary comes from: what its run and this process can tell, without secrets or local paths."""
 
 from __future__ import annotations
 
-import csv
+import math
 import re
 import subprocess
 from collections.abc import Mapping
@@ -12,7 +12,13 @@ from typing import Any
 
 import yaml
 
+from aen_lightning.runs.curves import read_curves
 from aen_lightning.runs.dictionary import Dictionary
+from aen_lightning.runs.layout import CONFIG_FILE
+from aen_lightning.saes.aen import ARCHITECTURE
+
+COEFFICIENTS = {"l1_coefficient": "lambda_1", "l2_coefficient": "lambda_2"}
+"""SAELens's names of an AEN-SAE's coefficients, which sum over ``d_in``, and the paper's, which average."""
 
 _PACKAGES = ("aen-lightning", "sae-lens", "torch", "lightning", "transformers", "datasets", "huggingface-hub")
 _SECRET_KEY = re.compile(
@@ -31,27 +37,54 @@ _TRAINER_KEYS = (
     "devices",
     "num_nodes",
 )
-_EVAL_SPLITS = ("val", "test")
 
 
-def collect(dictionary: Dictionary) -> dict[str, Any]:
+def collect_provenance(dictionary: Dictionary) -> dict[str, Any]:
     """What is known of the training, in plain JSON types; what is not known is left out.
 
     Returns:
-        ``evaluation`` (held-out metrics by name), ``training_metrics`` (the last logged), ``n_training_samples``, ``seed``,
-        ``recipe`` (model, data and trainer sections of ``config.yaml``), ``environment_at_publishing`` (package versions),
-        ``git_commit_at_publishing`` (of the working directory, with ``-dirty`` if it had changes).
+        ``evaluation`` (held-out metrics by name), ``training_metrics`` (the last logged),
+        ``n_training_samples``, ``n_training_steps``, ``seed``, ``recipe`` (model, data and trainer sections
+        of ``config.yaml``), ``environment_at_publishing`` (package versions), ``git_commit_at_publishing``
+        (of the working directory, with ``-dirty`` if it had changes).
+
+    Raises:
+        ValueError: If the run's ``metrics.csv`` is not one.
     """
     found: dict[str, Any] = dict(dictionary.metadata.get("provenance") or {})
     if dictionary.run is not None:
-        rows = _last_values(dictionary.run / "metrics.csv")
-        found |= _metrics(rows, dictionary.name)
         found |= _recipe(dictionary.run)
+        if (curves := read_curves(dictionary.run)) is not None:
+            found["evaluation"] = _finite(curves.held_out(dictionary.name))
+            found["training_metrics"] = _finite(curves.in_training(dictionary.name))
+            found["n_training_samples"] = curves.n_training_samples
+            found["n_training_steps"] = curves.n_training_steps
     found["environment_at_publishing"] = versions()
-    commit = git_commit()
-    if commit is not None:
-        found["git_commit_at_publishing"] = commit
+    found["git_commit_at_publishing"] = git_commit()
     return dict(scrub({key: value for key, value in found.items() if value not in (None, {}, [])}))
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+    """Without what JSON has no word for."""
+    return {key: value for key, value in values.items() if math.isfinite(value)}
+
+
+def training_settings(dictionary: Dictionary) -> dict[str, Any]:
+    """What a dictionary says it was trained with: sizes, and the fields of its training config.
+
+    Where an AEN-SAE has SAELens's coefficients, ``lambda_1`` and ``lambda_2`` of the paper stand in their
+    place.
+    """
+    cfg, details = dictionary.cfg, dict(dictionary.metadata.get("training_architecture_details") or {})
+    settings: dict[str, Any] = {"d_in": cfg["d_in"], "d_sae": cfg["d_sae"]}
+    if dictionary.training_architecture == ARCHITECTURE:
+        for ours, paper in COEFFICIENTS.items():
+            if isinstance(details.get(ours), int | float):
+                settings[paper] = float(f"{details.pop(ours) / cfg['d_in']:.6g}")
+    settings |= details
+    if "k" in cfg:
+        settings.setdefault("k", cfg["k"])
+    return settings
 
 
 def versions() -> dict[str, str]:
@@ -69,7 +102,9 @@ def git_commit(folder: Path | None = None) -> str | None:
     """Commit of the repository that holds ``folder`` (the working directory), or None outside of any."""
     where = ["git", "-C", str(folder or Path.cwd())]
     try:
-        head = subprocess.run([*where, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        head = subprocess.run(
+            [*where, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
         changes = subprocess.run(
             [*where, "status", "--porcelain", "--untracked-files=no"],
             capture_output=True, text=True, timeout=30, check=True,
@@ -82,11 +117,16 @@ def git_commit(folder: Path | None = None) -> str | None:
 def scrub(value: Any) -> Any:
     """A copy without secrets, and with local paths cut to their last part.
 
-    Entries under keys such as ``token`` or ``password`` are left out; strings that look like an access token, or hold a password
-    in an address, become ``"(removed)"``; an absolute path, or one that leads out of the working directory, keeps its name only.
+    Entries under keys such as ``token`` or ``password`` are left out; strings that look like an access token,
+    or hold a password in an address, become ``"(removed)"``; an absolute path, or one that leads out of the
+    working directory, keeps its name only.
     """
     if isinstance(value, Mapping):
-        return {str(k): scrub(v) for k, v in value.items() if not (_SECRET_KEY.search(str(k)) and isinstance(v, str))}
+        return {
+            str(k): scrub(v)
+            for k, v in value.items()
+            if not (_SECRET_KEY.search(str(k)) and isinstance(v, str))
+        }
     if isinstance(value, list | tuple):
         return [scrub(v) for v in value]
     if isinstance(value, Path):
@@ -103,48 +143,8 @@ def is_local_path(value: str) -> bool:
     return bool(re.match(r"(/|~|\.\.?(/|$)|[A-Za-z]:[\\/]|file:)", value)) and "\n" not in value
 
 
-def _last_values(file: Path) -> dict[str, float]:
-    """The last value of every column of a CSVLogger's file; rows hold train and validation values in turn."""
-    last: dict[str, float] = {}
-    if file.is_file():
-        with file.open(newline="", encoding="utf-8") as stream:
-            for row in csv.DictReader(stream):
-                for key, text in row.items():
-                    # a validation after the fit is logged one step beyond the last
-                    if key and text and (key != "step" or row.get("details/n_training_samples") or key not in last):
-                        try:
-                            last[key] = float(text)
-                        except ValueError:
-                            continue
-    return last
-
-
-def _metrics(last: Mapping[str, float], name: str | None) -> dict[str, Any]:
-    evaluation: dict[str, float] = {}
-    training: dict[str, float] = {}
-    found: dict[str, Any] = {"evaluation": evaluation, "training_metrics": training}
-    for column, value in last.items():
-        if column == "details/n_training_samples":
-            found["n_training_samples"] = int(value)
-        key = column.removesuffix("_epoch")
-        if name is not None:  # one of several in a run: its columns have its name in front, or behind the split's
-            if f"/{name}/" not in f"/{key}":
-                continue
-            key = f"/{key}".replace(f"/{name}/", "/", 1)[1:]
-        split, _, rest = key.partition("/")
-        if split in _EVAL_SPLITS:
-            evaluation[
-                rest.removeprefix("metrics/") if split == "val" else f"{split}/{rest.removeprefix('metrics/')}"
-            ] = value
-        elif split in ("metrics", "losses", "sparsity"):
-            training[key] = value
-    if "step" in last:
-        found["n_training_steps"] = int(last["step"]) + 1
-    return found
-
-
 def _recipe(run: Path) -> dict[str, Any]:
-    config_file = run / "config.yaml"
+    config_file = run / CONFIG_FILE
     if not config_file.is_file():
         return {}
     try:

@@ -1,4 +1,7 @@
-"""The state that adapts while an AEN-SAE trains, and the operations on it; shared by every architecture of the family."""
+"""The state that adapts while an AEN-SAE trains, and the operations on it.
+
+Shared by every architecture of the family.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,7 @@ _START = {
 STATE_BUFFERS = tuple(_START)
 """Training state that no inference architecture knows: dropped when a dictionary is exported."""
 
-_SCALE_DECAY = (
-    0.99  # of the running mean activation of the concave penalties; it follows the activations, not the features
-)
+_SCALE_DECAY = 0.99  # of the running mean activation of the concave penalties; it follows the activations, not the features
 
 
 class AdaptiveState(FullPrecisionBuffers):
@@ -36,11 +37,14 @@ class AdaptiveState(FullPrecisionBuffers):
 
     State (buffers of at least float32, saved with the training SAE, dropped on export):
         feature_acts_ema: ``m``, shape (d_sae,), running mean of each feature's activation; starts at 1.
-        firing_rate_ema: Shape (d_sae,), running firing rates, up to a common factor, as they start at 0; only with a starvation guard.
+        firing_rate_ema: Shape (d_sae,), running firing rates, up to a common factor, as they start at 0; only
+            with a starvation guard.
         l1_weights: ``u``, shape (d_sae,), the weights that enter the loss; start at 1.
         ramp: Scalar in [0, 1], how far the adaptive weights are let in.
-        decoder_norm: Shape (d_sae,), the L2 norm that each decoder row is held to; 1 until a scaling is folded in.
-        activation_scale: Scalar ``tau``, running mean of the activations that are not zero; only with a concave penalty.
+        decoder_norm: Shape (d_sae,), the L2 norm that each decoder row is held to; 1 until a scaling is
+            folded in.
+        activation_scale: Scalar ``tau``, running mean of the activations that are not zero; only with a
+            concave penalty.
         n_observed_steps: Scalar int64, training steps observed.
     """
 
@@ -75,12 +79,13 @@ class AdaptiveState(FullPrecisionBuffers):
     def observe(
         self, mean_feature_acts: Tensor, firing_rates: Tensor | None = None, *, n_micro_batches: int = 1
     ) -> None:
-        """Move the running means towards this batch: ``m <- beta m + (1 - beta) mean_b |h_b|``, the others likewise.
+        """Move the running means towards this batch: ``m <- beta m + (1 - beta) mean_b |h_b|``, the others
+        likewise.
 
         Args:
             mean_feature_acts: Mean activation of each feature over the batch of all ranks, shape (d_sae,).
-            firing_rates: Share of that batch on which each feature fired, likewise; needed with a starvation guard or a concave
-                penalty only.
+            firing_rates: Share of that batch on which each feature fired, likewise; needed with a starvation
+                guard or a concave penalty only.
             n_micro_batches: See :class:`StepSchedule`.
         """
         mean = mean_feature_acts.to(self.feature_acts_ema.dtype)
@@ -99,7 +104,10 @@ class AdaptiveState(FullPrecisionBuffers):
 
     @torch.no_grad()
     def refresh_weights(self) -> None:
-        """Recompute the weights that enter the loss: ``u = 1 + (w - 1) * ramp``, times the starvation guard's factors if it is on."""
+        """Recompute the weights that enter the loss.
+
+        ``u = 1 + (w - 1) * ramp``, times the starvation guard's factors if it is on.
+        """
         weights = adaptive_weights(
             self.feature_acts_ema,
             gamma=self.cfg.gamma,
@@ -122,7 +130,8 @@ class AdaptiveState(FullPrecisionBuffers):
     def observe_and_refresh(
         self, mean_feature_acts: Tensor, n_firings: Tensor | None, n_tokens: int, schedule: StepSchedule
     ) -> None:
-        """Reduce a batch's statistics over the ranks, observe them, and refresh the weights if it is time; in eval mode nothing.
+        """Reduce a batch's statistics over the ranks, observe them, and refresh the weights if it is time; in
+        eval mode nothing.
 
         Args:
             mean_feature_acts: Over this rank's batch, shape (d_sae,).
@@ -150,7 +159,9 @@ class AdaptiveState(FullPrecisionBuffers):
 
     def scheduled_ramp(self, n_steps: int) -> float:
         """The ramp that the config asks for at training step ``n_steps``, the first being 1."""
-        return warmup_ramp(n_steps, delay_steps=self.cfg.warmup_delay_steps, ramp_steps=self.cfg.warmup_ramp_steps)
+        return warmup_ramp(
+            n_steps, delay_steps=self.cfg.warmup_delay_steps, ramp_steps=self.cfg.warmup_ramp_steps
+        )
 
     def adaptive_metrics(self) -> dict[str, Callable[[], Tensor]]:
         """What to log of the state, computed when called."""
@@ -171,7 +182,8 @@ class AdaptiveState(FullPrecisionBuffers):
         state = {name: getattr(self, name) for name in STATE_BUFFERS if name != "decoder_norm"}
         return {name: value.detach().cpu().clone() for name, value in state.items() if value is not None}
 
-    # --- decoder rows of fixed norm -------------------------------------------------------------------------------
+    # --- decoder rows of fixed norm
+    # -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -185,15 +197,18 @@ class AdaptiveState(FullPrecisionBuffers):
     def _row_scale(self, W_dec: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(W_dec.detach(), dim=-1, keepdim=True).clamp_min(1e-12)
         scale = self.decoder_norm.unsqueeze(1) / norm
-        # a row that is right to rounding stays as it is, so that projecting twice, as an export does, changes nothing
+        # a row that is right to rounding stays as it is, so that projecting twice, as an export does, changes
+        # nothing
         right = (scale - 1).abs() <= 8 * torch.finfo(scale.dtype).eps
         return scale.masked_fill(right, 1.0)
 
     def folded_to_unit_rows(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Encoder, encoder bias and decoder whose rows have their norm, with the function that the given ones have.
+        """Encoder, encoder bias and decoder whose rows have their norm, with the function that the given ones
+        have.
 
-        After an optimizer step without the projection that follows it, rows are off their norm; dropping the difference would
-        change the function. It goes into ``W_enc`` and ``b_enc``, and features grow by what their rows shrink.
+        After an optimizer step without the projection that follows it, rows are off their norm; dropping the
+        difference would change the function. It goes into ``W_enc`` and ``b_enc``, and features grow by what
+        their rows shrink.
         """
         W_dec = state_dict["W_dec"]
         scale = self._row_scale(W_dec.detach().to(self.decoder_norm.dtype)).squeeze(1)
@@ -205,16 +220,21 @@ class AdaptiveState(FullPrecisionBuffers):
         }
         return {name: value.to(W_dec.dtype).contiguous() for name, value in folded.items()}
 
-    # --- loading --------------------------------------------------------------------------------------------------
+    # --- loading
+    # --------------------------------------------------------------------------------------------------
 
     def complete_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Cast the state back to its precision, which SAELens's loader took, and add what an older or an inference folder lacks."""
+        """Cast the state back to its precision, which SAELens's loader took, and add what an older or an
+        inference folder lacks.
+        """
         for name, start in _START.items():
             buffer: Tensor | None = getattr(self, name)
             if buffer is None:
                 state_dict.pop(name, None)
             else:  # the loader makes this SAE on the meta device, so a start is made anew
-                found = state_dict.get(name, torch.full(buffer.shape, start, device=state_dict["W_dec"].device))
+                found = state_dict.get(
+                    name, torch.full(buffer.shape, start, device=state_dict["W_dec"].device)
+                )
                 state_dict[name] = found.to(buffer.dtype)
 
 

@@ -1,7 +1,7 @@
 """AEN-SAE as a SAELens architecture: the inference class and the training class (arXiv:2605.05341).
 
-At inference an AEN-SAE *is* a ReLU SAE, so it is exported as ``standard`` unless asked otherwise and then loads
-without this package.
+At inference an AEN-SAE *is* a ReLU SAE, so it is exported as ``standard`` unless asked otherwise and then
+loads without this package.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ class AENSAE(StandardSAE):
 class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
     """Trains an AEN-SAE; owns the adaptive state (:class:`~aen_lightning.saes.adaptive.AdaptiveState`).
 
-    Under SAELens's trainer, which has no hooks, :meth:`training_forward_pass` schedules all of it from the config. A driver that
-    has hooks (our LightningModules) calls :meth:`set_ramp` and :meth:`normalize_decoder` itself and hands each batch to
-    :meth:`scheduled_forward_pass` with a :class:`StepSchedule`. In eval mode no state changes.
+    Under SAELens's trainer, which has no hooks, :meth:`training_forward_pass` schedules all of it from the
+    config. A driver that has hooks (our LightningModules) calls :meth:`set_ramp` and
+    :meth:`normalize_decoder` itself and hands each batch to :meth:`scheduled_forward_pass` with a
+    :class:`StepSchedule`. In eval mode no state changes.
     """
 
     b_enc: nn.Parameter
@@ -72,12 +73,15 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
         with torch.no_grad():
             self.W_dec.div_(self.get_W_dec_norm().unsqueeze(1))
 
-    # --- training -------------------------------------------------------------------------------------------------
+    # --- training
+    # -------------------------------------------------------------------------------------------------
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         return {
-            "l1": TrainCoefficientConfig(value=self.cfg.l1_coefficient, warm_up_steps=self.cfg.l1_warmup_steps),
+            "l1": TrainCoefficientConfig(
+                value=self.cfg.l1_coefficient, warm_up_steps=self.cfg.l1_warmup_steps
+            ),
             "l2": self.cfg.l2_coefficient,
         }
 
@@ -101,7 +105,10 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
     ) -> dict[str, Tensor]:
         """``l1_loss`` and ``l2_loss``, each with its coefficient; reads the state and never writes it."""
         l1, l2 = elastic_net_terms(feature_acts, self.l1_weights, self._slopes(feature_acts))
-        return {"l1_loss": step_input.coefficients["l1"] * l1, "l2_loss": self._l2_coefficient(step_input) * l2}
+        return {
+            "l1_loss": step_input.coefficients["l1"] * l1,
+            "l2_loss": self._l2_coefficient(step_input) * l2,
+        }
 
     def _slopes(self, feature_acts: Tensor) -> Tensor | None:
         if self.activation_scale is None:
@@ -115,10 +122,12 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """One training step's forward under a trainer without hooks, such as SAELens's: the schedule is the config's.
+        """One training step's forward under a trainer without hooks, such as SAELens's: the schedule is the
+        config's.
 
         Args:
-            step_input: ``sae_in`` of shape (..., d_in); ``n_training_steps`` counts the steps finished before this one.
+            step_input: ``sae_in`` of shape (..., d_in); ``n_training_steps`` counts the steps finished before
+                this one.
         """
         if self.training:
             self.normalize_decoder()
@@ -126,10 +135,11 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
         return self.scheduled_forward_pass(step_input, StepSchedule())
 
     def scheduled_forward_pass(self, step_input: TrainStepInput, schedule: StepSchedule) -> TrainStepOutput:
-        """Encode, observe, refresh the weights, then the loss (paper, sections 2 and 3); in eval mode without the middle two.
+        """Encode, observe, refresh the weights, then the loss (paper, sections 2 and 3); in eval mode without
+        the middle two.
 
-        Once few enough features fire, all of it is computed on the non-zeros of the code, with the same result to rounding;
-        ``feature_acts`` of the output is then a coalesced COO tensor.
+        Once few enough features fire, all of it is computed on the non-zeros of the code, with the same
+        result to rounding; ``feature_acts`` of the output is then a coalesced COO tensor.
 
         Args:
             step_input: ``sae_in`` of shape (..., d_in); the step on the non-zeros takes (batch, d_in) only.
@@ -141,7 +151,8 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
         sae_out = self.decode(feature_acts)
         by_token = feature_acts.detach().flatten(end_dim=-2)
         counts = by_token.count_nonzero(dim=0) if self.counts_firings else None
-        # h >= 0, so |h| is h; the mean is taken in at least float32 since a bf16 mean over a batch loses rare features.
+        # h >= 0, so |h| is h; the mean is taken in at least float32 since a bf16 mean over a batch loses rare
+        # features.
         mean = by_token.mean(dim=0, dtype=self.feature_acts_ema.dtype)
         self.observe_and_refresh(mean, counts, len(by_token), schedule)
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
@@ -152,12 +163,17 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
         return self._step_output(step_input, sae_out, feature_acts, hidden_pre, losses)
 
     def sparse_step_applies(self) -> bool:
-        """Whether the present configuration can take the step on the non-zeros; it then does once the code is sparse."""
+        """Whether the present configuration can take the step on the non-zeros.
+
+        It then does once the code is sparse.
+        """
         on_this_device = self.cfg.sparse_step == "on" or self.W_enc.device.type == "cpu"
         return on_this_device and self._own_step_applies()
 
     def _own_step_applies(self) -> bool:
-        """Whether the step can be that of :mod:`aen_lightning.sparse`, dense or on the non-zeros, and not autograd's."""
+        """Whether the step can be that of :mod:`aen_lightning.sparse`, dense or on the non-zeros, and not
+        autograd's.
+        """
         return (
             self.cfg.sparse_step != "off"
             and self.dtype in (torch.float32, torch.float64)
@@ -216,7 +232,10 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
         )
 
     def _convexity_metric(self, step_input: TrainStepInput) -> dict[str, Callable[[], Tensor]]:
-        """``coding_convexity``: at least 1 where the ridge term makes coding convex for every dictionary, below 1 where it does not."""
+        """``coding_convexity``.
+
+        At least 1 where the ridge term makes coding convex for every dictionary, below 1 where it does not.
+        """
         if (scale := self.activation_scale) is None:
             return {}
         l1, l2 = step_input.coefficients["l1"], self._l2_coefficient(step_input)
@@ -227,7 +246,8 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
 
         return {"coding_convexity": convexity}
 
-    # --- saving, loading, folding ---------------------------------------------------------------------------------
+    # --- saving, loading, folding
+    # ---------------------------------------------------------------------------------
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
@@ -251,7 +271,9 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
         self.decoder_norm.div_(scaling_factor)
 
     @override
-    def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
+    def fold_activation_whitening(
+        self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
+    ) -> None:
         super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
         self.decoder_norm.copy_(self.get_W_dec_norm())
 

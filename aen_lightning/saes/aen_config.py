@@ -30,38 +30,47 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
     """Config for training an AEN-SAE; the defaults are those published for Pythia-70M (``d_in`` 512).
 
     Coefficients are in SAELens's form, where the squared error is summed over ``d_in``;
-    :meth:`from_paper` converts the paper's lambdas. ``gamma=0`` is the plain elastic net, ``l2_coefficient=0`` the
-    adaptive lasso, both the standard L1 SAE with a unit-norm decoder.
+    :meth:`from_paper` converts the paper's lambdas. ``gamma=0`` is the plain elastic net,
+    ``l2_coefficient=0`` the adaptive lasso, both the standard L1 SAE with a unit-norm decoder.
 
     Args:
         l1_coefficient: Weight of ``mean_b sum_j u_j h_bj``, ``>= 0``. ``d_in`` times the paper's lambda_1.
         l2_coefficient: Weight of ``mean_b sum_j h_bj^2``, ``>= 0``. ``d_in`` times the paper's lambda_2.
         gamma: Exponent of the adaptive weights, ``>= 0``, dimensionless.
-        ema_decay: Decay of the running mean per training step, in [0, 1); half-life about ``ln 2 / (1 - ema_decay)`` steps.
+        ema_decay: Decay of the running mean per training step, in [0, 1); half-life about ``ln 2 / (1 -
+            ema_decay)`` steps.
         weight_min: Lower bound of the adaptive weights, in (0, 1].
         weight_max: Upper bound of the adaptive weights, ``>= 1``; what a silent feature gets.
         reference_fraction: Share of the strongest features, in (0, 1], whose mean is the reference level.
-        warmup_delay_steps: Training steps with all weights 1; zero or less: adaptive weights from the first step.
-        warmup_ramp_steps: Training steps over which the adaptive weights are let in after the delay, ``>= 0``.
-        l1_warmup_steps: Training steps over which the whole L1 term rises from 0, ``>= 0``; the paper has none.
+        warmup_delay_steps: Training steps with all weights 1; zero or less: adaptive weights from the first
+            step.
+        warmup_ramp_steps: Training steps over which the adaptive weights are let in after the delay, ``>=
+            0``.
+        l1_warmup_steps: Training steps over which the whole L1 term rises from 0, ``>= 0``; the paper has
+            none.
         starvation_guard: Share of the mean firing rate, ``>= 0``, under which a feature pays less
-            (:func:`~aen_lightning.saes.penalty.starvation_guard`); 0.1 is a good value. 0: off, as in the paper. It acts from the first step
-            on, whatever the delay, and multiplies the adaptive weights: ``gamma=0`` leaves it alone.
-        penalty: How an activation is penalised: ``l1`` (the paper); ``mcp``, ``scad`` or ``log``, whose slopes fall with the activation,
-            so that strong ones shrink less (:func:`~aen_lightning.saes.penalty.penalty_slopes`). Their scale is the running
-            mean of the activations that are not zero.
-        penalty_shape: Shape a of a concave penalty, dimensionless, ``> 0`` (``scad``: ``> 1``); the larger, the closer to ``l1``.
-        remove_radial_gradient: Leave out the part of the decoder's gradient along its rows, which the projection to unit norm would
-            undo, but Adam's moments would keep. Off in the paper.
+            (:func:`~aen_lightning.saes.penalty.starvation_guard`); 0.1 is a good value. 0: off, as in the
+            paper. It acts from the first step on, whatever the delay, and multiplies the adaptive weights:
+            ``gamma=0`` leaves it alone.
+        penalty: How an activation is penalised: ``l1`` (the paper); ``mcp``, ``scad`` or ``log``, whose
+            slopes fall with the activation, so that strong ones shrink less
+            (:func:`~aen_lightning.saes.penalty.penalty_slopes`). Their scale is the running mean of the
+            activations that are not zero.
+        penalty_shape: Shape a of a concave penalty, dimensionless, ``> 0`` (``scad``: ``> 1``); the larger,
+            the closer to ``l1``.
+        remove_radial_gradient: Leave out the part of the decoder's gradient along its rows, which the
+            projection to unit norm would undo, but Adam's moments would keep. Off in the paper.
         guard_min: Least factor of the guard, in (0, 1]; what a silent feature gets.
         guard_decay: Decay of the running firing rates per training step, in [0, 1).
-        decoder_init_norm: None: the published start (torch's default ``nn.Linear`` initialisation for encoder and decoder).
-            A positive number: SAELens's tied start, ``W_enc = decoder_init_norm * unit(W_dec)^T``. Decoder rows have
-            unit norm either way.
-        sparse_step: Compute the training step on the non-zeros of the code, exactly (:mod:`aen_lightning.sparse`), once the code is sparse
-            enough. ``auto``: on a CPU; ``on``: on any device; ``off``: always dense. Where it cannot apply (parameters in half
-            precision, a run-time normalisation in the SAE, hooks on the SAE) the step is dense.
-        inference_architecture: What an exported dictionary calls itself: ``standard`` loads anywhere, ``aen`` needs this package.
+        decoder_init_norm: None: the published start (torch's default ``nn.Linear`` initialisation for encoder
+            and decoder). A positive number: SAELens's tied start, ``W_enc = decoder_init_norm *
+            unit(W_dec)^T``. Decoder rows have unit norm either way.
+        sparse_step: Compute the training step on the non-zeros of the code, exactly
+            (:mod:`aen_lightning.sparse`), once the code is sparse enough. ``auto``: on a CPU; ``on``: on any
+            device; ``off``: always dense. Where it cannot apply (parameters in half precision, a run-time
+            normalisation in the SAE, hooks on the SAE) the step is dense.
+        inference_architecture: What an exported dictionary calls itself: ``standard`` loads anywhere, ``aen``
+            needs this package.
 
     Raises:
         ValueError: On construction, for any value outside its range; the message names it.
@@ -96,7 +105,9 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
         super().__post_init__()
         for name, ok, expected in self._constraints():
             if not ok:
-                raise ValueError(f"{type(self).__name__}.{name} must be {expected}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{type(self).__name__}.{name} must be {expected}, got {getattr(self, name)!r}"
+                )
 
     def _constraints(self) -> list[tuple[str, bool, str]]:
         def at_least(value: Any, bound: float) -> bool:
@@ -121,7 +132,11 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
                 "in (0, 1]",
             ),
             ("warmup_delay_steps", steps(self.warmup_delay_steps), "an integer number of steps"),
-            ("warmup_ramp_steps", steps(self.warmup_ramp_steps) and self.warmup_ramp_steps >= 0, "an integer >= 0"),
+            (
+                "warmup_ramp_steps",
+                steps(self.warmup_ramp_steps) and self.warmup_ramp_steps >= 0,
+                "an integer >= 0",
+            ),
             ("l1_warmup_steps", steps(self.l1_warmup_steps) and self.l1_warmup_steps >= 0, "an integer >= 0"),
             ("starvation_guard", at_least(self.starvation_guard, 0), "a finite number >= 0"),
             ("penalty", self.penalty in get_args(PenaltyName), f"one of {', '.join(get_args(PenaltyName))}"),
@@ -135,7 +150,11 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
             ("guard_decay", at_least(self.guard_decay, 0) and self.guard_decay < 1, "in [0, 1)"),
             ("decoder_init_norm", norm is None or (at_least(norm, 0) and norm > 0), "None or a number > 0"),
             ("sparse_step", self.sparse_step in ("auto", "on", "off"), "'auto', 'on' or 'off'"),
-            ("inference_architecture", self.inference_architecture in ("standard", "aen"), "'standard' or 'aen'"),
+            (
+                "inference_architecture",
+                self.inference_architecture in ("standard", "aen"),
+                "'standard' or 'aen'",
+            ),
         ]
 
     @classmethod
@@ -156,7 +175,9 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
         """
         for name in ("l1_coefficient", "l2_coefficient"):
             if name in rest:
-                raise TypeError(f"from_paper sets {name} from the lambdas; got {name}={rest[name]!r} as well: drop one")
+                raise TypeError(
+                    f"from_paper sets {name} from the lambdas; got {name}={rest[name]!r} as well: drop one"
+                )
         l1, l2 = coefficients_from_paper(d_in=d_in, lambda_1=lambda_1, lambda_2=lambda_2)
         return cls(d_in=d_in, d_sae=d_sae, l1_coefficient=l1, l2_coefficient=l2, **rest)
 

@@ -9,21 +9,25 @@ from typing import Any
 import torch
 from sae_lens import TrainingSAE, TrainingSAEConfig
 from sae_lens.constants import SPARSITY_FILENAME
-from safetensors.torch import save_file
 from torch import Tensor
 
+from aen_lightning.files import save_tensors, set_default_mode
 from aen_lightning.saes.aen import AENTrainingSAE
 from aen_lightning.saes.input_scaling import InputScaling
 
 ADAPTIVE_STATE_FILENAME = "adaptive_state.safetensors"
-"""Beside a dictionary's weights: running means and L1 weights at the end of training, which no inference SAE holds."""
+"""Beside a dictionary's weights.
+
+Running means and L1 weights at the end of training, which no inference SAE holds.
+"""
 
 
 def check_scaling(cfg: TrainingSAEConfig, scaling: InputScaling) -> None:
     """Refuse a combination of the SAE's own normalisation and the data's scaling that has no single meaning.
 
     Raises:
-        ValueError: If both would scale, or if the SAE's normalisation needs something only SAELens's trainer does.
+        ValueError: If both would scale, or if the SAE's normalisation needs something only SAELens's trainer
+            does.
     """
     own = cfg.normalize_activations
     if own == "covariance_whitening":
@@ -34,7 +38,8 @@ def check_scaling(cfg: TrainingSAEConfig, scaling: InputScaling) -> None:
     if own == "expected_average_only_in":
         if scaling.kind != "average":
             raise ValueError(
-                "normalize_activations='expected_average_only_in' needs activations scaled by their average norm, "
+                "normalize_activations='expected_average_only_in' needs activations scaled by their "
+                "average norm, "
                 f"but the data module scales them by {scaling.kind!r}: set its input_scaling to 'average'"
             )
     elif own != "none" and scaling.kind != "none":
@@ -57,8 +62,8 @@ def export_sae(
     For ``aen`` also ``adaptive_state.safetensors``, for diagnosis; SAELens does not read it.
 
     The dictionary on disk takes and returns raw activations: per-token scaling becomes SAELens's
-    ``constant_norm_rescale``, an average scale is folded into the weights. ``sae`` is left as it is; one copy of its
-    weights is made when a scale must be folded.
+    ``constant_norm_rescale``, an average scale is folded into the weights. ``sae`` is left as it is; one copy
+    of its weights is made when a scale must be folded.
 
     Args:
         sae: Any SAELens training SAE.
@@ -76,19 +81,20 @@ def export_sae(
         folded = type(sae)(copy.deepcopy(sae.cfg))
         folded.load_state_dict(sae.state_dict())
         folded.fold_activation_norm_scaling_factor(input_scaling.factor)
-        folded.save_inference_model(path)
+        weights, _ = folded.save_inference_model(path)
     elif input_scaling.kind == "per_token":
         own = sae.cfg.normalize_activations
         # the literal of SAELens's field forgets this value; its __post_init__ and run time accept it
         sae.cfg.normalize_activations = "constant_norm_rescale"
         try:
-            sae.save_inference_model(path)
+            weights, _ = sae.save_inference_model(path)
         finally:
             sae.cfg.normalize_activations = own
     else:
-        sae.save_inference_model(path)
+        weights, _ = sae.save_inference_model(path)
+    set_default_mode(weights)
     if isinstance(sae, AENTrainingSAE):
-        save_file(sae.adaptive_state(), path / ADAPTIVE_STATE_FILENAME)
+        save_tensors(path / ADAPTIVE_STATE_FILENAME, sae.adaptive_state())
     if log_sparsity is not None:
-        save_file({"sparsity": log_sparsity.float().cpu().contiguous()}, path / SPARSITY_FILENAME)
+        save_tensors(path / SPARSITY_FILENAME, {"sparsity": log_sparsity.float().cpu().contiguous()})
     return path

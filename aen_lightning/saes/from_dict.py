@@ -1,6 +1,7 @@
 """Turns a plain dict from YAML or Python into a checked SAELens training config.
 
-SAELens drops keys it does not know, so that a misspelt coefficient trains on the default; here it is an error.
+SAELens drops keys it does not know, so that a misspelt coefficient trains on the default; here it is an
+error.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ def build_sae_config(sae: dict[str, Any]) -> TrainingSAEConfig:
     """The SAELens training config that a dict describes.
 
     Args:
-        sae: ``architecture`` (any that SAELens has registered, ``aen`` by default) and the fields of that architecture's
-            training config. For ``aen`` the paper's ``lambda_1`` and ``lambda_2`` may stand instead of the coefficients.
+        sae: ``architecture`` (any that SAELens has registered, ``aen`` by default) and the fields of that
+            architecture's training config. For ``aen`` the paper's ``lambda_1`` and ``lambda_2`` may stand
+            instead of the coefficients.
 
     Raises:
         TypeError: If ``sae`` is not a dict.
-        ValueError: For an unknown architecture, an unknown, missing or contradictory key, a value of the wrong type or out of
-            range.
+        ValueError: For an unknown architecture, an unknown, missing or contradictory key, a value of the
+            wrong type or out of range.
     """
     if not isinstance(sae, dict):
         raise TypeError(
@@ -49,7 +51,9 @@ def build_sae_config(sae: dict[str, Any]) -> TrainingSAEConfig:
     missing = [
         name
         for name, field in known.items()
-        if name not in fields and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if name not in fields
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ValueError(f"sae lacks {', '.join(missing)} (architecture {architecture!r})")
@@ -59,7 +63,9 @@ def build_sae_config(sae: dict[str, Any]) -> TrainingSAEConfig:
             raise ValueError(f"sae.{key} must be {_type_name(hints[key])}, got {value!r}")
     k = fields.get("k", known["k"].default if "k" in known else 0)
     if k > fields["d_sae"]:
-        raise ValueError(f"sae.k must be at most d_sae={fields['d_sae']}, got {k} (architecture {architecture!r})")
+        raise ValueError(
+            f"sae.k must be at most d_sae={fields['d_sae']}, got {k} (architecture {architecture!r})"
+        )
     if is_aen:
         _convert_paper_lambdas(fields)
     return cfg_class.from_dict({**fields, "architecture": architecture})

@@ -1,4 +1,6 @@
-"""How activations are scaled before an SAE sees them, and how that scaling leaves with the exported dictionary."""
+"""How activations are scaled before an SAE sees them, and how that scaling leaves with the exported
+dictionary.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,13 @@ ScalingKind = Literal["none", "per_token", "average"]
 class InputScaling:
     """Scaling that a data module applies to activations, measured in the units the SAE trains in.
 
-    Training on scaled activations measures the loss in scaled space, as the paper does; SAELens's own run-time
-    normalisation measures it after unscaling, which is another objective.
+    Training on scaled activations measures the loss in scaled space, as the paper does; SAELens's own
+    run-time normalisation measures it after unscaling, which is another objective.
 
     Args:
-        kind: ``none``; ``per_token``: ``x * sqrt(d_in) / ||x||`` (paper, section 4), undone at inference by SAELens's
-            ``constant_norm_rescale``; ``average``: ``x * factor``, folded into the weights on export.
+        kind: ``none``; ``per_token``: ``x * sqrt(d_in) / ||x||`` (paper, section 4), undone at inference by
+            SAELens's ``constant_norm_rescale``; ``average``: ``x * factor``, folded into the weights on
+            export.
         factor: For ``average`` only: ``sqrt(d_in) / mean ||x||``, dimensionless, positive.
 
     Raises:
@@ -35,7 +38,9 @@ class InputScaling:
             raise ValueError(f"input scaling must be 'none', 'per_token' or 'average', got {self.kind!r}")
         if self.kind != "average" and self.factor is not None:
             raise ValueError(f"input scaling {self.kind!r} takes no factor, got {self.factor}")
-        if self.kind == "average" and not (self.factor is not None and math.isfinite(self.factor) and self.factor > 0):
+        if self.kind == "average" and not (
+            self.factor is not None and math.isfinite(self.factor) and self.factor > 0
+        ):
             raise ValueError(f"input scaling 'average' needs a positive finite factor, got {self.factor}")
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ The objective, with the adaptive weights u held constant::
 
     L = mean_b sum_i (x_hat - x)^2  +  l1 * mean_b sum_j u_j h_bj  +  l2 * mean_b sum_j h_bj^2
 
-This is the SAELens form. The paper takes the mean over ``d_in`` in the first term; :func:`coefficients_from_paper`
-converts. A gradient clip of c in paper form is a clip of ``c * d_in`` here.
+This is the SAELens form. The paper takes the mean over ``d_in`` in the first term;
+:func:`coefficients_from_paper` converts. A gradient clip of c in paper form is a clip of ``c * d_in`` here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ EMA_FLOOR = 1e-5
 def coefficients_from_paper(*, d_in: int, lambda_1: float, lambda_2: float) -> tuple[float, float]:
     """``(l1_coefficient, l2_coefficient)`` of the SAELens form for the paper's lambdas.
 
-    The paper averages the squared error over ``d_in``, SAELens sums it, so both coefficients grow by ``d_in``.
+    The paper averages the squared error over ``d_in``, SAELens sums it, so both coefficients grow by
+    ``d_in``.
 
     >>> coefficients_from_paper(d_in=512, lambda_1=0.001, lambda_2=0.0005)
     (0.512, 0.256)
@@ -49,19 +50,22 @@ def adaptive_weights(
 
     Args:
         ema: Running mean m of ``feature_acts`` per feature, shape (d_sae,), activation units, ``>= 0``.
-        gamma: Exponent, dimensionless, ``>= 0``. 0 gives weight 1 everywhere (inside the bounds): the plain elastic net.
-        reference_fraction: Share of features, in (0, 1], whose mean running activation is the reference level r. At
-            least one feature counts.
+        gamma: Exponent, dimensionless, ``>= 0``. 0 gives weight 1 everywhere (inside the bounds): the plain
+            elastic net.
+        reference_fraction: Share of features, in (0, 1], whose mean running activation is the reference level
+            r. At least one feature counts.
         weight_min: Lower bound, dimensionless.
         weight_max: Upper bound, dimensionless; what a silent feature gets.
 
     Returns:
-        Weights, shape (d_sae,), dimensionless. Multiplying ``ema`` by a constant leaves them unchanged (above the floor).
+        Weights, shape (d_sae,), dimensionless. Multiplying ``ema`` by a constant leaves them unchanged (above
+        the floor).
 
     Raises:
         ValueError: If ``reference_fraction`` is outside (0, 1].
 
-    Source: arXiv:2605.05341, section 3; the adaptive weights of Zou (2006), with running means as pilot estimate.
+    Source: arXiv:2605.05341, section 3; the adaptive weights of Zou (2006), with running means as pilot
+        estimate.
     """
     if not 0 < reference_fraction <= 1:
         raise ValueError(f"reference_fraction must be in (0, 1], got {reference_fraction}")
@@ -72,13 +76,16 @@ def adaptive_weights(
 
 
 def starvation_guard(firing_rates: Tensor, *, fraction: float, minimum: float) -> Tensor:
-    r"""Factors :math:`g_j = \mathrm{clamp}(f_j / (\theta \bar f), g_{min}, 1)` on the L1 weights: features that hardly fire pay less.
+    r"""Factors :math:`g_j = \mathrm{clamp}(f_j / (\theta \bar f), g_{min}, 1)` on the L1 weights: features
+    that hardly fire pay less.
 
-    A running mean of activations confuses rare with weak, so the adaptive weights press hardest on rare features, which starve. This
-    lifts the penalty from features that fire far below the average, and from those only.
+    A running mean of activations confuses rare with weak, so the adaptive weights press hardest on rare
+    features, which starve. This lifts the penalty from features that fire far below the average, and from
+    those only.
 
     Args:
-        firing_rates: Share of tokens on which each feature fires, f, shape (d_sae,), up to a common factor, ``>= 0``.
+        firing_rates: Share of tokens on which each feature fires, f, shape (d_sae,), up to a common factor,
+            ``>= 0``.
         fraction: Share theta of the mean rate under which a feature is guarded, ``> 0``.
         minimum: Least factor, in (0, 1]; what a silent feature gets.
 
@@ -96,10 +103,12 @@ PenaltyName = Literal["l1", "mcp", "scad", "log"]
 
 
 def penalty_slopes(feature_acts: Tensor, *, penalty: PenaltyName, scale: Tensor, shape: float) -> Tensor:
-    r"""Slopes :math:`\phi'(h)` in [0, 1] of a concave penalty, by which each activation's L1 weight is multiplied.
+    r"""Slopes :math:`\phi'(h)` in [0, 1] of a concave penalty, by which each activation's L1 weight is
+    multiplied.
 
-    Held constant in the gradient, they make the penalty's local linear approximation: a weighted L1 whose weights fall with
-    the activation, so that strong activations shrink less, or not at all. With :math:`\tau` the scale and a the shape::
+    Held constant in the gradient, they make the penalty's local linear approximation: a weighted L1 whose
+    weights fall with the activation, so that strong activations shrink less, or not at all. With :math:`\tau`
+    the scale and a the shape::
 
         l1    1
         mcp   (1 - h / (a tau))_+
@@ -115,7 +124,8 @@ def penalty_slopes(feature_acts: Tensor, *, penalty: PenaltyName, scale: Tensor,
     Returns:
         Slopes of the shape of ``feature_acts``, without gradient.
 
-    Source: Zou & Li (2008), Ann. Stat. 36(4) for the approximation; Zhang (2010), Ann. Stat. 38(2) for mcp; Fan & Li (2001),
+    Source: Zou & Li (2008), Ann. Stat. 36(4) for the approximation; Zhang (2010), Ann. Stat. 38(2) for mcp;
+        Fan & Li (2001),
     JASA 96 for scad. Not in the paper.
     """
     h = feature_acts.detach()
@@ -132,8 +142,8 @@ def penalty_slopes(feature_acts: Tensor, *, penalty: PenaltyName, scale: Tensor,
 def penalty_concavity(*, penalty: PenaltyName, scale: Tensor, shape: float) -> Tensor:
     r"""The largest :math:`-\phi''(h)` of a penalty, a scalar in inverse activation units.
 
-    Coding stays strongly convex for every dictionary while ``2 l2 > l1 max_j(u_j) penalty_concavity(...)``: then the ridge term
-    bends up more than the penalty bends down.
+    Coding stays strongly convex for every dictionary while ``2 l2 > l1 max_j(u_j) penalty_concavity(...)``:
+    then the ridge term bends up more than the penalty bends down.
 
     Args:
         penalty: As for :func:`penalty_slopes`, like all that follow.
@@ -151,7 +161,8 @@ def warmup_ramp(n_steps: int, *, delay_steps: int, ramp_steps: int) -> float:
 
     Args:
         n_steps: Training steps done, counting the present one; the first step is 1.
-        delay_steps: Steps with weight 1 everywhere. Zero or less switches the whole warm-up off: the ramp is 1.
+        delay_steps: Steps with weight 1 everywhere. Zero or less switches the whole warm-up off: the ramp is
+            1.
         ramp_steps: Length of the linear rise after the delay, in steps, ``>= 0``. 0 rises at once.
 
     Returns:
@@ -168,8 +179,11 @@ def warmup_ramp(n_steps: int, *, delay_steps: int, ramp_steps: int) -> float:
     return min(1.0, (n_steps - delay_steps) / ramp_steps)
 
 
-def elastic_net_terms(feature_acts: Tensor, l1_weights: Tensor, slopes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The two penalty terms before their coefficients: ``mean_b sum_j u_j s_bj h_bj`` and ``mean_b sum_j h_bj^2``.
+def elastic_net_terms(
+    feature_acts: Tensor, l1_weights: Tensor, slopes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The two penalty terms before their coefficients: ``mean_b sum_j u_j s_bj h_bj`` and ``mean_b sum_j
+    h_bj^2``.
 
     Args:
         feature_acts: ``h``, shape (..., d_sae), ``>= 0``. Half precision is summed in float32.

@@ -1,12 +1,15 @@
-"""The relaxed refit of a dictionary: its support kept, its shrinkage undone, exported as a SAELens JumpReLU SAE.
+"""The relaxed refit of a dictionary: its support kept, its shrinkage undone, exported as a SAELens JumpReLU
+SAE.
 
-An L1 penalty chooses which features are active, and shrinks those it chose. The relaxed lasso (Meinshausen, 2007) keeps the choice and fits
-the magnitudes again without a penalty. For a dictionary, with ``z`` its pre-activations and ``theta`` its thresholds (0 for a ReLU)::
+An L1 penalty chooses which features are active, and shrinks those it chose. The relaxed lasso (Meinshausen,
+2007) keeps the choice and fits the magnitudes again without a penalty. For a dictionary, with ``z`` its
+pre-activations and ``theta`` its thresholds (0 for a ReLU)::
 
     h = (z + offset) * 1[z > theta],   offset >= -theta,      x_hat = h @ W_dec + b_dec
 
-with the encoder fixed and ``offset``, ``W_dec`` and ``b_dec`` trained on the squared error alone. Rows of ``W_dec`` are free, so every feature's
-magnitude is refitted affinely, and L0 and the dead features stay what they were.
+with the encoder fixed and ``offset``, ``W_dec`` and ``b_dec`` trained on the squared error alone. Rows of
+``W_dec`` are free, so every feature's magnitude is refitted affinely, and L0 and the dead features stay what
+they were.
 """
 
 from __future__ import annotations
@@ -26,7 +29,11 @@ ARCHITECTURE = "relaxed"
 
 @dataclass
 class RelaxedTrainingSAEConfig(TrainingSAEConfig):
-    """Config of a refit; made by :meth:`RelaxedTrainingSAE.of`; not registered with SAELens, as it means nothing without the dictionary's weights."""
+    """Config of a refit.
+
+    Made by :meth:`RelaxedTrainingSAE.of`; not registered with SAELens, as it means nothing without the
+    dictionary's weights.
+    """
 
     decoder_init_norm: float | None = None
     apply_b_dec_to_input: bool = False
@@ -44,7 +51,8 @@ class RelaxedTrainingSAEConfig(TrainingSAEConfig):
 class RelaxedTrainingSAE(TrainingSAE[RelaxedTrainingSAEConfig]):
     """Refits a dictionary's decoder and magnitudes on its own support.
 
-    Parameters: ``offset`` (d_sae,), ``W_dec`` (d_sae, d_in), ``b_dec`` (d_in,). Fixed: ``W_enc`` (d_in, d_sae), ``b_enc`` (d_sae,) and the
+    Parameters: ``offset`` (d_sae,), ``W_dec`` (d_sae, d_in), ``b_dec`` (d_in,). Fixed: ``W_enc`` (d_in,
+        d_sae), ``b_enc`` (d_sae,) and the
     buffer ``threshold`` (d_sae,), in activation units.
     """
 
@@ -56,14 +64,16 @@ class RelaxedTrainingSAE(TrainingSAE[RelaxedTrainingSAEConfig]):
     def of(cls, sae: SAE[Any]) -> RelaxedTrainingSAE:
         """The refit of a dictionary; reconstructions are the same until the first step.
 
-        Where the dictionary scales each token itself (``constant_norm_rescale``), this one takes activations so scaled.
+        Where the dictionary scales each token itself (``constant_norm_rescale``), this one takes activations
+        so scaled.
 
         Raises:
             ValueError: If its support is not a threshold on affine pre-activations.
         """
         if sae.cfg.architecture() not in ("standard", "aen", "jumprelu"):
             raise ValueError(
-                f"a refit needs a dictionary whose features fire above a threshold (standard, aen or jumprelu), got "
+                "a refit needs a dictionary whose features fire above a threshold (standard, aen or "
+                "jumprelu), got "
                 f"{sae.cfg.architecture()!r}"
             )
         normalize: Any = sae.cfg.normalize_activations
@@ -81,7 +91,9 @@ class RelaxedTrainingSAE(TrainingSAE[RelaxedTrainingSAEConfig]):
             b_enc = b_enc - sae.b_dec @ sae.W_enc  # the support must not move when b_dec does
         weights = {"W_enc": sae.W_enc, "b_enc": b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
         if sae.cfg.architecture() == "jumprelu":
-            weights["threshold"] = sae.threshold.clamp_min(0)  # its ReLU stays at zero under a negative threshold
+            weights["threshold"] = sae.threshold.clamp_min(
+                0
+            )  # its ReLU stays at zero under a negative threshold
         with torch.no_grad():
             for name, value in weights.items():
                 getattr(relaxed, name).copy_(value)

@@ -19,9 +19,10 @@ class StepSchedule:
     The SAE keeps nothing of it, so that one trained under Lightning trains under SAELens's trainer as well.
 
     Args:
-        refresh_weights: Whether this step recomputes the adaptive weights; the running means move at every step.
-        n_micro_batches: Batches that make one optimizer step (gradient accumulation). Each moves the running means by
-            ``beta^(1/n)``, so that their half-life stays in optimizer steps.
+        refresh_weights: Whether this step recomputes the adaptive weights; the running means move at every
+            step.
+        n_micro_batches: Batches that make one optimizer step (gradient accumulation). Each moves the running
+            means by ``beta^(1/n)``, so that their half-life stays in optimizer steps.
         reduce_mean: Mean of a tensor over the ranks. Ranks must have equally large batches.
     """
 

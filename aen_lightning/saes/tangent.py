@@ -22,10 +22,12 @@ class _WithoutRadialGradient(torch.autograd.Function):
 
 
 def without_radial_gradient(W_dec: Tensor) -> Tensor:
-    """``W_dec`` itself, whose gradient has no part along its rows: ``grad -= (grad . d) d`` for each unit row d.
+    """``W_dec`` itself, whose gradient has no part along its rows: ``grad -= (grad . d) d`` for each unit row
+    d.
 
-    Rows are projected to the sphere after each step anyway, but Adam's moments would remember the radial part. It is linear in
-    the gradient, so accumulation and averaging over ranks stay exact. Source: common among SAE trainers; not in the paper.
+    Rows are projected to the sphere after each step anyway, but Adam's moments would remember the radial
+    part. It is linear in the gradient, so accumulation and averaging over ranks stay exact. Source: common
+    among SAE trainers; not in the paper.
 
     Args:
         W_dec: Shape (d_sae, d_in); rows of any norm but zero.

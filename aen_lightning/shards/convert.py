@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aen_lightning.shards.manifest import STORED_DTYPES, Manifest, ShardError, require_disk
+from aen_lightning.compat import consolidate_saelens_shards
+from aen_lightning.files import DTYPES
+from aen_lightning.shards.manifest import Manifest, ShardError, require_disk
 from aen_lightning.shards.read import ShardSet, open_activations, write_stamps
 from aen_lightning.shards.saelens_cache import SAELensCache
 from aen_lightning.shards.source import ActivationSource
@@ -23,7 +25,8 @@ class Conversion:
     Args:
         path: Where the new set is.
         n_tokens: Rows in it.
-        n_dropped: Rows at the end that fill no whole row of ``context_size`` (SAELens has no other), left out.
+        n_dropped: Rows at the end that fill no whole row of ``context_size`` (SAELens has no other), left
+            out.
         dtype: Of the new set.
         notes: What the user should know.
     """
@@ -71,13 +74,14 @@ def to_saelens(
 ) -> Conversion:
     """Write a set of shards as the dataset that SAELens reads with ``use_cached_activations``.
 
-    SAELens's rows are (context_size, d_in): where filters took tokens out, rows are filled up from the next context. Its trainer
-    flattens rows, so nothing it does depends on that.
+    SAELens's rows are (context_size, d_in): where filters took tokens out, rows are filled up from the next
+    context. Its trainer flattens rows, so nothing it does depends on that.
 
     Args:
         source_path: Our shards.
         target_path: New or empty folder.
-        dtype: ``float32`` or ``float16``; None: that of the shards, and float32 for bfloat16, which Arrow does not have.
+        dtype: ``float32`` or ``float16``; None: that of the shards, and float32 for bfloat16, which Arrow
+            does not have.
         context_size: Tokens a row; None: that of the harvest.
         buffer_size_mib: Of activations held in memory.
         force_disk: Begin even if the disk is too small.
@@ -87,12 +91,13 @@ def to_saelens(
         ValueError: For another dtype.
     """
     import datasets
-    from sae_lens.cache_activations_runner import CacheActivationsRunner
 
     source, notes = ShardSet(source_path), []
     stored = source.manifest.dtype
     if dtype is None and stored == "bfloat16":
-        notes.append("SAELens's cache (Arrow) has no bfloat16: written as float32, exactly, at twice the size")
+        notes.append(
+            "SAELens's cache (Arrow) has no bfloat16: written as float32, exactly, at twice the size"
+        )
     dtype = dtype or ("float32" if stored == "bfloat16" else stored)
     if dtype not in ("float32", "float16"):
         raise ValueError(f"SAELens's cache holds float32 or float16, not {dtype!r}")
@@ -101,7 +106,7 @@ def to_saelens(
     context_size = context_size or source.manifest.context_size
     require_disk(
         Path(target_path),
-        source.n_tokens * (sum(source.d_in.values()) * STORED_DTYPES[dtype].itemsize + 4),
+        source.n_tokens * (sum(source.d_in.values()) * DTYPES[dtype].itemsize + 4),
         force=force_disk,
     )
     target = _new_folder(target_path)
@@ -123,12 +128,14 @@ def to_saelens(
         columns = {}
         for name, tensor in piece.items():
             rows = tensor[: n_rows * context_size].view(n_rows, context_size, *tensor.shape[1:])
-            columns[name] = (rows if name == "token_ids" else _fit(rows, dtype, f"{source.path}, {name}")).numpy()
+            columns[name] = (
+                rows if name == "token_ids" else _fit(rows, dtype, f"{source.path}, {name}")
+            ).numpy()
         datasets.Dataset.from_dict(columns, features=features).save_to_disk(
             str(pieces / f"shard_{i:05d}"), num_shards=1
         )
         n_tokens += n_rows * context_size
-    CacheActivationsRunner._consolidate_shards(pieces, target, copy_files=False)
+    consolidate_saelens_shards(pieces, target)
     n_dropped = source.n_tokens - n_tokens
     if n_dropped:
         notes.append(f"the last {n_dropped} tokens fill no row of {context_size} and were left out")
@@ -136,7 +143,7 @@ def to_saelens(
 
 
 def _fit(x: Tensor, dtype: str, where: str) -> Tensor:
-    converted = x.to(STORED_DTYPES[dtype])
+    converted = x.to(DTYPES[dtype])
     if dtype == "float16" and not converted.isfinite().all() and x.isfinite().all():
         raise ShardError(
             f"{where}: a value of {x.abs().max().item():.4g} does not fit float16 (65504): convert to float32"
@@ -166,8 +173,8 @@ def from_saelens(
     source = SAELensCache(source_path)
     stored = str(source.dtype).removeprefix("torch.")
     dtype = dtype or stored
-    if dtype not in STORED_DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(STORED_DTYPES)}, got {dtype!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     assert source.context_size is not None
     hook_names = list(source.d_in)
     manifest = Manifest(
@@ -185,7 +192,7 @@ def from_saelens(
     folder = ShardFolder(_new_folder(target_path))
     folder.begin(manifest)
     per_shard = max(1, shard_size_mib * 2**20 // manifest.bytes_per_token)
-    notes = [f"{stored} was rounded to {dtype}"] if STORED_DTYPES[dtype].itemsize < source.dtype.itemsize else []
+    notes = [f"{stored} was rounded to {dtype}"] if DTYPES[dtype].itemsize < source.dtype.itemsize else []
     if "token_ids" not in source.part(0):
         notes.append("the dataset has no token_ids: written as -1")
     for i, piece in enumerate(_chunks(source, per_shard)):
@@ -208,4 +215,6 @@ def convert(
         FileNotFoundError: If the source is neither.
     """
     ours = isinstance(open_activations(source_path, verify="never"), ShardSet)
-    return (to_saelens if ours else from_saelens)(source_path, target_path, dtype=dtype, force_disk=force_disk)
+    return (to_saelens if ours else from_saelens)(
+        source_path, target_path, dtype=dtype, force_disk=force_disk
+    )

@@ -1,24 +1,17 @@
-"""What a set of activation shards is: the records that ``manifest.json`` holds, and how files are put in place."""
+"""What a set of activation shards is: the records that ``manifest.json`` holds."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from aen_lightning.files import DTYPES, read_json, write_json
 
 FORMAT = "aen-lightning-activations"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
-STORED_DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 class ShardError(ValueError):
@@ -51,13 +44,16 @@ class Manifest:
     """Contents of ``manifest.json``.
 
     Args:
-        d_in: Width of the activation at each hook, keyed by ``hook_name``; the order is that inside the shards.
+        d_in: Width of the activation at each hook, keyed by ``hook_name``; the order is that inside the
+            shards.
         dtype: On disk: ``float32``, ``bfloat16`` or ``float16``.
         context_size: Tokens the language model saw at once.
-        metadata: Where the activations are from, in SAELens's metadata keys (``model_name``, ``revision``, ...).
+        metadata: Where the activations are from, in SAELens's metadata keys (``model_name``, ``revision``,
+            ...).
         filters: Which tokens were left out.
         settings: Everything that decides which rows the set holds; a run that continues must agree with it.
-        plan: Work that the set takes (rows of tokens in each shard, ids left out); empty if it was not harvested.
+        plan: Work that the set takes (rows of tokens in each shard, ids left out); empty if it was not
+            harvested.
         n_shards: How many shards the finished set has; None while that is not known.
         complete: Whether all of them are there.
         shards: Records in order of ``index``.
@@ -82,7 +78,7 @@ class Manifest:
     @property
     def bytes_per_token(self) -> int:
         """On disk: activations of all hooks and the token id."""
-        return sum(self.d_in.values()) * STORED_DTYPES[self.dtype].itemsize + 4
+        return sum(self.d_in.values()) * DTYPES[self.dtype].itemsize + 4
 
     @property
     def counts(self) -> dict[str, int]:
@@ -104,7 +100,8 @@ class Manifest:
 
         Args:
             folder: Of the set.
-            with_loose_records: Also count shards that are in place but not listed yet (a harvest that runs or was cut off).
+            with_loose_records: Also count shards that are in place but not listed yet (a harvest that runs or
+                was cut off).
 
         Raises:
             FileNotFoundError: If there is none.
@@ -112,15 +109,19 @@ class Manifest:
         """
         path = folder / MANIFEST_NAME
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no {MANIFEST_NAME}: it is not a set of activation shards")
-        content = read_json(path)
+            raise FileNotFoundError(
+                f"{folder} holds no {MANIFEST_NAME}: it is not a set of activation shards"
+            )
+        content = read_record(path)
         if content.get("format") != FORMAT:
             raise ShardError(
-                f"{path} is not a manifest of activations: its format is {content.get('format')!r}, not {FORMAT!r}"
+                f"{path} is not a manifest of activations: its format is {content.get('format')!r}, not "
+                f"{FORMAT!r}"
             )
         if content.get("version") != VERSION:
             raise ShardError(
-                f"{path} has format version {content.get('version')!r}; this aen-lightning reads {VERSION}: update the package"
+                f"{path} has format version {content.get('version')!r}; this aen-lightning reads "
+                f"{VERSION}: update the package"
             )
         try:
             records = [ShardRecord(**s) for s in content["shards"]]
@@ -128,8 +129,8 @@ class Manifest:
             manifest = cls(shards=records, **known)
         except (KeyError, TypeError) as e:
             raise ShardError(f"{path} is damaged: {e}") from e
-        if manifest.dtype not in STORED_DTYPES:
-            raise ShardError(f"{path} has dtype {manifest.dtype!r}, expected one of {', '.join(STORED_DTYPES)}")
+        if manifest.dtype not in DTYPES:
+            raise ShardError(f"{path} has dtype {manifest.dtype!r}, expected one of {', '.join(DTYPES)}")
         if with_loose_records:
             listed = {s.index for s in manifest.shards}
             loose = [r for r in loose_records(folder) if r.index not in listed]
@@ -149,39 +150,20 @@ def record_path(folder: Path, index: int) -> Path:
 
 def loose_records(folder: Path) -> list[ShardRecord]:
     """Records beside the manifest whose shards are in place, in order."""
-    records = [ShardRecord(**read_json(p)) for p in sorted(folder.glob("shard-*.json"))]
+    records = [ShardRecord(**read_record(p)) for p in sorted(folder.glob("shard-*.json"))]
     return [r for r in records if (folder / r.file).is_file()]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an error names the file."""
+def read_record(path: Path) -> dict[str, Any]:
+    """Read one of a set's JSON files.
+
+    Raises:
+        ShardError: If it is damaged.
+    """
     try:
-        content = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise ShardError(f"{path} is damaged: {e}") from e
-    if not isinstance(content, dict):
-        raise ShardError(f"{path} is damaged: a JSON object was expected, not {type(content).__name__}")
-    return content
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that readers see the old or the new one, whole, even after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as f:
-        json.dump(content, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    put_in_place(temporary, path)
-
-
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Rename a finished file, and make the rename itself durable."""
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        return read_json(path)
+    except ValueError as error:
+        raise ShardError(f"{error}; it is damaged") from error
 
 
 def require_disk(folder: Path, n_bytes: int, *, force: bool = False) -> None:
@@ -199,6 +181,7 @@ def require_disk(folder: Path, n_bytes: int, *, force: bool = False) -> None:
     free = shutil.disk_usage(existing).free
     if n_bytes > free and not force:
         raise ShardError(
-            f"{folder} needs {n_bytes / 2**30:.2f} GiB more and its disk has {free / 2**30:.2f} GiB free: take fewer tokens, "
+            f"{folder} needs {n_bytes / 2**30:.2f} GiB more and its disk has {free / 2**30:.2f} GiB free: "
+            "take fewer tokens, "
             "a 16-bit dtype or another disk, or force it (force_disk: true)"
         )

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
+from aen_lightning.files import DTYPES, write_json
 from aen_lightning.shards.manifest import (
     MANIFEST_NAME,
-    STORED_DTYPES,
     Manifest,
     ShardError,
     ShardRecord,
     loose_records,
-    read_json,
-    write_json,
+    read_record,
 )
 from aen_lightning.shards.saelens_cache import SAELensCache
 from aen_lightning.shards.source import ActivationSource
@@ -37,8 +37,8 @@ class ShardSet(ActivationSource):
     Args:
         path: Folder with a ``manifest.json``.
         allow_incomplete: Take the shards that are there of a harvest that runs or was cut off.
-        verify: ``once``: compare each shard's SHA-256 with the manifest unless size and modification time say it was compared
-            before (the notes are in ``.verified.json``); ``always``; ``never``: sizes only.
+        verify: ``once``: compare each shard's SHA-256 with the manifest unless size and modification time say
+            it was compared before (the notes are in ``.verified.json``); ``always``; ``never``: sizes only.
 
     Raises:
         FileNotFoundError: If there is no set.
@@ -53,12 +53,15 @@ class ShardSet(ActivationSource):
         if not self.manifest.complete and not allow_incomplete:
             done = len({s.index for s in [*self.manifest.shards, *loose_records(self.path)]})
             raise ShardError(
-                f"{self.path} is incomplete: {done} of {self.manifest.n_shards or 'an unknown number of'} shards are there. Finish "
+                f"{self.path} is incomplete: {done} of {self.manifest.n_shards or 'an unknown number of'} "
+                "shards are there. Finish "
                 "the harvest (run it again), or allow_incomplete=True to use what there is"
             )
         if not self.manifest.n_tokens:
-            raise ShardError(f"{self.path} holds no activations: its {len(self.manifest.shards)} shards are empty")
-        self.d_in, self.dtype = self.manifest.d_in, STORED_DTYPES[self.manifest.dtype]
+            raise ShardError(
+                f"{self.path} holds no activations: its {len(self.manifest.shards)} shards are empty"
+            )
+        self.d_in, self.dtype = self.manifest.d_in, DTYPES[self.manifest.dtype]
         self.context_size, self.metadata = self.manifest.context_size, self.manifest.metadata
         self.records = [s for s in self.manifest.shards if s.n_tokens]
         self.part_sizes = [s.n_tokens for s in self.records]
@@ -78,18 +81,18 @@ class ShardSet(ActivationSource):
 def _open_shard(folder: Path, record: ShardRecord, manifest: Manifest) -> dict[str, Tensor]:
     path, names = folder / record.file, ["token_ids", *manifest.d_in]
     try:
-        with safe_open(path, framework="pt") as f:
-            if sorted(f.keys()) != sorted(names):
-                raise ShardError(f"{path} holds {sorted(f.keys())}, expected {sorted(names)}")
-            tensors = {name: f.get_tensor(name) for name in names}
+        tensors = load_file(path)  # mapped: pages are read when they are used
     except (SafetensorError, OSError) as e:
         raise ShardError(f"{path} cannot be read: {e}") from e
+    if sorted(tensors) != sorted(names):
+        raise ShardError(f"{path} holds {sorted(tensors)}, expected {sorted(names)}")
     for name, tensor in tensors.items():
         shape = (record.n_tokens,) if name == "token_ids" else (record.n_tokens, manifest.d_in[name])
-        dtype = torch.int32 if name == "token_ids" else STORED_DTYPES[manifest.dtype]
+        dtype = torch.int32 if name == "token_ids" else DTYPES[manifest.dtype]
         if tensor.shape != shape or tensor.dtype != dtype:
             raise ShardError(
-                f"{path}: {name!r} is {tuple(tensor.shape)} {tensor.dtype}, by the manifest it should be {shape} {dtype}"
+                f"{path}: {name!r} is {tuple(tensor.shape)} {tensor.dtype}, by the manifest it should be "
+                f"{shape} {dtype}"
             )
     return tensors
 
@@ -102,7 +105,8 @@ def _check_size(folder: Path, record: ShardRecord) -> None:
         )
     if (size := path.stat().st_size) != record.n_bytes:
         raise ShardError(
-            f"{path} has {size} bytes, by the manifest it should have {record.n_bytes}: it is cut off or damaged"
+            f"{path} has {size} bytes, by the manifest it should have {record.n_bytes}: it is cut off or "
+            "damaged"
         )
 
 
@@ -111,7 +115,8 @@ def _check_hash(folder: Path, record: ShardRecord) -> None:
         found = hashlib.file_digest(f, "sha256").hexdigest()
     if found != record.sha256:
         raise ShardError(
-            f"{folder / record.file} is damaged: its SHA-256 is {found[:12]}..., by the manifest {record.sha256[:12]}.... Fetch it "
+            f"{folder / record.file} is damaged: its SHA-256 is {found[:12]}..., by the manifest "
+            f"{record.sha256[:12]}.... Fetch it "
             "again, or delete it and harvest into this folder again"
         )
 
@@ -119,7 +124,7 @@ def _check_hash(folder: Path, record: ShardRecord) -> None:
 def _check_hashes(folder: Path, records: Sequence[ShardRecord], *, again: bool) -> None:
     """Compare hashes, several files at a time, and note what was compared."""
     stamps_path = folder / _STAMPS_NAME
-    stamps = read_json(stamps_path) if stamps_path.is_file() else {}
+    stamps = read_record(stamps_path) if stamps_path.is_file() else {}
     due = [r for r in records if again or stamps.get(r.file) != _stamp(folder, r)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for _ in pool.map(lambda r: _check_hash(folder, r), due):
@@ -129,7 +134,8 @@ def _check_hashes(folder: Path, records: Sequence[ShardRecord], *, again: bool) 
             write_stamps(folder, records)
         except OSError as e:
             warnings.warn(
-                f"cannot note in {folder} that its shards were verified ({e}): they are hashed at each opening",
+                f"cannot note in {folder} that its shards were verified ({e}): they are hashed at each "
+                "opening",
                 stacklevel=3,
             )
 
@@ -159,7 +165,8 @@ def verify(path: str | Path) -> Manifest:
         _open_shard(folder, record, manifest)
     if not manifest.complete:
         raise ShardError(
-            f"{folder} is incomplete: {len(manifest.shards)} of {manifest.n_shards or '?'} shards are there (and sound); run the "
+            f"{folder} is incomplete: {len(manifest.shards)} of {manifest.n_shards or '?'} shards are "
+            "there (and sound); run the "
             "harvest again to finish it"
         )
     return manifest
@@ -175,7 +182,11 @@ def info(path: str | Path) -> str:
         "dtype": str(source.dtype).removeprefix("torch."),
         "context_size": source.context_size,
         "tokens": f"{source.n_tokens:,}",
-        **{k: v for k, v in source.metadata.items() if v is not None and k not in ("hook_name", "context_size")},
+        **{
+            k: v
+            for k, v in source.metadata.items()
+            if v is not None and k not in ("hook_name", "context_size")
+        },
     }
     if manifest:
         rows |= {f"tokens {name}": f"{n:,}" for name, n in manifest.counts.items()}
@@ -187,7 +198,9 @@ def info(path: str | Path) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
-def open_activations(path: str | Path, *, allow_incomplete: bool = False, verify: Verify = "once") -> ActivationSource:
+def open_activations(
+    path: str | Path, *, allow_incomplete: bool = False, verify: Verify = "once"
+) -> ActivationSource:
     """Open a folder of activations, ours or SAELens's, told apart by what is in it.
 
     Raises:
@@ -199,5 +212,6 @@ def open_activations(path: str | Path, *, allow_incomplete: bool = False, verify
     if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
         return SAELensCache(folder)
     raise FileNotFoundError(
-        f"{folder} holds no activations: neither our {MANIFEST_NAME} (aen harvest) nor a dataset that SAELens cached"
+        f"{folder} holds no activations: neither our {MANIFEST_NAME} (aen harvest) nor a dataset that "
+        "SAELens cached"
     )

@@ -8,12 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aen_lightning.shards.manifest import STORED_DTYPES, ShardError
+from aen_lightning.compat import is_index_into_other_rows
+from aen_lightning.files import DTYPES
+from aen_lightning.shards.manifest import ShardError
 from aen_lightning.shards.source import ActivationSource
 
 
 class SAELensCache(ActivationSource):
-    """A cached-activation dataset of SAELens (Arrow; one column (context_size, d_in) per hook, maybe ``token_ids``).
+    """A cached-activation dataset of SAELens (Arrow; one column (context_size, d_in) per hook, maybe
+    ``token_ids``).
 
     Args:
         path: Folder that SAELens's ``CacheActivationsRunner`` or ``datasets.save_to_disk`` wrote.
@@ -29,8 +32,10 @@ class SAELensCache(ActivationSource):
         dataset = datasets.load_from_disk(str(path))
         if not isinstance(dataset, datasets.Dataset):
             raise ShardError(f"{path} holds several datasets ({', '.join(dataset)}): give the folder of one")
-        if dataset._indices is not None:
-            raise ShardError(f"{path} is an index into other rows: write it with dataset.flatten_indices() first")
+        if is_index_into_other_rows(dataset):
+            raise ShardError(
+                f"{path} is an index into other rows: write it with dataset.flatten_indices() first"
+            )
         self._table = dataset.data
         columns = {n: f for n, f in dataset.features.items() if isinstance(f, datasets.Array2D)}
         if not columns:
@@ -40,7 +45,7 @@ class SAELensCache(ActivationSource):
             raise ShardError(f"{path}: the columns differ in context_size: {sorted(shapes)}")
         self.d_in = {n: f.shape[1] for n, f in columns.items()}
         self.context_size = next(iter(shapes))[0]
-        self.dtype = STORED_DTYPES[next(iter(columns.values())).dtype]
+        self.dtype = DTYPES[next(iter(columns.values())).dtype]
         self.metadata = {}
         self._columns = [*columns, *(["token_ids"] if "token_ids" in dataset.column_names else [])]
         chunks = self._table.column(next(iter(columns))).chunks
@@ -61,7 +66,8 @@ class SAELensCache(ActivationSource):
         expected = self.part_sizes[index] * self.d_in.get(name, 1)
         if array.null_count or len(array) != expected:
             raise ShardError(
-                f"{self.path}: column {name!r} has missing or ragged values, expected {expected}, got {len(array)}"
+                f"{self.path}: column {name!r} has missing or ragged values, expected {expected}, got "
+                f"{len(array)}"
             )
         with warnings.catch_warnings():
             # mapped read-only; nothing here writes to it

@@ -35,7 +35,10 @@ class ActivationSource(ABC):
 
     @abstractmethod
     def part(self, index: int) -> dict[str, Tensor]:
-        """The tensors of one part, mapped, not read: each hook (n, d_in), and ``token_ids`` (n,) if there are any."""
+        """The tensors of one part, mapped, not read.
+
+        Each hook (n, d_in), and ``token_ids`` (n,) if there are any.
+        """
 
     @cached_property
     def part_ends(self) -> NDArray[np.int64]:

@@ -11,28 +11,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from aen_lightning.files import DTYPES, put_in_place, safetensors_header, temporary_beside, write_json
 from aen_lightning.shards.manifest import (
     MANIFEST_NAME,
-    STORED_DTYPES,
     Manifest,
     ShardError,
     ShardRecord,
     loose_records,
-    put_in_place,
     record_path,
     shard_name,
-    write_json,
 )
 
-_SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _COPY_BYTES = 1 << 24
 
 
 class ShardStream:
     """One shard, appended to batch by batch, so that memory holds a batch and never a shard.
 
-    The safetensors library writes only tensors that are in memory whole. Here the header is written for the most rows there
-    can be, rows go straight to their place in the file, and if filters left fewer the tensors are moved together at the end.
+    The safetensors library writes only tensors that are in memory whole. Here the header is written for the
+    most rows there can be, rows go straight to their place in the file, and if filters left fewer the tensors
+    are moved together at the end.
 
     Args:
         folder: Of the set; must exist.
@@ -43,27 +41,27 @@ class ShardStream:
     """
 
     def __init__(self, folder: Path, index: int, d_in: Mapping[str, int], dtype: str, capacity: int) -> None:
-        self.folder, self.index, self.d_in, self.dtype, self.capacity = folder, index, dict(d_in), dtype, capacity
+        self.folder, self.index, self.d_in, self.dtype, self.capacity = (
+            folder,
+            index,
+            dict(d_in),
+            dtype,
+            capacity,
+        )
         self.n_tokens = 0
         self.counts: dict[str, int] = {}
         # int32 first: whatever n_tokens is, every tensor then begins at a multiple of its element size
-        self._row_bytes = {"token_ids": 4} | {h: d * STORED_DTYPES[dtype].itemsize for h, d in self.d_in.items()}
-        self._header = self._make_header(capacity, None)
-        self._temporary = folder / f".{shard_name(index)}.{os.getpid()}.tmp"
+        self._row_bytes = {"token_ids": 4} | {h: d * DTYPES[dtype].itemsize for h, d in self.d_in.items()}
+        self._header = self._make_header(capacity)
+        self._temporary = temporary_beside(folder / shard_name(index))
         self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         self._starts = self._tensor_starts(capacity)
 
-    def _make_header(self, n: int, length: int | None) -> bytes:
-        tensors: dict[str, object] = {"__metadata__": {"format": "pt", "shard": str(self.index)}}
-        offset = 0
-        for name, row_bytes in self._row_bytes.items():
-            shape = [n] if name == "token_ids" else [n, self.d_in[name]]
-            dtype = "I32" if name == "token_ids" else _SAFETENSORS_NAMES[self.dtype]
-            tensors[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + n * row_bytes]}
-            offset += n * row_bytes
-        header = json.dumps(tensors, separators=(",", ":")).encode()
-        padded = length if length is not None else -(-len(header) // 8) * 8
-        return padded.to_bytes(8, "little") + header.ljust(padded, b" ")
+    def _make_header(self, n: int, length: int | None = None) -> bytes:
+        tensors = {"token_ids": (torch.int32, (n,))} | {
+            h: (DTYPES[self.dtype], (n, d)) for h, d in self.d_in.items()
+        }
+        return safetensors_header(tensors, {"format": "pt", "shard": str(self.index)}, length=length)
 
     def _tensor_starts(self, n: int) -> dict[str, int]:
         starts, offset = {}, len(self._header)
@@ -76,7 +74,8 @@ class ShardStream:
         """Append rows.
 
         Args:
-            activations: For each hook (n, d_in), on any device, cast to the dtype on disk if they have another.
+            activations: For each hook (n, d_in), on any device, cast to the dtype on disk if they have
+                another.
             token_ids: (n,).
 
         Raises:
@@ -86,13 +85,16 @@ class ShardStream:
         if set(activations) != set(self.d_in):
             raise ValueError(f"shard {self.index} holds hooks {sorted(self.d_in)}, got {sorted(activations)}")
         if self.n_tokens + n > self.capacity:
-            raise ValueError(f"shard {self.index} has room for {self.capacity} tokens, got {self.n_tokens + n}")
+            raise ValueError(
+                f"shard {self.index} has room for {self.capacity} tokens, got {self.n_tokens + n}"
+            )
         for hook, x in activations.items():
             if x.shape != (n, self.d_in[hook]):
                 raise ValueError(
-                    f"activations of {hook!r} must have shape {(n, self.d_in[hook])} beside {n} token ids, got {tuple(x.shape)}"
+                    f"activations of {hook!r} must have shape {(n, self.d_in[hook])} beside {n} token ids, "
+                    f"got {tuple(x.shape)}"
                 )
-            self._write(hook, x.to("cpu", STORED_DTYPES[self.dtype]))
+            self._write(hook, x.to("cpu", DTYPES[self.dtype]))
         self._write("token_ids", token_ids.to("cpu", torch.int32))
         self.n_tokens += n
 
@@ -108,14 +110,13 @@ class ShardStream:
 
     def close(self) -> ShardRecord:
         """Finish: after this the shard exists, and so does its record."""
-        n, length = self.n_tokens, len(self._header) - 8
+        n, length = self.n_tokens, len(self._header)
         starts = self._tensor_starts(n)
         for name in self._row_bytes if n < self.capacity else ():
             _move_down(self._fd, self._starts[name], starts[name], n * self._row_bytes[name])
         n_bytes = len(self._header) + n * sum(self._row_bytes.values())
         _pwrite(self._fd, memoryview(self._make_header(n, length)), 0)
         os.ftruncate(self._fd, n_bytes)
-        os.fsync(self._fd)
         os.close(self._fd)
         self._fd = -1
         with self._temporary.open("rb") as f:
@@ -150,7 +151,8 @@ def _move_down(fd: int, source: int, target: int, n_bytes: int) -> None:
 class ShardFolder:
     """The folder of a set while it is written, by one process or several.
 
-    Each process writes shards and their records; one process (rank 0) begins the folder, and finishes it once all are done.
+    Each process writes shards and their records; one process (rank 0) begins the folder, and finishes it once
+    all are done.
 
     Args:
         path: Folder; made if missing.
@@ -187,7 +189,8 @@ class ShardFolder:
         if different:
             said = "; ".join(f"{k} was {there.settings.get(k)!r}, now {wanted.get(k)!r}" for k in different)
             raise ShardError(
-                f"{self.path} holds another set of activations ({said}): give another folder or the same settings"
+                f"{self.path} holds another set of activations ({said}): give another folder or the same "
+                "settings"
             )
         for temporary in self.path.rglob(".*.tmp"):
             temporary.unlink()
@@ -212,7 +215,8 @@ class ShardFolder:
             missing = sorted(set(range(manifest.n_shards)) - {s.index for s in manifest.shards})
             if missing:
                 raise ShardError(
-                    f"{self.path} lacks {len(missing)} of {manifest.n_shards} shards, e.g. {shard_name(missing[0])}"
+                    f"{self.path} lacks {len(missing)} of {manifest.n_shards} shards, e.g. "
+                    f"{shard_name(missing[0])}"
                 )
         if complete is not None:
             manifest.complete = complete

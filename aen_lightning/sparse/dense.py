@@ -1,4 +1,7 @@
-"""The step of a code too dense to gain from sparsity: five products, and no tensor of the code's size for the loss."""
+"""The step of a code too dense to gain from sparsity.
+
+Five products, and no tensor of the code's size for the loss.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from aen_lightning.sparse.encoding import check_shapes, encoder_input, product_d
 @torch.compiler.disable
 @torch.no_grad()
 def encode_dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None = None) -> DenseCode:
-    """The code of :func:`~aen_lightning.sparse.encode` as one dense tensor, for batches in which many features fire.
+    """The code of :func:`~aen_lightning.sparse.encode` as one dense tensor, for batches in which many
+    features fire.
 
     Under autocast the product, the bias and the code have autocast's dtype: half of what is read and written.
 
@@ -72,7 +76,9 @@ class _DenseTerms(torch.autograd.Function):
             l1_loss = mse_loss.new_zeros(())
         else:
             # Without slopes the sums that the statistics took serve for the loss as well.
-            weighted_sums = code.feature_sums if slopes is None else (h * slopes).sum(dim=0, dtype=mse_loss.dtype)
+            weighted_sums = (
+                code.feature_sums if slopes is None else (h * slopes).sum(dim=0, dtype=mse_loss.dtype)
+            )
             l1_loss = torch.dot(weighted_sums.to(mse_loss.dtype), l1_weights.to(mse_loss.dtype)) / batch
         if l2_coefficient:
             l2_loss = _squared_norm(h).to(mse_loss.dtype) * (l2_coefficient / batch)
@@ -143,7 +149,10 @@ def dense_terms(
     l2_coefficient: float,
     apply_b_dec_to_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(mse_loss, l1_loss, l2_loss, sae_out)`` of a dense code; arguments as for :func:`~aen_lightning.sparse.loss`."""
+    """``(mse_loss, l1_loss, l2_loss, sae_out)`` of a dense code.
+
+    Arguments as for :func:`~aen_lightning.sparse.loss`.
+    """
     return _DenseTerms.apply(
         x, W_enc, b_enc, W_dec, b_dec, l1_weights, slopes, code, l2_coefficient, apply_b_dec_to_input
     )

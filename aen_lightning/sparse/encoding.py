@@ -1,4 +1,7 @@
-"""From activations to a code: the encoder product in blocks that fit the cache, and what is kept of each block."""
+"""From activations to a code.
+
+The encoder product in blocks that fit the cache, and what is kept of each block.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,12 @@ from torch import Tensor, nn
 from aen_lightning.sparse.codes import SparseCode, csr, offsets_of
 from aen_lightning.sparse.screening import screen_features, screen_tokens, screening_pays
 
-# One block of pre-activations: 16 MiB in float32. Larger blocks leave the cache (and glibc maps them anew each
-# time), smaller ones waste the packing that BLAS does for every product.
+# One block of pre-activations: 16 MiB in float32. Larger blocks leave the cache (and glibc maps them anew
+# each time), smaller ones waste the packing that BLAS does for every product.
 BLOCK_ELEMENTS = 2**22
 _MIN_FEATURES = 256
-# Above this share of candidates in a block, the full-precision product of the block is cheaper than its samples.
+# Above this share of candidates in a block, the full-precision product of the block is cheaper than its
+# samples.
 _MAX_CANDIDATES = 0.02
 _ALL_TRUE = 0x0101010101010101  # eight True bytes, in either byte order
 
@@ -26,7 +30,8 @@ def check_shapes(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) 
     """Raise ``ValueError`` or ``TypeError`` unless these can be encoded with each other."""
     if x.ndim != 2 or W_enc.ndim != 2 or x.shape[1] != W_enc.shape[0]:
         raise ValueError(
-            f"x must be (batch, d_in) and W_enc (d_in, d_sae), got {tuple(x.shape)} and {tuple(W_enc.shape)}; "
+            f"x must be (batch, d_in) and W_enc (d_in, d_sae), got {tuple(x.shape)} and "
+            f"{tuple(W_enc.shape)}; "
             "flatten leading dimensions of x first"
         )
     if not x.shape[0]:
@@ -57,7 +62,8 @@ def product_dtype(W_enc: Tensor) -> torch.dtype:
 
 
 class EncoderBlocks:
-    """The encoder product of one batch, a block of features at a time; iterates over each block's first feature.
+    """The encoder product of one batch, a block of features at a time; iterates over each block's first
+    feature.
 
     Args:
         x: (batch, d_in).
@@ -82,7 +88,9 @@ class EncoderBlocks:
         if screen is None:
             screen = dtype == W_enc.dtype and screening_pays(x.device, dtype)
         elif screen and dtype != torch.float32:
-            raise ValueError(f"screen=True needs a float32 encoder product, but this one is {dtype}; use screen=None")
+            raise ValueError(
+                f"screen=True needs a float32 encoder product, but this one is {dtype}; use screen=None"
+            )
         self.batch, self.d_sae = x.shape[0], W_enc.shape[1]
         self._weight, self._bias = W_enc.detach().t(), b_enc.detach()
         self._step = _features_per_block(self.batch, self.d_sae, block_elements)
@@ -118,7 +126,9 @@ class EncoderBlocks:
     def code(self, parts: list[Entries]) -> SparseCode:
         """The code of all entries kept; they lie in feature order."""
         tokens, features, values = joined(parts)
-        return SparseCode(offsets_of(features, self.d_sae), tokens, features, values, (self.batch, self.d_sae))
+        return SparseCode(
+            offsets_of(features, self.d_sae), tokens, features, values, (self.batch, self.d_sae)
+        )
 
 
 def joined(parts: list[Entries]) -> Entries:
@@ -141,8 +151,8 @@ def encode(
 ) -> SparseCode:
     """Code of a ReLU SAE, ``relu((x - b_dec) @ W_enc + b_enc)``, or of a JumpReLU SAE, as its non-zeros.
 
-    The product runs in blocks of features, so that no (batch, d_sae) tensor ever exists. Under autocast it runs in
-    autocast's dtype, like the dense product; the bias is added in the parameters' dtype.
+    The product runs in blocks of features, so that no (batch, d_sae) tensor ever exists. Under autocast it
+    runs in autocast's dtype, like the dense product; the bias is added in the parameters' dtype.
 
     Args:
         x: (batch, d_in) activations, as the loss will see them. Cast to the parameters' dtype.
@@ -151,13 +161,15 @@ def encode(
         b_dec: (d_in,), subtracted from ``x`` first; None for ``apply_b_dec_to_input=False``.
         threshold: (d_sae,) of a JumpReLU SAE: a positive pre-activation is kept, whole, where it is above its
             feature's threshold. No gradient reaches it. None for ReLU.
-        screen: Rule out negative pre-activations with a certified bfloat16 product and compute the rest in full
-            precision (:mod:`aen_lightning.sparse.screening`). The same code to rounding. None: where it pays.
+        screen: Rule out negative pre-activations with a certified bfloat16 product and compute the rest in
+            full precision (:mod:`aen_lightning.sparse.screening`). The same code to rounding. None: where it
+            pays.
         block_elements: Pre-activations in memory at a time; rounded to whole features.
     Returns:
         The code, without autograd graph: :func:`~aen_lightning.sparse.loss` knows its derivative.
     Raises:
-        ValueError: If shapes disagree, or ``screen`` is asked for in another dtype than float32 or under autocast.
+        ValueError: If shapes disagree, or ``screen`` is asked for in another dtype than float32 or under
+            autocast.
         TypeError: If the parameters are neither float32 nor float64.
     """
     if threshold is not None:
@@ -177,7 +189,8 @@ def nonzero_flat(negative: Tensor) -> Tensor:
     flat = negative.view(-1)
     if flat.device.type != "cpu" or flat.numel() % 8:
         return flat.logical_not().nonzero().squeeze(1)
-    # CPU nonzero() goes element by element; with 99 % True, looking at eight at a time is about four times faster.
+    # CPU nonzero() goes element by element; with 99 % True, looking at eight at a time is about four times
+    # faster.
     words = (flat.view(torch.int64) != _ALL_TRUE).nonzero().squeeze(1)
     inside = flat.view(-1, 8).index_select(0, words).logical_not_().view(-1).nonzero().squeeze(1)
     return words.index_select(0, inside >> 3).mul_(8).add_(inside & 7)
@@ -203,7 +216,10 @@ def _above(bias: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _lowered(bias: Tensor, floor: Tensor | None) -> Tensor:
-    """A bias with which every pre-activation above the floor is positive; some that are just below it, too."""
+    """A bias with which every pre-activation above the floor is positive.
+
+    Some that are just below it, too.
+    """
     if floor is None:
         return bias
     return bias - floor + (bias.abs() + floor) * (8 * torch.finfo(bias.dtype).eps)
@@ -239,8 +255,8 @@ def _screened_block(
     norm = torch.linalg.vector_norm(rows, dim=1)
     side = screen_features(rows, norm, _lowered(bias, floor))
     upper = torch.mm(side, tokens_side, out=buffer[: rows.shape[0]])
-    # The sign bit of a bfloat16 is that of its bits as an int16, which is read several times faster than comparing.
-    # A bound of exactly 0 counts as a candidate, which is safe.
+    # The sign bit of a bfloat16 is that of its bits as an int16, which is read several times faster than
+    # comparing. A bound of exactly 0 counts as a candidate, which is safe.
     at = nonzero_flat(torch.signbit(upper.view(torch.int16)))
     # The sign bit of a NaN is arbitrary, so a diverged encoder takes the plain product, which keeps it.
     if at.numel() > _MAX_CANDIDATES * upper.numel() or not bool(torch.isfinite(norm).all()):
@@ -257,11 +273,12 @@ def _screened_block(
 
 @torch.no_grad()
 def feature_major_(W_enc: nn.Parameter) -> None:
-    """Store an encoder weight feature by feature, in place: same shape, values and state dict key, strides (1, d_in).
+    """Store an encoder weight feature by feature, in place: same shape, values and state dict key, strides
+    (1, d_in).
 
-    Every product of the sparse step reads or writes whole features. In this layout the weight's gradient is born in
-    place, and neither the weight nor the gradient is transposed at each step. Autograd, the optimizers and
-    checkpoints keep the layout. safetensors does not store strided tensors: call ``.contiguous()`` when saving. FSDP
-    shards contiguous parameters only.
+    Every product of the sparse step reads or writes whole features. In this layout the weight's gradient is
+    born in place, and neither the weight nor the gradient is transposed at each step. Autograd, the
+    optimizers and checkpoints keep the layout. safetensors does not store strided tensors: call
+    ``.contiguous()`` when saving. FSDP shards contiguous parameters only.
     """
     W_enc.data = W_enc.data.t().contiguous().t()

@@ -1,18 +1,18 @@
 r"""Certified screening: a bfloat16 product that proves most pre-activations negative.
 
-The encoder product is the floor of a sparse step, and 99 % of what it computes is thrown away by the ReLU. Where the
-hardware multiplies bfloat16 several times faster than float32 (AMX, tensor cores), a rounded product with a rigorous
-error bound decides which entries *can* be positive, and only those are computed in full precision. The result is that
-of the full-precision product: no positive entry is missed (down to float32's smallest normal number, below which
-hardware may flush to zero).
+The encoder product is the floor of a sparse step, and 99 % of what it computes is thrown away by the ReLU.
+Where the hardware multiplies bfloat16 several times faster than float32 (AMX, tensor cores), a rounded
+product with a rigorous error bound decides which entries *can* be positive, and only those are computed in
+full precision. The result is that of the full-precision product: no positive entry is missed (down to
+float32's smallest normal number, below which hardware may flush to zero).
 
-With round-to-nearest, :math:`\hat x = x + \delta_x` and :math:`|\delta_w| \le u |w|`, :math:`u = 2^{-8}`, so that by
-Cauchy-Schwarz
+With round-to-nearest, :math:`\hat x = x + \delta_x` and :math:`|\delta_w| \le u |w|`, :math:`u = 2^{-8}`, so
+that by Cauchy-Schwarz
 
 .. math:: x \cdot w \le \hat x \cdot \hat w + \|w\| \left( \|\delta_x\| + u \|\hat x\| \right).
 
-The bound has rank one and the bias rank two (a high and a low part), so all three ride in the product itself as
-extra columns: one matrix product gives an upper bound of every pre-activation, and its sign decides.
+The bound has rank one and the bias rank two (a high and a low part), so all three ride in the product itself
+as extra columns: one matrix product gives an upper bound of every pre-activation, and its sign decides.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _COLUMN_MULTIPLE = 32  # bfloat16 tiles and vectors are 64 bytes wide
 
 
 def screening_pays(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a bfloat16 product is so much faster than one in ``dtype`` on ``device`` that screening gains time.
+    """Whether a bfloat16 product is so much faster than one in ``dtype`` on ``device`` that screening gains
+    time.
 
     True for float32 on CPUs with AMX and on CUDA devices with bfloat16 tensor cores. There it needs TF32 off:
     with TF32 on the plain product is nearly as fast.
@@ -36,9 +37,13 @@ def screening_pays(device: torch.device, dtype: torch.dtype) -> bool:
     if dtype != torch.float32:
         return False
     if device.type == "cpu":
-        return bool(torch.cpu.get_capabilities().get("amx_bf16", False)) and torch.backends.mkldnn.is_available()
+        return (
+            bool(torch.cpu.get_capabilities().get("amx_bf16", False)) and torch.backends.mkldnn.is_available()
+        )
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0) and not torch.backends.cuda.matmul.allow_tf32
+        return (
+            torch.cuda.get_device_capability(device) >= (8, 0) and not torch.backends.cuda.matmul.allow_tf32
+        )
     return False
 
 
@@ -80,8 +85,9 @@ def screen_features(weight: Tensor, norm: Tensor, bias: Tensor) -> Tensor:
         norm: (features,) their L2 norms.
         bias: (features,) float32.
     Returns:
-        (features, d_in + 3, padded to a multiple of 32) bfloat16: times :func:`screen_tokens` transposed, it gives an
-        upper bound of ``weight @ x.T + bias[:, None]`` that is positive wherever the pre-activation is.
+        (features, d_in + 3, padded to a multiple of 32) bfloat16: times :func:`screen_tokens` transposed, it
+        gives an upper bound of ``weight @ x.T + bias[:, None]`` that is positive wherever the pre-activation
+        is.
     """
     d_in = weight.shape[1]
     high = bias.to(torch.bfloat16)

@@ -13,16 +13,17 @@ _SCREENING_DENSITY = 0.012
 class DensitySwitch:
     """Chooses between the dense and the sparse step by the density of recent codes.
 
-    Both give the same loss and gradients to rounding, so switching shows in the time only. Training starts dense. A
-    dense code is counted on the first step and then once every ``every_n_steps`` (a device synchronisation); a sparse
-    code knows its size. :attr:`screen` is for :func:`encode`: False while a sparse code is too dense for screening to
-    pay, else None.
+    Both give the same loss and gradients to rounding, so switching shows in the time only. Training starts
+    dense. A dense code is counted on the first step and then once every ``every_n_steps`` (a device
+    synchronisation); a sparse code knows its size. :attr:`screen` is for :func:`encode`: False while a sparse
+    code is too dense for screening to pay, else None.
 
     Args:
         threshold: Go sparse when at most this share of the code is non-zero, in (0, 1). The default is where
-            ``benchmarks/train_step.py --crossover`` still finds the sparse step clearly cheaper on CPU (they cost the
-            same at about 0.11).
-        hysteresis: Go back to dense above ``threshold * hysteresis``, at least 1, so that noise does not flip it.
+            ``benchmarks/train_step.py --crossover`` still finds the sparse step clearly cheaper on CPU (they
+            cost the same at about 0.11).
+        hysteresis: Go back to dense above ``threshold * hysteresis``, at least 1, so that noise does not flip
+            it.
         every_n_steps: How often a dense code is counted, in steps.
     Raises:
         ValueError: If an argument is out of range.
@@ -43,7 +44,10 @@ class DensitySwitch:
         self._steps_dense = 0
 
     def observe(self, code: SparseCode | DenseCode) -> None:
-        """Take note of a training step's code; :attr:`sparse` then says which path the next step should take."""
+        """Take note of a training step's code.
+
+        :attr:`sparse` then says which path the next step should take.
+        """
         if isinstance(code, SparseCode):
             self._steps_dense = 0
             self.sparse = code.density <= self.threshold * self.hysteresis
@@ -56,7 +60,10 @@ class DensitySwitch:
         self._steps_dense += 1
 
     def state_dict(self) -> dict[str, bool | int | None]:
-        """Where it stands, as plain values: a resumed run then takes the very steps of an uninterrupted one."""
+        """Where it stands, as plain values.
+
+        A resumed run then takes the very steps of an uninterrupted one.
+        """
         return {"sparse": self.sparse, "screen": self.screen, "steps_dense": self._steps_dense}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

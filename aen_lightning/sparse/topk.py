@@ -79,10 +79,12 @@ def encode_batch_topk(
     screen: bool | None = None,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> SparseCode:
-    """Code of a BatchTopK SAE: the ``int(k * batch)`` largest pre-activations of the batch, negative ones dropped.
+    """Code of a BatchTopK SAE: the ``int(k * batch)`` largest pre-activations of the batch, negative ones
+    dropped.
 
-    The least activation kept is ``code.values.min()``, from which SAELens learns the threshold of the JumpReLU SAE
-    that it exports. Of equal activations at that level an arbitrary one is kept, as by ``torch.topk``.
+    The least activation kept is ``code.values.min()``, from which SAELens learns the threshold of the
+    JumpReLU SAE that it exports. Of equal activations at that level an arbitrary one is kept, as by
+    ``torch.topk``.
 
     Args:
         x: (batch, d_in) activations.
@@ -100,7 +102,8 @@ def encode_batch_topk(
     n_kept = int(k * blocks.batch)
     if not (0 < k <= blocks.d_sae and n_kept >= 1):
         raise ValueError(
-            f"k must be above 0, at most d_sae = {blocks.d_sae}, and keep at least one activation of a batch of "
+            f"k must be above 0, at most d_sae = {blocks.d_sae}, and keep at least one activation of a "
+            "batch of "
             f"{blocks.batch}, got {k}"
         )
     parts: list[Entries] = []

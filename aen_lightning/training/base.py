@@ -29,8 +29,8 @@ class SAETrainingModule(pl.LightningModule):
 
     Args:
         saes: The SAEs by name; the only one of a run has the empty name.
-        dead_feature_window: Training steps without firing after which a feature counts as dead in ``sparsity/dead_features``
-            and, in architectures that revive features, gets the auxiliary loss.
+        dead_feature_window: Training steps without firing after which a feature counts as dead in
+            ``sparsity/dead_features`` and, in architectures that revive features, gets the auxiliary loss.
         compile_sae: Compile the training forward pass with ``torch.compile``; the step is then dense.
         sae_compilation_mode: ``torch.compile``'s mode.
         sae_compilation_backend: ``torch.compile``'s backend; ``inductor`` needs a C++ compiler on a CPU.
@@ -52,11 +52,15 @@ class SAETrainingModule(pl.LightningModule):
         super().__init__()
         self.optimizer_settings = OptimizerSettings(**optimizer)
         self.compile_sae = compile_sae
-        self.sae_compilation_mode, self.sae_compilation_backend = sae_compilation_mode, sae_compilation_backend
+        self.sae_compilation_mode, self.sae_compilation_backend = (
+            sae_compilation_mode,
+            sae_compilation_backend,
+        )
         self.tracked = cast(
             "Sequence[TrackedSAE]",
             nn.ModuleList(
-                TrackedSAE(sae, name=name, dead_feature_window=dead_feature_window) for name, sae in saes.items()
+                TrackedSAE(sae, name=name, dead_feature_window=dead_feature_window)
+                for name, sae in saes.items()
             ),
         )
         self.n_training_samples = 0
@@ -68,10 +72,22 @@ class SAETrainingModule(pl.LightningModule):
         """The SAEs by name."""
         return {tracked.name: tracked.sae for tracked in self.tracked}
 
-    # --- wiring ---------------------------------------------------------------------------------------------------
+    @property
+    def sparsity_multipliers(self) -> dict[str, Tensor]:
+        """Scalars by which the sparsity coefficient of each SAE is multiplied, by name.
+
+        1 unless a callback changes them.
+        """
+        return {tracked.name: tracked.sparsity_multiplier for tracked in self.tracked}
+
+    # --- wiring
+    # ---------------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """The callbacks training needs; one of the same class (or a subclass) given to the Trainer takes its place."""
+        """The callbacks training needs.
+
+        One of the same class (or a subclass) given to the Trainer takes its place.
+        """
         defaults: list[type[pl.Callback]] = [HandBack, DeadFeatureTracker, ExportSAE, Throughput]
         if self._adaptive_saes():
             defaults = [DelayedWarmup, EMAWeightRefresh, *defaults]
@@ -84,13 +100,15 @@ class SAETrainingModule(pl.LightningModule):
         d_in = getattr(datamodule, "d_in", None)
         if isinstance(d_in, dict):
             raise ValueError(
-                f"{type(self).__name__} trains on one hook, but {type(datamodule).__name__} gives {', '.join(d_in)}: "
+                f"{type(self).__name__} trains on one hook, but {type(datamodule).__name__} gives "
+                f"{', '.join(d_in)}: "
                 "set hook_name to one of them"
             )
         for sae in self.saes.values():
             if d_in is not None and d_in != sae.cfg.d_in:
                 raise ValueError(
-                    f"the SAE has d_in={sae.cfg.d_in}, but {type(datamodule).__name__} gives activations of width {d_in}: "
+                    f"the SAE has d_in={sae.cfg.d_in}, but {type(datamodule).__name__} gives activations "
+                    f"of width {d_in}: "
                     f"set model.sae.d_in to {d_in}"
                 )
         self._adopt_data_description()
@@ -135,10 +153,13 @@ class SAETrainingModule(pl.LightningModule):
             sae.W_enc.data = sae.W_enc.data.contiguous()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One optimizer with a parameter group per SAE, and SAELens's learning-rate schedule, stepped once per optimizer step."""
+        """One optimizer with a parameter group per SAE, and SAELens's learning-rate schedule, stepped once
+        per optimizer step.
+        """
         optimizer_class = None
         if self._lays_encoders_feature_by_feature():
-            # the layout of the step on the non-zeros, and the Adam that keeps to it; the same numbers as torch's
+            # the layout of the step on the non-zeros, and the Adam that keeps to it; the same numbers as
+            # torch's
             for sae in self._adaptive_saes():
                 sparse.feature_major_(sae.W_enc)
             optimizer_class = sparse.FusedAdam
@@ -154,7 +175,8 @@ class SAETrainingModule(pl.LightningModule):
         return (
             self.optimizer_settings.is_plain_adam
             and "mixed" not in str(self.trainer.precision)
-            and self.trainer.world_size == 1  # DDP and FSDP lay out their buckets before the optimizer is made
+            and self.trainer.world_size
+            == 1  # DDP and FSDP lay out their buckets before the optimizer is made
             and not self.compile_sae
             and any(sae.sparse_step_applies() for sae in self._adaptive_saes())
             and sparse.FusedAdam.supported()
@@ -182,14 +204,15 @@ class SAETrainingModule(pl.LightningModule):
         for sae in self._adaptive_saes():
             sae.normalize_decoder()
 
-    # --- steps ----------------------------------------------------------------------------------------------------
+    # --- steps
+    # ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
         """A SAELens training forward pass of every SAE on the same batch (batch, d_in).
 
         Returns:
-            ``loss`` (scalar, the sum), ``n_firings``: by SAE name, how often each feature fired, shape (d_sae,), int64, and
-            ``n_tokens``, an int; counts are over all ranks.
+            ``loss`` (scalar, the sum), ``n_firings``: by SAE name, how often each feature fired, shape
+            (d_sae,), int64, and ``n_tokens``, an int; counts are over all ranks.
         """
         n_steps, is_logging_step = self.trainer.global_step, self._is_logging_step()
         # equal batches on every rank, as everywhere in a data-parallel step
@@ -234,7 +257,9 @@ class SAETrainingModule(pl.LightningModule):
         def mean(key: str) -> Tensor:
             return torch.stack([values[key].float() for values in logs.values()]).mean()
 
-        dead = [logs[tracked.name]["sparsity/dead_features"] / tracked.sae.cfg.d_sae for tracked in self.tracked]
+        dead = [
+            logs[tracked.name]["sparsity/dead_features"] / tracked.sae.cfg.d_sae for tracked in self.tracked
+        ]
         bar = {
             "loss": mean("losses/overall_loss"),
             "l0": mean("metrics/l0"),
@@ -267,10 +292,13 @@ class SAETrainingModule(pl.LightningModule):
         for tracked in self.tracked:
             metrics = tracked.val_metrics if stage == "val" else tracked.test_metrics
             values = metrics.compute()
-            self.log_dict({prefixed(tracked.name, f"{stage}/metrics/{name}"): value for name, value in values.items()})
+            self.log_dict(
+                {prefixed(tracked.name, f"{stage}/metrics/{name}"): value for name, value in values.items()}
+            )
             metrics.reset()
 
-    # --- saving ---------------------------------------------------------------------------------------------------
+    # --- saving
+    # ---------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the weights alone do not say, as plain values."""
@@ -289,5 +317,8 @@ class SAETrainingModule(pl.LightningModule):
             tracked.load_extra_state(extra)
 
     def export(self, path: str | Path, log_sparsity: Tensor | None = None, *, name: str = "") -> Path:
-        """Write one dictionary as a SAELens folder for raw activations; see :func:`aen_lightning.saes.export.export_sae`."""
+        """Write one dictionary as a SAELens folder for raw activations.
+
+        See :func:`aen_lightning.saes.export.export_sae`.
+        """
         return export_sae(self.saes[name], path, input_scaling=self.input_scaling, log_sparsity=log_sparsity)

@@ -21,7 +21,8 @@ class Member:
 
 
 def expand_grid(sae: dict[str, Any] | list[dict[str, Any]], seed: int | list[int]) -> list[Member]:
-    """Every combination of the listed values, in the order written; several dicts give their grids one after the other.
+    """Every combination of the listed values, in the order written; several dicts give their grids one after
+    the other.
 
     A field that is a list by nature (``matryoshka_widths``) varies only as a list of lists.
 
@@ -37,7 +38,9 @@ def expand_grid(sae: dict[str, Any] | list[dict[str, Any]], seed: int | list[int
             fields = dict(zip((key for key, _ in axes), values, strict=True))
             combinations += [(fields, one_seed) for one_seed in seeds]
     if not combinations:
-        raise ValueError("the sweep has no member: give sae at least one dict, and every list at least one value")
+        raise ValueError(
+            "the sweep has no member: give sae at least one dict, and every list at least one value"
+        )
     keys = list(dict.fromkeys(key for fields, _ in combinations for key in fields))
     differing = [key for key in keys if len({_value_of(fields, key) for fields, _ in combinations}) > 1]
     listed = [key for key in differing if any(len(_values(b, key, b[key])) > 1 for b in blocks if key in b)]
@@ -57,7 +60,9 @@ def expand_grid(sae: dict[str, Any] | list[dict[str, Any]], seed: int | list[int
 
 
 def _naming_keys(members: list[dict[str, Any]], differing: list[str], listed: list[str]) -> list[str]:
-    """The architecture and the axes of the grid, and as many more of the differing fields as tell all members apart."""
+    """The architecture and the axes of the grid, and as many more of the differing fields as tell all members
+    apart.
+    """
     chosen = [key for key in differing if key == "architecture" or key in listed]
 
     def n_apart(keys: list[str]) -> int:

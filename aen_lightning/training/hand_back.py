@@ -8,7 +8,9 @@ import lightning.pytorch as pl
 
 
 class HandBack(pl.Callback):
-    """Calls the module's ``hand_back`` after a fit, also after one that raised, for which a module has no hook."""
+    """Calls the module's ``hand_back`` after a fit, also after one that raised, for which a module has no
+    hook.
+    """
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The fit ended well."""

@@ -1,4 +1,7 @@
-"""SAEModule trains one SAE under Lightning, SweepModule many on one stream: any architecture SAELens can train."""
+"""SAEModule trains one SAE under Lightning, SweepModule many on one stream.
+
+Any architecture SAELens can train.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,17 @@ from aen_lightning.training.tracked_sae import new_sae
 class SAEModule(SAETrainingModule):
     """Trains an SAE on batches of activations, shape (batch, d_in), with Lightning's Trainer.
 
-    Any architecture SAELens can train runs here, in the same loop and on the same data: ``aen``, ``standard``, ``topk``,
-    ``batchtopk``, ``jumprelu``, ``gated``, ``matryoshka_batchtopk``, ... Gradient clipping, precision, accumulation, loggers and
-    strategies are the Trainer's. With Adam, a constant rate and ``gradient_clip_val=1.0`` it takes the very steps that
-    SAELens's ``SAETrainer`` takes.
+    Any architecture SAELens can train runs here, in the same loop and on the same data: ``aen``,
+    ``standard``, ``topk``, ``batchtopk``, ``jumprelu``, ``gated``, ``matryoshka_batchtopk``, ... Gradient
+    clipping, precision, accumulation, loggers and strategies are the Trainer's. With Adam, a constant rate
+    and ``gradient_clip_val=1.0`` it takes the very steps that SAELens's ``SAETrainer`` takes.
 
     Args:
-        sae: ``architecture`` and the fields of its SAELens training config; unknown keys are refused. For ``aen`` also the
-            paper's ``lambda_1`` and ``lambda_2``.
+        sae: ``architecture`` and the fields of its SAELens training config; unknown keys are refused. For
+            ``aen`` also the paper's ``lambda_1`` and ``lambda_2``.
         seed: Seed of the initial weights. None: the global generator, which ``seed_everything`` seeds.
-        **training: As for :class:`~aen_lightning.training.base.SAETrainingModule`: ``lr``, ``dead_feature_window``, ...
+        **training: As for :class:`~aen_lightning.training.base.SAETrainingModule`: ``lr``,
+            ``dead_feature_window``, ...
 
     Raises:
         ValueError: For a config that does not hold together; at ``setup``, if the data do not fit the SAE.
@@ -49,12 +53,12 @@ class SAEModule(SAETrainingModule):
 class SweepModule(SAETrainingModule):
     """Trains every member of a grid of SAEs on the same batches; each ends where it would have ended alone.
 
-    The language model runs once for all of them. Each SAE has its own loss, clipping, optimizer state, schedule, metrics (keys
-    begin with its name) and export folder; the optimizer's settings are common.
+    The language model runs once for all of them. Each SAE has its own loss, clipping, optimizer state,
+    schedule, metrics (keys begin with its name) and export folder; the optimizer's settings are common.
 
     Args:
-        sae: As for :class:`SAEModule`, with a list of values wherever the grid should vary; or a list of such dicts, whose
-            grids are joined.
+        sae: As for :class:`SAEModule`, with a list of values wherever the grid should vary; or a list of such
+            dicts, whose grids are joined.
         seed: Seed of the initial weights, or a list of seeds, which multiplies the grid.
         **training: As for :class:`SAEModule`.
 
@@ -62,7 +66,9 @@ class SweepModule(SAETrainingModule):
         ValueError: For a grid without members, or one whose members do not hold together.
     """
 
-    def __init__(self, sae: dict[str, Any] | list[dict[str, Any]], seed: int | list[int] = 0, **training: Any) -> None:
+    def __init__(
+        self, sae: dict[str, Any] | list[dict[str, Any]], seed: int | list[int] = 0, **training: Any
+    ) -> None:
         members: list[Member] = expand_grid(sae, seed)
         super().__init__({m.name: new_sae(build_sae_config(m.sae), m.seed) for m in members}, **training)
         self.members = members

@@ -23,11 +23,12 @@ class OptimizerSettings:
     Args:
         lr: Learning rate.
         optimizer: Class path of a ``torch.optim.Optimizer`` that takes ``params, lr=...``.
-        optimizer_kwargs: Further arguments of the optimizer. Adam and AdamW run fused (not in mixed precision) unless
-            ``fused`` is given.
+        optimizer_kwargs: Further arguments of the optimizer. Adam and AdamW run fused (not in mixed
+            precision) unless ``fused`` is given.
         lr_scheduler_name: SAELens's ``constant``, ``cosineannealing`` or ``cosineannealingwarmrestarts``.
         lr_warm_up_steps: Optimizer steps of linear warm-up.
-        lr_decay_steps: Optimizer steps of linear decay to zero at the end; needs ``max_steps`` on the Trainer.
+        lr_decay_steps: Optimizer steps of linear decay to zero at the end; needs ``max_steps`` on the
+            Trainer.
         lr_end: Rate at the end of a cosine schedule. None: a tenth of ``lr``, as in SAELens.
         n_restart_cycles: Cycles of ``cosineannealingwarmrestarts``.
 
@@ -50,7 +51,9 @@ class OptimizerSettings:
         accepted = inspect.signature(self.optimizer_class).parameters
         unknown = [key for key in self.optimizer_kwargs or {} if key not in accepted]
         if unknown:
-            raise ValueError(f"{self.optimizer} takes no argument {unknown[0]!r}; it takes {', '.join(accepted)}")
+            raise ValueError(
+                f"{self.optimizer} takes no argument {unknown[0]!r}; it takes {', '.join(accepted)}"
+            )
 
     @property
     def optimizer_class(self) -> type[torch.optim.Optimizer]:
@@ -60,7 +63,8 @@ class OptimizerSettings:
             found = getattr(importlib.import_module(module_name), name)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
-                f"optimizer must be the class path of a torch optimizer such as 'torch.optim.AdamW', got {self.optimizer!r}"
+                "optimizer must be the class path of a torch optimizer such as 'torch.optim.AdamW', got "
+                f"{self.optimizer!r}"
             ) from error
         if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
             raise ValueError(f"optimizer {self.optimizer!r} is not a torch.optim.Optimizer")
@@ -86,7 +90,8 @@ class OptimizerSettings:
             groups: The parameters of each SAE.
             training_steps: Length of the run in optimizer steps; infinite if it is not known.
             device: Where the parameters are.
-            mixed_precision: Whether Lightning clips gradients of scaled or autocast losses; it does not with a fused Adam.
+            mixed_precision: Whether Lightning clips gradients of scaled or autocast losses; it does not with
+                a fused Adam.
             optimizer_class: In place of the one named, with the same arguments.
 
         Raises:
@@ -96,10 +101,14 @@ class OptimizerSettings:
         # Adam's fused kernel takes the same steps several times faster
         if self.optimizer_class in (torch.optim.Adam, torch.optim.AdamW) and not mixed_precision:
             arguments.setdefault("fused", device.type in ("cpu", "cuda"))
-        optimizer = (optimizer_class or self.optimizer_class)([{"params": list(g)} for g in groups], **arguments)
+        optimizer = (optimizer_class or self.optimizer_class)(
+            [{"params": list(g)} for g in groups], **arguments
+        )
         known = training_steps != float("inf")
         if (self.lr_decay_steps or self.lr_scheduler_name != "constant") and not known:
-            raise ValueError("lr_decay_steps and cosine schedules need to know the end: set trainer.max_steps")
+            raise ValueError(
+                "lr_decay_steps and cosine schedules need to know the end: set trainer.max_steps"
+            )
         scheduler = get_lr_scheduler(
             self.lr_scheduler_name,
             optimizer=optimizer,

@@ -9,9 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pandas as pd
 
+from aen_lightning.runs.curves import METRICS
+from aen_lightning.runs.layout import PARETO_FILE, SWEEP_FILE, SWEEP_PARQUET_FILE
 from aen_lightning.training.module import SweepModule
-
-_METRICS = ("l0", "explained_variance", "mse", "shrinkage_ratio", "dead_features_pct")
 
 
 def sweep_table(trainer: pl.Trainer, module: SweepModule, datamodule: pl.LightningDataModule) -> pd.DataFrame:
@@ -23,12 +23,17 @@ def sweep_table(trainer: pl.Trainer, module: SweepModule, datamodule: pl.Lightni
     (values,) = trainer.validate(module, datamodule=datamodule, verbose=False) or [{}]
     if not values:
         raise ValueError(
-            f"{type(datamodule).__name__} has no validation split to compare the sweep on: hold some documents or rows out"
+            f"{type(datamodule).__name__} has no validation split to compare the sweep on: hold some "
+            "documents or rows out"
         )
     rows = []
     for member, tracked in zip(module.members, module.tracked, strict=True):
-        row: dict[str, Any] = {"name": member.name, "architecture": tracked.sae.cfg.architecture(), **member.varied}
-        row |= {metric: values[f"{member.name}/val/metrics/{metric}"] for metric in _METRICS}
+        row: dict[str, Any] = {
+            "name": member.name,
+            "architecture": tracked.sae.cfg.architecture(),
+            **member.varied,
+        }
+        row |= {metric: values[f"{member.name}/val/metrics/{metric}"] for metric in METRICS}
         row |= {"d_in": tracked.sae.cfg.d_in, "d_sae": tracked.sae.cfg.d_sae, "seed": member.seed}
         row |= {"n_training_samples": module.n_training_samples}
         rows.append(row)
@@ -38,14 +43,17 @@ def sweep_table(trainer: pl.Trainer, module: SweepModule, datamodule: pl.Lightni
 def write_table(table: pd.DataFrame, folder: Path) -> list[Path]:
     """Write ``sweep.csv``, ``sweep.parquet`` and ``pareto.json`` and return their paths.
 
-    ``pareto.json`` has for each pair of metrics (``explained_variance`` and ``dead_features_pct`` against ``l0``) and each
-    architecture the points that no other of that architecture beats in both, sorted by L0, with their names.
+    ``pareto.json`` has for each pair of metrics (``explained_variance`` and ``dead_features_pct`` against
+    ``l0``) and each architecture the points that no other of that architecture beats in both, sorted by L0,
+    with their names.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    csv, parquet, pareto = folder / "sweep.csv", folder / "sweep.parquet", folder / "pareto.json"
+    csv, parquet, pareto = folder / SWEEP_FILE, folder / SWEEP_PARQUET_FILE, folder / PARETO_FILE
     table.to_csv(csv, index=False)
     # a column may hold numbers for one architecture and strings for another, which parquet cannot
-    mixed = [column for column in table if table[column].map(type).nunique() > 1 and table[column].dtype == object]
+    mixed = [
+        column for column in table if table[column].map(type).nunique() > 1 and table[column].dtype == object
+    ]
     table.astype(dict.fromkeys(mixed, str)).to_parquet(parquet, index=False)
     fronts = {
         "explained_variance": pareto_fronts(table, "explained_variance", higher_is_better=True),
@@ -55,7 +63,9 @@ def write_table(table: pd.DataFrame, folder: Path) -> list[Path]:
     return [csv, parquet, pareto]
 
 
-def pareto_fronts(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> dict[str, list[dict[str, Any]]]:
+def pareto_fronts(
+    table: pd.DataFrame, metric: str, *, higher_is_better: bool
+) -> dict[str, list[dict[str, Any]]]:
     """Per architecture, the rows with the best ``metric`` among those with at most their L0.
 
     Args:

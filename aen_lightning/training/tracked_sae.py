@@ -19,7 +19,10 @@ from aen_lightning.saes.step_schedule import StepSchedule
 
 
 def new_sae(cfg: TrainingSAEConfig, seed: int | None) -> TrainingSAE[Any]:
-    """An untrained SAE of any SAELens architecture; ``seed`` is of its initial weights, None: the global generator."""
+    """An untrained SAE of any SAELens architecture.
+
+    ``seed`` is of its initial weights, None: the global generator.
+    """
     with temporary_seed(seed):
         return cast("TrainingSAE[Any]", TrainingSAE.from_dict(cfg.to_dict()))
 
@@ -34,6 +37,7 @@ class TrackedSAE(nn.Module):
     """
 
     n_forward_passes_since_fired: Tensor
+    sparsity_multiplier: Tensor
 
     def __init__(self, sae: TrainingSAE[Any], *, name: str, dead_feature_window: int) -> None:
         super().__init__()
@@ -41,6 +45,7 @@ class TrackedSAE(nn.Module):
         self.name = name
         self.dead_feature_window = dead_feature_window
         self.sae = sae
+        self.register_buffer("sparsity_multiplier", torch.ones(()))
         self.register_buffer("n_forward_passes_since_fired", torch.zeros(cfg.d_sae, dtype=torch.int64))
         self.train_metrics = _metrics(cfg.d_in)
         self.val_metrics = _metrics(cfg.d_in, cfg.d_sae)
@@ -52,14 +57,21 @@ class TrackedSAE(nn.Module):
         """Features that have not fired for ``dead_feature_window`` training steps, shape (d_sae,), bool."""
         return self.n_forward_passes_since_fired > self.dead_feature_window
 
-    def coefficients(self, n_training_steps: int) -> dict[str, float]:
-        """SAELens's loss coefficients after ``n_training_steps`` finished steps, warm-up included."""
-        values = {}
+    def coefficients(self, n_training_steps: int) -> dict[str, Any]:
+        """SAELens's loss coefficients after ``n_training_steps`` finished steps, warm-up and multiplier
+        included.
+
+        A number each, those of sparsity (``l1``, ``l0``) a scalar tensor, so that a multiplier on a GPU is
+        never waited for.
+        """
+        values: dict[str, Any] = {}
         for name, cfg in self.sae.get_coefficients().items():
             value, warm_up = cfg if isinstance(cfg, TrainCoefficientConfig) else (cfg, 0)
             scheduler = CoefficientScheduler(warm_up_steps=warm_up, final_value=value)
             scheduler.load_state_dict({"current_step": n_training_steps})
-            values[name] = scheduler.value
+            values[name] = (
+                scheduler.value * self.sparsity_multiplier if name in ("l1", "l0") else scheduler.value
+            )
         return values
 
     def compile(self, *, mode: str | None, backend: str) -> None:
@@ -94,7 +106,10 @@ class TrackedSAE(nn.Module):
         self.n_forward_passes_since_fired.add_(1).masked_fill_(n_firings > 0, 0)
 
     def log_values(self, output: TrainStepOutput, n_training_steps: int) -> dict[str, Any]:
-        """What SAELens logs of a step, under its keys. Collective: every rank must call it at the same steps."""
+        """What SAELens logs of a step, under its keys.
+
+        Collective: every rank must call it at the same steps.
+        """
         self.train_metrics.update(x=output.sae_in, x_hat=output.sae_out, feature_acts=output.feature_acts)
         values = self.train_metrics.compute()
         self.train_metrics.reset()

@@ -11,8 +11,8 @@ from aen_lightning.cli.main import main
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these thresholds")
 
-# after 16 MiB were taken and given back, how much of it does the heap still hold? (mallinfo2 is ten sizes; the last two are the
-# bytes free in the heap and, of these, at its top)
+# after 16 MiB were taken and given back, how much of it does the heap still hold? (mallinfo2 is ten sizes;
+# the last two are the bytes free in the heap and, of these, at its top)
 _KEPT = """
 import ctypes
 {before}
@@ -28,9 +28,15 @@ _KEEP = "from aen_lightning.cli.allocator import keep_freed_memory; print(keep_f
 
 
 def run(before: str, **env: str) -> list[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))} | env
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))
+    } | env
     done = subprocess.run(
-        [sys.executable, "-c", _KEPT.format(before=before)], env=environment, check=True, capture_output=True, text=True
+        [sys.executable, "-c", _KEPT.format(before=before)],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     return done.stdout.split()
 

@@ -13,7 +13,11 @@ def test_demo_prints_the_comparison_and_loads_the_dictionary_back(
 ) -> None:
     assert main(["demo", "--steps", "120", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("AEN", "L1 ", "TopK "))}
+    rows = {
+        line.split()[0]: line.split()[1:]
+        for line in out.splitlines()
+        if line.startswith(("AEN", "L1 ", "TopK "))
+    }
     assert set(rows) == {"AEN", "AEN+guard", "L1", "TopK"}
     assert float(rows["TopK"][0]) == 8.0
     assert "StandardSAE" in out

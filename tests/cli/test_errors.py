@@ -18,7 +18,9 @@ from aen_lightning.cli.main import main
 _TABLE = (Path(__file__).parent / "wrong_inputs.txt").read_text(encoding="utf-8")
 CASES = [tuple(block.strip().split("\n")) for block in re.findall(r"^\$ (.*\n.*)$", _TABLE, re.MULTILINE)]
 
-_SPIKED = "data: {class_path: aen_lightning.data.SpikedDataModule, init_args: {d_in: 32, n_features: 64, k: 4}}\n"
+_SPIKED = (
+    "data: {class_path: aen_lightning.data.SpikedDataModule, init_args: {d_in: 32, n_features: 64, k: 4}}\n"
+)
 _FILES = {
     "empty.yaml": "",
     "list.yaml": "- 1\n",
@@ -69,7 +71,9 @@ def test_the_traceback_is_there_for_those_who_ask(
     assert isinstance(raised.value.__cause__, FileNotFoundError)
 
 
-def test_an_error_after_the_first_step_is_no_error_of_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_after_the_first_step_is_no_error_of_use(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from aen_lightning.training.module import SAEModule
 
     def fail(self: SAEModule) -> None:
@@ -82,7 +86,9 @@ def test_an_error_after_the_first_step_is_no_error_of_use(folder: Path, monkeypa
     assert not isinstance(raised.value, UsageError)
 
 
-def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
@@ -94,9 +100,15 @@ def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 @pytest.mark.parametrize(
     ("message", "line"),
     [
-        ("unrecognized arguments: --model.gamma=1 --b", "no option --model.gamma (did you mean '--model.sae.gamma'?)"),
+        (
+            "unrecognized arguments: --model.gamma=1 --b",
+            "no option --model.gamma (did you mean '--model.sae.gamma'?)",
+        ),
         ("unrecognized arguments: --gamma", "no option --gamma (did you mean '--model.sae.gamma'?)"),
-        ("Group 'model' does not accept option 'rl'", "no key 'model.rl' in the config (did you mean 'model.lr'?)"),
+        (
+            "Group 'model' does not accept option 'rl'",
+            "no key 'model.rl' in the config (did you mean 'model.lr'?)",
+        ),
         ("argument -c/--config: expected one\n  argument", "--config: expected one argument"),
         ("the following arguments are required: fit.model.sae, fit.data", "missing model.sae, data"),
         ("something\n  that nobody foresaw", "something that nobody foresaw"),

@@ -39,16 +39,27 @@ def test_fit_fits_a_screen_and_says_what_matters() -> None:
     lines = text.splitlines()
     assert len(lines) <= 64
     assert max(map(len, lines)) <= 110
-    assert "  gamma FLOAT [0.5]                   Exponent of the adaptive weights, >= 0, dimensionless." in lines
+    assert (
+        "  gamma FLOAT [0.5]                   Exponent of the adaptive weights, >= 0, dimensionless."
+        in lines
+    )
     assert "  d_in INT                            (required) Width of the activations." in lines
     assert "  lr FLOAT [0.001]                    Learning rate." in lines
-    for phrase in ("SpikedDataModule", "--ckpt_path", "--help_all", "aen recipes list", "--model.sae.help jumprelu"):
+    for phrase in (
+        "SpikedDataModule",
+        "--ckpt_path",
+        "--help_all",
+        "aen recipes list",
+        "--model.sae.help jumprelu",
+    ):
         assert phrase in text
 
 
 def test_every_field_of_the_sae_is_on_the_page_with_its_default() -> None:
     text = training_help("fit")
-    inherited = {f.name for f in dataclasses.fields(AENTrainingSAEConfig.__bases__[0])} - {"decoder_init_norm"}
+    inherited = {f.name for f in dataclasses.fields(AENTrainingSAEConfig.__bases__[0])} - {
+        "decoder_init_norm"
+    }
     for field in dataclasses.fields(AENTrainingSAEConfig):
         if field.name not in inherited:
             (line,) = [line for line in text.splitlines() if line.startswith(f"  {field.name} ")]
@@ -57,7 +68,9 @@ def test_every_field_of_the_sae_is_on_the_page_with_its_default() -> None:
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "sweep", "refit", "harvest", "plan"])
-def test_every_option_on_a_page_is_one_of_the_parser(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_option_on_a_page_is_one_of_the_parser(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     if command == "plan":
         assert options_of("plan") == {"--config", "--tflops_per_s"}
         return
@@ -94,7 +107,9 @@ def test_reading_a_class_from_its_source_gives_its_signature() -> None:
 def test_the_fields_of_another_architecture(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--model.sae.help", "jumprelu"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^  jumprelu_bandwidth FLOAT \[0.05\] +bandwidth for the JumpReLU activation$", out, re.MULTILINE)
+    assert re.search(
+        r"^  jumprelu_bandwidth FLOAT \[0.05\] +bandwidth for the JumpReLU activation$", out, re.MULTILINE
+    )
     assert re.search(r"^  jumprelu_sparsity_loss_mode \[step\]", out, re.MULTILINE)
     assert "One of step, tanh, quadratic." in " ".join(out.split())
     assert re.search(r"^  d_sae INT +\(required\) Number of features\.$", out, re.MULTILINE)
@@ -111,7 +126,9 @@ def test_the_keys_of_a_data_module(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_page_keeps_whole_clauses_where_an_option_has_one_line() -> None:
     options = [
-        Option("a", "int", "1", "The first clause is short enough for its line; " + "what follows is not " * 5),
+        Option(
+            "a", "int", "1", "The first clause is short enough for its line; " + "what follows is not " * 5
+        ),
         Option("much_too_long_a_name_for_the_column", "float", "None", "word " * 30),
         Option("b", "Literal['x', 'y']", None, "Pick."),
     ]

@@ -32,7 +32,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_group_lists_its_own_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["shards", "--help"]) == 0
     out = capsys.readouterr().out
-    assert [line.split()[1] for line in out.splitlines() if line.startswith("  ")] == ["verify", "info", "convert"]
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("  ")] == [
+        "verify",
+        "info",
+        "convert",
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name, c in COMMANDS.items() if c.parser != "none"])
@@ -57,7 +61,9 @@ def test_slips_need_no_torch_either(words: list[str]) -> None:
         "import sys\nfrom aen_lightning.cli.main import main\nmain(sys.argv[1:])\n"
         "assert not {'torch', 'lightning', 'sae_lens', 'numpy'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, timeout=60, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=ROOT, timeout=60, check=True, capture_output=True
+    )
 
 
 @pytest.mark.parametrize("cwd", [ROOT, Path("/")], ids=["from the root", "from elsewhere"])

@@ -73,7 +73,9 @@ def test_without_options_the_defaults_are_those_of_the_signature() -> None:
 
 
 def test_lists_flags_and_groups_are_typed_as_words() -> None:
-    found = call(command, "x --thresholds 1 0.25 --fast --no_sure --files p q --n_rows 7 --no_keep --out o --kind b")
+    found = call(
+        command, "x --thresholds 1 0.25 --fast --no_sure --files p q --n_rows 7 --no_keep --out o --kind b"
+    )
     assert found == {
         "source": ["x"], "out": "o", "kind": "b", "thresholds": [1.0, 0.25], "fast": True, "sure": False,
         "group": Group(files=["p", "q"], n_rows=7, keep=False),
@@ -96,7 +98,15 @@ def test_a_positional_with_a_default_may_be_left_out() -> None:
 
 def test_dashes_and_short_options_are_put_into_the_one_spelling() -> None:
     words = ["-o", "a-b", "--n-rows=4-5", "--x.y-z", "-1", "--no-fast", "c-d"]
-    assert normalized(words, {"fast"}) == ["--out", "a-b", "--n_rows=4-5", "--x.y_z", "-1", "--fast=false", "c-d"]
+    assert normalized(words, {"fast"}) == [
+        "--out",
+        "a-b",
+        "--n_rows=4-5",
+        "--x.y_z",
+        "-1",
+        "--fast=false",
+        "c-d",
+    ]
 
 
 def test_no_option_may_be_abbreviated() -> None:

@@ -17,12 +17,16 @@ def test_recipes_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str])
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(recipes())
-    assert all(len(line.split()) > 5 for line in lines), "each recipe starts with a comment that says what it is"
+    assert all(len(line.split()) > 5 for line in lines), (
+        "each recipe starts with a comment that says what it is"
+    )
     assert main(["recipes", "list"]) == 0
     assert capsys.readouterr().out.splitlines() == lines
 
 
-def test_a_recipe_is_shown_by_name_or_as_it_lies_in_the_repository(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_is_shown_by_name_or_as_it_lies_in_the_repository(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     text = recipes()["debug"].read_text()
     for name in ("debug", "debug.yaml", "recipes/debug.yaml"):
         assert main(["recipes", "show", name]) == 0
@@ -57,7 +61,9 @@ def _command_of(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", list(recipes()))
-def test_every_recipe_says_how_to_run_it_and_passes_its_parser(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_recipe_says_how_to_run_it_and_passes_its_parser(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = recipes()[name].read_text()
     command = _command_of(name)
     assert f"aen {command} --config {name}" in text or f"{command} --config {name}" in text

@@ -17,7 +17,11 @@ import aen_lightning
 from aen_lightning.cli.main import main
 from tests.support.tiny_models import save_tiny_model
 
-QUICK = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.log_every_n_steps=5"]
+QUICK = [
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.log_every_n_steps=5",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +30,11 @@ def _own_argv(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fit(tmp_path: Path, *args: str) -> int:
-    where = [f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=20", "--trainer.val_check_interval=10"]
+    where = [
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.max_steps=20",
+        "--trainer.val_check_interval=10",
+    ]
     return main(["fit", "--config", "debug", *where, *QUICK, *args])
 
 
@@ -89,13 +97,20 @@ def test_validate_and_test_read_a_checkpoint(tmp_path: Path, capsys: pytest.Capt
             assert main([command, "--config", "debug", where, *QUICK, *args]) == 0
             header, values = (run_folder(folder) / "metrics.csv").read_text().splitlines()
             row = dict(zip(header.split(","), values.split(","), strict=True))
-            (trained[name],) = [float(v) for key, v in row.items() if key.endswith("metrics/explained_variance")]
+            (trained[name],) = [
+                float(v) for key, v in row.items() if key.endswith("metrics/explained_variance")
+            ]
         assert trained["trained"] > trained["fresh"]
 
 
 @pytest.mark.slow
 def test_further_ranks_of_a_sweep_run_the_same_command(tmp_path: Path) -> None:
-    args = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--trainer.max_steps=4"]
+    args = [
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_steps=4",
+    ]
     args += [
         "--trainer.val_check_interval=4",
         "--trainer.limit_val_batches=2",
@@ -139,7 +154,10 @@ def test_fit_on_a_language_model_from_end_to_end(tmp_path: Path) -> None:
     [
         (["--data.init_args.hook_name=blocks.9.hook_resid_post"], "blocks.9.hook_resid_post"),
         (["--data.init_args.hook_name=blocks.1.hook_resid_pst"], "hook_resid_post"),
-        (["--model.sae.d_in=24"], "the SAE has d_in=24, but TextActivationsDataModule gives activations of width 16"),
+        (
+            ["--model.sae.d_in=24"],
+            "the SAE has d_in=24, but TextActivationsDataModule gives activations of width 16",
+        ),
         (["--data.init_args.dataset_path=missing.jsonl"], "missing.jsonl"),
         (["--data.dataset-path=missing.jsonl"], "missing.jsonl"),
         (["--data.datset_path=missing.jsonl"], "(did you mean 'dataset_path'?)"),

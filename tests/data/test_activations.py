@@ -1,4 +1,7 @@
-"""Reading activations for training: the order, the split, scaling, resume, several hooks, SAELens's cache, ranks."""
+"""Reading activations for training.
+
+The order, the split, scaling, resume, several hooks, SAELens's cache, ranks.
+"""
 
 import itertools
 import threading
@@ -22,7 +25,9 @@ from tests.support.shard_sets import HOOK, flip_byte, write_set
 
 
 def set_up(path: Path, **kwargs: Any) -> ActivationsDataModule:
-    data = ActivationsDataModule(str(path), **({"train_batch_size_tokens": 8, "held_out_fraction": 0.0} | kwargs))
+    data = ActivationsDataModule(
+        str(path), **({"train_batch_size_tokens": 8, "held_out_fraction": 0.0} | kwargs)
+    )
     data.prepare_data()
     data.setup("fit")
     return data
@@ -35,7 +40,8 @@ def first(data: ActivationsDataModule, n: int) -> list[Any]:
     return batches
 
 
-# --- the order ---------------------------------------------------------------------------------------------------------
+# --- the order
+# ---------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=200, deadline=None)
@@ -56,7 +62,9 @@ def test_each_epoch_is_a_permutation_however_it_is_cut(
     whole = order().rows(epoch * n_rows, n_rows)
     assert sorted(whole) == list(range(n_rows))
     edges = sorted({0, n_rows, *(c % (n_rows + 1) for c in cuts)})
-    pieces = [order().rows(epoch * n_rows + a, b - a) for a, b in itertools.pairwise(edges)]  # each from a fresh object
+    pieces = [
+        order().rows(epoch * n_rows + a, b - a) for a, b in itertools.pairwise(edges)
+    ]  # each from a fresh object
     assert np.array_equal(np.concatenate(pieces), whole)
 
 
@@ -89,7 +97,9 @@ def test_every_batch_mixes_over_the_whole_set():
     batch_of = np.empty(n, dtype=int)
     for step, rows in enumerate(batches):
         batch_of[rows] = step
-    assert np.mean(batch_of[1:] == batch_of[:-1]) < 0.3  # a quarter of a window is one batch; 1 if read in order
+    assert (
+        np.mean(batch_of[1:] == batch_of[:-1]) < 0.3
+    )  # a quarter of a window is one batch; 1 if read in order
 
 
 def test_set_within_one_window_is_permuted_uniformly():
@@ -104,7 +114,8 @@ def test_order_rejects_nonsense():
         ShuffledOrder(10, seed=0, block_rows=0)
 
 
-# --- batches -----------------------------------------------------------------------------------------------------------
+# --- batches
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_epoch_of_batches_has_every_row_once(tmp_path: Path):
@@ -154,7 +165,9 @@ def test_per_token_scaling_is_the_papers(tmp_path: Path):
 def test_average_scaling_has_mean_norm_sqrt_d_in(tmp_path: Path):
     expected, _ = write_set(tmp_path, [64])
     data = set_up(tmp_path, input_scaling="average")
-    factor = 6**0.5 / expected[HOOK].norm(dim=1).mean().item()  # 64 rows are one epoch: all are behind the estimate
+    factor = (
+        6**0.5 / expected[HOOK].norm(dim=1).mean().item()
+    )  # 64 rows are one epoch: all are behind the estimate
     assert isinstance(data.input_scaling, InputScaling)
     assert data.input_scaling.factor == pytest.approx(factor, rel=1e-6)
     assert_close(torch.cat(first(data, 8)).norm(dim=1).mean(), torch.tensor(6**0.5))
@@ -168,7 +181,9 @@ def test_held_out_rows_are_the_end_and_never_trained_on(tmp_path: Path):
     assert torch.equal(torch.cat(held_out), expected[HOOK][80:])
     assert torch.equal(torch.cat(list(data.val_dataloader())), torch.cat(held_out))  # repeatable
     trained = {tuple(row) for batch in first(data, 40) for row in batch.tolist()}
-    assert trained == {tuple(row) for row in expected[HOOK][:76].tolist()}  # 4 rows between: no context on both sides
+    assert trained == {
+        tuple(row) for row in expected[HOOK][:76].tolist()
+    }  # 4 rows between: no context on both sides
     assert data.token_counts == {"read": 102, "special": 2, "train": 76, "held_out": 20, "excluded": 0}
     assert len(set_up(tmp_path).val_dataloader()) == 0
 
@@ -198,7 +213,10 @@ def test_metadata_is_saelenss(tmp_path: Path):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"hook_name": "blocks.7.hook_resid_post"}, "no activations of 'blocks.7.hook_resid_post'; it has blocks.0"),
+        (
+            {"hook_name": "blocks.7.hook_resid_post"},
+            "no activations of 'blocks.7.hook_resid_post'; it has blocks.0",
+        ),
         ({"train_batch_size_tokens": 65}, "leaves 64 tokens to train on"),
         ({"train_batch_size_tokens": 0}, "train_batch_size_tokens must be at least 1, got 0"),
         ({"held_out_fraction": 1.0}, "held_out_fraction"),
@@ -221,7 +239,8 @@ def test_damaged_shard_is_named_before_training(tmp_path: Path):
         set_up(tmp_path)
 
 
-# --- under a Trainer -----------------------------------------------------------------------------------------------------
+# --- under a Trainer
+# -----------------------------------------------------------------------------------------------------
 
 
 class Recorder(pl.LightningModule):
@@ -249,14 +268,21 @@ def fit(path: Path, max_steps: int, *, root: Path, resume: Path | None = None, *
         accelerator="cpu", devices=1, max_steps=max_steps, logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=root, callbacks=[ModelCheckpoint(root, filename="{step}", every_n_train_steps=5, save_top_k=-1)], **kwargs,
     )  # fmt: skip
-    data = ActivationsDataModule(str(path), train_batch_size_tokens=8, held_out_fraction=0.1, input_scaling="per_token")
+    data = ActivationsDataModule(
+        str(path), train_batch_size_tokens=8, held_out_fraction=0.1, input_scaling="per_token"
+    )
     trainer.fit(model, data, ckpt_path=None if resume is None else str(resume))
     return model
 
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{}, {"accumulate_grad_batches": 2}, {"limit_train_batches": 4, "max_epochs": -1}, {"val_check_interval": 3}],
+    [
+        {},
+        {"accumulate_grad_batches": 2},
+        {"limit_train_batches": 4, "max_epochs": -1},
+        {"val_check_interval": 3},
+    ],
 )
 def test_training_resumes_exactly(tmp_path: Path, kwargs: dict[str, Any]):
     write_set(tmp_path / "set", [30, 34])

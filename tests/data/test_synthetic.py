@@ -51,7 +51,8 @@ def test_a_batch_is_a_pure_function_of_seed_rank_and_index():
 def test_splits_are_fixed_finite_and_apart():
     data = SpikedDataModule(n_eval_samples=1000, train_batch_size_tokens=300)
     val, again, test = (
-        torch.cat(list(loader)) for loader in (data.val_dataloader(), data.val_dataloader(), data.test_dataloader())
+        torch.cat(list(loader))
+        for loader in (data.val_dataloader(), data.val_dataloader(), data.test_dataloader())
     )
     assert val.shape == test.shape == (1000, 256)
     assert torch.equal(val, again)

@@ -5,48 +5,22 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
-from collections.abc import Iterator
-from itertools import islice, pairwise, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
-from sae_lens.training.mixing_buffer import mixing_buffer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from aen_lightning.data.documents import TokenRows, find_column, open_dataset, retrying
-from aen_lightning.data.mixing import MixingBuffer
 from aen_lightning.data.text import TextActivationsDataModule
+from tests.support.text import documents, packed_by_hand
 from tests.support.tiny_models import D_MODEL, EOS, PAD, save_tiny_model, tiny_model, tiny_tokenizer
 
 HOOK = "blocks.1.hook_resid_post"
 pytestmark = pytest.mark.filterwarnings("ignore:the dataset is exhausted")
-
-
-def documents(n: int, length: int = 11) -> list[str]:
-    """Document i says one pair of words over and over, a pair no other document has."""
-    pairs = [(4 + i // 20, 30 + i % 20) for i in range(n)]
-    return [" ".join(f"w{pair[j % 2]}" for j in range(length)) for pair in pairs]
-
-
-def ids_of(document: str) -> list[int]:
-    return [int(word[1:]) for word in document.split()]
-
-
-def packed_by_hand(texts: list[str], context: int) -> Iterator[Tensor]:
-    """Packing with plain lists: a document that does not begin a row has an EOS before it, as SAELens packs."""
-    row: list[int] = []
-    for text in texts:
-        tokens = [EOS, *ids_of(text)] if row else ids_of(text)
-        for token in tokens:
-            row.append(token)
-            if len(row) == context:
-                yield torch.tensor(row)
-                row = []
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +32,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("text") / "text.jsonl.gz"
     with gzip.open(path, "wt") as file:
-        file.writelines(json.dumps({"text": document, "id": i}) + "\n" for i, document in enumerate(documents(120)))
+        file.writelines(
+            json.dumps({"text": document, "id": i}) + "\n" for i, document in enumerate(documents(120))
+        )
     return str(path)
 
 
@@ -67,7 +43,7 @@ def make(folder: str, text_file: str, **options: Any) -> TextActivationsDataModu
         "hook_name": HOOK, "dataset_path": text_file, "context_size": 16, "store_batch_size_prompts": 4,
         "train_batch_size_tokens": 32, "buffer_size_tokens": 128, "held_out_documents": 20, "seed": 3,
     }  # fmt: skip
-    datamodule = TextActivationsDataModule(folder, **{**defaults, **options})
+    datamodule = TextActivationsDataModule(model_name=folder, **{**defaults, **options})
     datamodule.setup()
     return datamodule
 
@@ -76,10 +52,13 @@ def take(datamodule: TextActivationsDataModule, n: int) -> list[Any]:
     return list(islice(iter(datamodule.train_dataloader()), n))
 
 
-# --- what a batch holds -----------------------------------------------------------------------------------------
+# --- what a batch holds
+# -----------------------------------------------------------------------------------------
 
 
-def test_unshuffled_batches_are_the_whole_models_hidden_states_without_special_tokens(folder: str, text_file: str):
+def test_unshuffled_batches_are_the_whole_models_hidden_states_without_special_tokens(
+    folder: str, text_file: str
+):
     datamodule = make(
         folder, text_file, held_out_documents=0, shuffle_documents=False, activations_mixing_fraction=0.0,
         buffer_size_tokens=32,
@@ -153,12 +132,16 @@ def test_per_token_scaling_gives_norm_sqrt_d_in(folder: str, text_file: str):
     torch.testing.assert_close(batch.norm(dim=1), torch.full((96,), D_MODEL**0.5))
 
 
-def test_average_scaling_measures_the_beginning_of_the_dataset_and_costs_training_nothing(folder: str, text_file: str):
+def test_average_scaling_measures_the_beginning_of_the_dataset_and_costs_training_nothing(
+    folder: str, text_file: str
+):
     raw = make(folder, text_file)
     scaled = make(folder, text_file, input_scaling="average", n_batches_for_norm_estimate=3)
     call = torch.stack(list(islice(packed_by_hand(documents(120), 16), 12)))
     with torch.no_grad():
-        hidden = AutoModelForCausalLM.from_pretrained(folder)(call, output_hidden_states=True).hidden_states[2]
+        hidden = AutoModelForCausalLM.from_pretrained(folder)(call, output_hidden_states=True).hidden_states[
+            2
+        ]
     factor = D_MODEL**0.5 / float(hidden[call != EOS].double().norm(dim=1).mean())
     assert scaled.input_scaling.factor == pytest.approx(factor, rel=1e-5)
     for a, b in zip(take(raw, 5), take(scaled, 5), strict=True):
@@ -166,91 +149,8 @@ def test_average_scaling_measures_the_beginning_of_the_dataset_and_costs_trainin
     assert raw.token_counts == scaled.token_counts
 
 
-# --- which documents --------------------------------------------------------------------------------------------
-
-
-def token_rows(dataset: Dataset | IterableDataset, **options: Any) -> TokenRows:
-    defaults: dict[str, Any] = {"column": "input_ids", "pretokenized": True, "tokenizer": None, "context_size": 4}
-    return TokenRows(dataset, **{**defaults, **options})
-
-
-def numbered(n: int, streaming: bool, num_shards: int = 1) -> Dataset | IterableDataset:
-    dataset = Dataset.from_dict({"input_ids": [[i] * 4 for i in range(n)]})
-    return dataset.to_iterable_dataset(num_shards=num_shards) if streaming else dataset
-
-
-def epoch_of(rows: TokenRows, n: int) -> list[int]:
-    return [int(row[0]) for row in islice(rows.training(), n)]
-
-
-def first_epoch(rows: TokenRows) -> list[int]:
-    return [int(row[0]) for row in takewhile(lambda _: rows.epoch == 0, rows.training())]
-
-
-@pytest.mark.parametrize(("streaming", "num_shards"), [(False, 1), (True, 1), (True, 4)])
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_ranks_share_the_documents_out_and_none_is_held_out(streaming: bool, num_shards: int, shuffle: bool):
-    dataset = numbered(44, streaming, num_shards)
-    ranks = [
-        first_epoch(token_rows(dataset, held_out_documents=8, shuffle=shuffle, seed=1, rank=r, world_size=2))
-        for r in range(2)
-    ]
-    assert sorted(ranks[0] + ranks[1]) == list(range(8, 44))
-    assert min(len(ranks[0]), len(ranks[1])) >= 10  # fair shares, but for the held-out documents
-
-
-@pytest.mark.parametrize(("streaming", "num_shards"), [(False, 1), (True, 1), (True, 4)])
-def test_an_epoch_of_all_ranks_is_every_document_once(streaming: bool, num_shards: int):
-    dataset = numbered(40, streaming, num_shards)
-    seen = [first_epoch(token_rows(dataset, seed=1, rank=r, world_size=2)) for r in range(2)]
-    assert sorted(seen[0] + seen[1]) == list(range(40))
-    assert seen[0] != sorted(seen[0])
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_the_stream_is_endless_and_each_epoch_has_a_new_order(streaming: bool):
-    rows = token_rows(numbered(30, streaming), seed=1)
-    with pytest.warns(UserWarning, match="exhausted after 30 documents a rank: epoch 2 begins"):
-        seen = epoch_of(rows, 90)
-    epochs = [seen[:30], seen[30:60], seen[60:]]
-    assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert epoch_of(token_rows(numbered(30, streaming), seed=1), 90) == seen
-    assert epoch_of(token_rows(numbered(30, streaming), seed=2), 90) != seen
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_training_never_sees_a_held_out_document_not_even_a_copy(streaming: bool):
-    texts = documents(60)
-    dataset = Dataset.from_dict({"text": texts + texts[3:5]})  # copies of two held-out documents, at the end
-    rows = TokenRows(
-        dataset.to_iterable_dataset() if streaming else dataset, column="text", pretokenized=False,
-        tokenizer=tiny_tokenizer(), context_size=16, separator_token_id=EOS, held_out_documents=10, seed=0,
-    )  # fmt: skip
-    # two full epochs; a document shows as its pair of words
-    training = torch.cat(list(islice(rows.training(), 100))).tolist()
-    pairs = Counter(pairwise(training))
-    pair_of = {text: tuple(ids_of(text)[:2]) for text in texts}
-    assert rows.epoch >= 1
-    assert rows.documents_left_out >= 12
-    assert all(pairs[pair_of[text]] > 0 for text in texts[10:])
-    assert all(pairs[pair_of[text]] == 0 for text in texts[:10])
-    validation, test = (set(pairwise(torch.cat(rows.evaluation(s)).tolist())) for s in ("validation", "test"))
-    assert all(pair_of[text] in validation and pair_of[text] not in test for text in texts[0:8:2])
-    assert all(pair_of[text] in test and pair_of[text] not in validation for text in texts[1:8:2])
-
-
-def test_all_documents_held_out_is_an_error():
-    with pytest.raises(ValueError, match=r"no document is left for training .*\(held_out_documents=10\)"):
-        next(token_rows(numbered(5, False), held_out_documents=10).training())
-
-
-def test_pretokenised_rows_are_cut_and_short_ones_refused():
-    dataset = Dataset.from_dict({"input_ids": [[*range(10)], [*range(20, 28)]]})
-    rows = list(token_rows(dataset).first())
-    assert [row.tolist() for row in rows] == [[0, 1, 2, 3], [4, 5, 6, 7], [20, 21, 22, 23], [24, 25, 26, 27]]
-    with pytest.raises(ValueError, match="has 3 tokens, fewer than context_size 4"):
-        next(token_rows(Dataset.from_dict({"input_ids": [[1, 2, 3]]})).first())
+# --- evaluation
+# -------------------------------------------------------------------------------------------------
 
 
 def test_evaluation_is_repeatable_shared_by_ranks_and_finite(folder: str, text_file: str, monkeypatch: Any):
@@ -263,7 +163,9 @@ def test_evaluation_is_repeatable_shared_by_ranks_and_finite(folder: str, text_f
     assert not torch.equal(once[0][:8], next(iter(datamodule.test_dataloader()))[:8])
     ranks = []
     for rank in range(2):
-        monkeypatch.setattr(TextActivationsDataModule, "_rank_and_world_size", lambda self, rank=rank: (rank, 2))
+        monkeypatch.setattr(
+            TextActivationsDataModule, "_rank_and_world_size", lambda self, rank=rank: (rank, 2)
+        )
         ranks.append(list(make(folder, text_file, held_out_documents=40).val_dataloader()))
     assert len(ranks[0]) == len(ranks[1])
     # as many rows on each rank, so at most one row of 16 tokens is lost
@@ -275,22 +177,8 @@ def test_n_eval_batches_limits_the_batches(folder: str, text_file: str):
     assert len(list(make(folder, text_file, held_out_documents=40, n_eval_batches=2).test_dataloader())) == 2
 
 
-# --- order, randomness, resuming ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("buffer_size", "batch_size", "mix"), [(64, 16, 0.5), (50, 16, 0.9), (40, 40, 0.0), (33, 7, 1.0)]
-)
-def test_mixing_buffer_is_saelens_mixing_buffer(buffer_size: int, batch_size: int, mix: float):
-    rows = torch.arange(2000.0).view(-1, 2)
-    chunks = rows.split([13, 29, 1, 57, 100, *[40] * 20])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        theirs = list(mixing_buffer(buffer_size, batch_size, iter(chunks), mix))
-    buffer = MixingBuffer(buffer_size, batch_size, mix, torch.Generator().manual_seed(5))
-    ours = [batch for chunk in chunks for batch in buffer.push(chunk)]
-    assert len(ours) > 10
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=False))  # theirs also serves the rest at the end
+# --- order, randomness, resuming
+# ----------------------------------------------------------------------------------
 
 
 def test_the_global_generator_is_neither_used_nor_heeded(folder: str, text_file: str):
@@ -352,7 +240,9 @@ def test_other_settings_on_resuming_are_said(folder: str, text_file: str):
 def test_prefetching_changes_nothing_and_ends_with_teardown(folder: str, text_file: str):
     import threading
 
-    expected = take(make(folder, text_file), 12)  # first: loading a model may start threads of others, a progress bar's
+    expected = take(
+        make(folder, text_file), 12
+    )  # first: loading a model may start threads of others, a progress bar's
     before = threading.active_count()
     prefetching = make(folder, text_file, prefetch=3)
     assert all(torch.equal(a, b) for a, b in zip(take(prefetching, 12), expected, strict=True))
@@ -392,9 +282,13 @@ def trainer(tmp_path: Path, **options: Any) -> pl.Trainer:
 
 
 @pytest.mark.parametrize("epochs", [{}, {"limit_train_batches": 4}])
-def test_lightning_resumes_where_it_stopped_twice(folder: str, text_file: str, tmp_path: Path, epochs: dict[str, int]):
+def test_lightning_resumes_where_it_stopped_twice(
+    folder: str, text_file: str, tmp_path: Path, epochs: dict[str, int]
+):
     whole = Recorder()
-    trainer(tmp_path, max_steps=14, val_check_interval=None, **epochs).fit(whole, datamodule=make(folder, text_file))
+    trainer(tmp_path, max_steps=14, val_check_interval=None, **epochs).fit(
+        whole, datamodule=make(folder, text_file)
+    )
     assert len(whole.batches) == 14
     batches, path = [], None
     for stop in (3, 9, 14):
@@ -408,7 +302,9 @@ def test_lightning_resumes_where_it_stopped_twice(folder: str, text_file: str, t
     assert all(torch.equal(a, b) for a, b in zip(batches, whole.batches, strict=True))
 
 
-def test_lightning_checkpoints_in_mid_run_hold_the_right_position(folder: str, text_file: str, tmp_path: Path):
+def test_lightning_checkpoints_in_mid_run_hold_the_right_position(
+    folder: str, text_file: str, tmp_path: Path
+):
     whole = Recorder()
     saver = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
     trainer(tmp_path, max_steps=12, enable_checkpointing=True, callbacks=[saver]).fit(
@@ -430,7 +326,8 @@ def test_the_model_is_in_no_checkpoint(folder: str, text_file: str, tmp_path: Pa
     assert list(torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]) == ["weight"]
 
 
-# --- errors before any work ---------------------------------------------------------------------------------------
+# --- errors before any work
+# ---------------------------------------------------------------------------------------
 
 
 def test_setup_reads_no_weights_and_a_wrong_hook_is_an_error(tmp_path: Path, text_file: str):
@@ -441,33 +338,24 @@ def test_setup_reads_no_weights_and_a_wrong_hook_is_an_error(tmp_path: Path, tex
         make(str(folder), text_file, hook_name="blocks.1.hook_resid_pst")
     with pytest.raises(ValueError, match="context_size is 65, but the model has 64 positions"):
         make(str(folder), text_file, context_size=65)
-    with pytest.raises(ValueError, match="sequence_separator_token is 'sep', but the tokenizer has no such token"):
+    with pytest.raises(
+        ValueError, match="sequence_separator_token is 'sep', but the tokenizer has no such token"
+    ):
         make(str(folder), text_file, sequence_separator_token="sep")
-    with pytest.raises(ValueError, match="no text_column 'txt': set text_column to one of its columns, text, id"):
+    with pytest.raises(
+        ValueError, match="no text_column 'txt': set text_column to one of its columns, text, id"
+    ):
         make(str(folder), text_file, text_column="txt")
     with pytest.raises(RuntimeError, match="is not set up"):
-        TextActivationsDataModule(str(folder), HOOK, text_file).val_dataloader()
-
-
-@pytest.mark.parametrize(("option", "value", "message"), [
-    ("context_size", 0, "context_size must be at least 1, got 0"),
-    ("held_out_documents", -1, "must not be negative, got -1"),
-    ("held_out_documents", 1, "0 or at least 2"),
-    ("norm_outlier_multiple", 0.5, "must be above 1 or None, got 0.5"),
-    ("input_scaling", "mean", "must be 'none', 'per_token' or 'average', got 'mean'"),
-    ("buffer_size_tokens", 8, r"at least a batch \(32 tokens\), got 8"),
-    ("activations_mixing_fraction", 1.5, r"in \[0, 1\], got 1.5"),
-    ("hook_name", "", "hook_name is missing"),
-    ("dataset_path", None, "dataset_path is missing"),
-    ("n_eval_batches", 0, "at least 1 or None, got 0"),
-])  # fmt: skip
-def test_values_out_of_range_are_refused(option: str, value: Any, message: str, text_file: str):
-    with pytest.raises(ValueError, match=message):
-        make("unused", text_file, **{option: value})
+        TextActivationsDataModule(
+            model_name=str(folder), hook_name=HOOK, dataset_path=text_file
+        ).val_dataloader()
 
 
 def test_metadata_is_what_saelens_needs_to_use_the_sae(folder: str, text_file: str):
-    metadata = make(folder, text_file, model_from_pretrained_kwargs={"attn_implementation": "eager"}).sae_metadata
+    metadata = make(
+        folder, text_file, model_from_pretrained_kwargs={"attn_implementation": "eager"}
+    ).sae_metadata
     expected = {
         "model_name": folder, "hook_name": HOOK, "hf_hook_name": "model.layers.1",
         "model_class_name": "AutoModelForCausalLM", "context_size": 16, "prepend_bos": False,
@@ -485,109 +373,3 @@ def test_a_transformer_lens_model_gives_the_same_activations(folder: str, text_f
     assert bridge.d_in == D_MODEL
     for a, b in zip(take(bridge, 3), take(make(folder, text_file), 3), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # eager attention against SDPA
-
-
-# --- opening and retrying -----------------------------------------------------------------------------------------
-
-
-def test_open_dataset_opens_what_documents_lie_in(tmp_path: Path):
-    texts = documents(6)
-    dataset = Dataset.from_dict({"text": texts})
-    dataset.to_json(tmp_path / "a.jsonl")
-    dataset.to_parquet(tmp_path / "a.parquet")
-    (tmp_path / "a.txt").write_text("\n".join(texts))
-    dataset.save_to_disk(tmp_path / "saved")
-    (tmp_path / "data").mkdir()
-    for i in range(2):
-        dataset.select(range(3 * i, 3 * i + 3)).to_parquet(tmp_path / "data" / f"{i}.parquet")
-    for path in ("a.jsonl", "a.parquet", "a.txt", "saved", "data", "data/*.parquet"):
-        for streaming in (False, True):
-            rows = open_dataset(str(tmp_path / path), streaming=streaming)
-            assert [row["text"] for row in rows] == texts, path
-    assert len(open_dataset([str(tmp_path / "data" / f"{i}.parquet") for i in (1, 0)])) == 6
-    with pytest.raises(FileNotFoundError, match="matches no file"):
-        open_dataset(str(tmp_path / "b.jsonl"))
-    with pytest.raises(ValueError, match="mixes kinds of files"):
-        open_dataset([str(tmp_path / "a.jsonl"), str(tmp_path / "a.txt")])
-
-
-def test_find_column():
-    assert find_column({"id": 1, "text": "a"}, None) == ("text", False)
-    assert find_column({"text": "a", "tokens": [1, 2]}, None) == ("tokens", True)
-    assert find_column({"body": "a", "text": "b"}, "body") == ("body", False)
-    with pytest.raises(ValueError, match="set text_column to one of its columns, body"):
-        find_column({"body": "a"}, None)
-    with pytest.raises(ValueError, match="expected text or a list of token ids"):
-        find_column({"text": ["a", "b"]}, None)
-
-
-def flaky(fail_at: set[int], n: int = 10) -> tuple[Any, list[int]]:
-    """A source that fails once at each of the given items, and whose iterators are dead after that."""
-    starts: list[int] = []
-
-    def start(had: int) -> Iterator[int]:
-        starts.append(had)
-        for i in range(had, n):
-            if i in fail_at:
-                fail_at.remove(i)
-                raise ConnectionError(f"no answer for {i}")
-            yield i
-
-    return start, starts
-
-
-def test_retrying_loses_nothing_and_says_what_it_waits_for():
-    start, starts = flaky({0, 4, 9})
-    waits: list[float] = []
-    with pytest.warns(UserWarning, match=r"reading books failed after 4 documents \(ConnectionError: no answer for 4"):
-        items = list(retrying(start, retries=2, backoff_seconds=0.5, what="books", sleep=waits.append))
-    assert items == list(range(10))
-    assert starts == [0, 0, 4, 9]
-    assert waits == [0.5, 0.5, 0.5]  # an item in between ends a run of failures
-
-
-@pytest.mark.filterwarnings("ignore:reading books failed")
-def test_retrying_gives_up_and_does_not_retry_what_cannot_mend():
-    waits: list[float] = []
-
-    def broken(had: int) -> Iterator[int]:
-        raise TimeoutError("still nothing")
-        yield
-
-    with pytest.raises(TimeoutError, match="still nothing"):
-        list(retrying(broken, retries=3, backoff_seconds=1.0, what="books", sleep=waits.append))
-    assert waits == [1.0, 2.0, 4.0]
-
-    def missing(had: int) -> Iterator[int]:
-        raise FileNotFoundError("no such file")
-        yield
-
-    with pytest.raises(FileNotFoundError):
-        list(retrying(missing, retries=3, backoff_seconds=1.0, what="books", sleep=waits.append))
-    assert len(waits) == 3
-
-
-@pytest.mark.parametrize("n_shards", [1, 4])
-def test_a_streamed_dataset_that_fails_goes_on_at_the_same_document(n_shards: int):
-    failures = {"left": 0}
-
-    def generate(shards: list[int]) -> Iterator[dict[str, list[int]]]:
-        for shard in shards:
-            for i in range(shard, 12, n_shards):
-                if i == 7 and failures["left"]:
-                    failures["left"] -= 1
-                    raise ConnectionResetError("peer went away")
-                yield {"input_ids": [i] * 4}
-
-    def rows(**options: int) -> TokenRows:
-        failures["left"] = 2
-        dataset = IterableDataset.from_generator(generate, gen_kwargs={"shards": list(range(n_shards))})
-        return token_rows(dataset, shuffle=False, retries=3, backoff_seconds=0.0, **options)
-
-    with pytest.warns(UserWarning, match=r"failed after \d+ documents .* try 2 of 3"):
-        assert sorted(int(row[0]) for row in rows().first()) == list(range(12))
-    with pytest.warns(UserWarning, match=r"failed after \d+ documents .* try 2 of 3"):
-        ranks = [first_epoch(rows(rank=rank, world_size=2)) for rank in range(2)]
-    assert sorted(ranks[0] + ranks[1]) == list(range(12))
-    assert ranks[0]
-    assert ranks[1]

@@ -65,12 +65,18 @@ def relu_dictionary(
         }
     )  # fmt: skip
     W = normalize(torch.randn(d_sae, d_in, generator=g), dim=-1)
-    state = {"W_dec": W, "W_enc": W.T.contiguous(), "b_enc": -0.3 * torch.ones(d_sae), "b_dec": torch.zeros(d_in)}
+    state = {
+        "W_dec": W,
+        "W_enc": W.T.contiguous(),
+        "b_enc": -0.3 * torch.ones(d_sae),
+        "b_dec": torch.zeros(d_in),
+    }
     sae.load_state_dict(state)
     return sae.requires_grad_(False)
 
 
-# --- the exact coding problem -------------------------------------------------------------------------------------
+# --- the exact coding problem
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("l2", [0.0, 0.3])
@@ -99,7 +105,9 @@ def test_coding_gap_section_is_exact_where_the_answer_is_known():
     # an encoder that does not shrink: right features, magnitudes too large by a known amount
     plain = (best > 0) * ((x - b_dec) @ W.T)
     section, _ = coding_gap(x, plain, W, b_dec, CodingProblem(l1, l2, 1.0, "test"))
-    excess = coding_objective(x - b_dec, W, plain, l1=l1, l2=l2) - coding_objective(x - b_dec, W, best, l1=l1, l2=l2)
+    excess = coding_objective(x - b_dec, W, plain, l1=l1, l2=l2) - coding_objective(
+        x - b_dec, W, best, l1=l1, l2=l2
+    )
     assert section["objective"]["encoder"] - section["objective"]["exact"] == pytest.approx(
         excess.mean().item(), abs=1e-10
     )
@@ -108,7 +116,9 @@ def test_coding_gap_section_is_exact_where_the_answer_is_known():
     # an encoder that misses one feature: found in the support
     misses = best.clone()
     misses[:, 3] = 0
-    section, _ = coding_gap(x, misses, W, b_dec, CodingProblem(l1, l2, 1.0, "test"), dead=torch.arange(12) == 3)
+    section, _ = coding_gap(
+        x, misses, W, b_dec, CodingProblem(l1, l2, 1.0, "test"), dead=torch.arange(12) == 3
+    )
     assert section["from_support_share"] == pytest.approx(1, abs=1e-9)
     assert section["starvation"]["dead_used_by_exact"] == 1
     assert section["starvation"]["features_only_exact"] == 1
@@ -142,7 +152,9 @@ def test_gap_bounds_the_distance_to_the_optimum_at_any_code():
         h = (torch.rand(40, 30, dtype=F64, generator=generator(2)) - 0.7).clamp_min(0)
         objective, gap = coding_gap_bound(y, W, h, l1=torch.full((30,), 0.4, dtype=F64), l2=l2)
         assert (objective - best.objective <= gap + 1e-12).all()
-        near = (best.feature_acts * (1 + 0.01 * torch.randn(40, 30, dtype=F64, generator=generator(3)))).clamp_min(0)
+        near = (
+            best.feature_acts * (1 + 0.01 * torch.randn(40, 30, dtype=F64, generator=generator(3)))
+        ).clamp_min(0)
         objective, gap = coding_gap_bound(y, W, near, l1=torch.full((30,), 0.4, dtype=F64), l2=l2)
         assert (objective - best.objective <= gap + 1e-12).all()
         # at the optimum the bound is tight, from both sides
@@ -211,7 +223,8 @@ def test_a_folded_average_scale_leaves_the_coding_gap_as_it_is():
             assert gaps[1][key][name] == pytest.approx(value, rel=1e-5)
 
 
-# --- Lipschitz ----------------------------------------------------------------------------------------------------
+# --- Lipschitz
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_coding_map_never_moves_more_than_the_bound_and_an_adversary_reaches_it():
@@ -255,7 +268,8 @@ def test_spectral_norm_is_that_of_torch():
     assert spectral_norm(W.T) == pytest.approx(spectral_norm(W))
 
 
-# --- geometry -----------------------------------------------------------------------------------------------------
+# --- geometry
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 64, 1000])
@@ -266,7 +280,9 @@ def test_coherence_in_chunks_is_that_of_the_whole_matrix(chunk_size: int, dtype:
     cosines = (unit @ unit.T).abs().fill_diagonal_(-1)
     found = coherence(W, chunk_size=chunk_size)
     assert_close(found.max_abs_cosine.double(), cosines.max(dim=1).values, atol=1e-6, rtol=0)
-    assert_close(cosines.gather(1, found.neighbour[:, None]).squeeze(1), cosines.max(dim=1).values, atol=1e-6, rtol=0)
+    assert_close(
+        cosines.gather(1, found.neighbour[:, None]).squeeze(1), cosines.max(dim=1).values, atol=1e-6, rtol=0
+    )
 
 
 def test_coherence_counts_opposite_atoms_and_says_which_are_twins():
@@ -314,7 +330,8 @@ def test_active_gram_agrees_with_the_definitions_and_reports_dependent_atoms():
     assert more_than_dimensions["condition_number"]["mean"] is None
 
 
-# --- composition --------------------------------------------------------------------------------------------------
+# --- composition
+# --------------------------------------------------------------------------------------------------
 
 
 def test_composition_of_an_orthonormal_dictionary_loses_nothing_and_a_coherent_one_collapses():
@@ -336,7 +353,9 @@ def test_composition_of_an_orthonormal_dictionary_loses_nothing_and_a_coherent_o
     assert found["half_lost_at"] is None
 
     crowded = relu_dictionary(8, 64)
-    collapse = composition(crowded, torch.full((64,), 0.1), torch.full((64,), 1.0), sizes=(1, 32), n_samples=20)
+    collapse = composition(
+        crowded, torch.full((64,), 0.1), torch.full((64,), 1.0), sizes=(1, 32), n_samples=20
+    )
     assert collapse["interference"][0] == pytest.approx(0, abs=1e-6)
     assert collapse["interference"][1] > 1
     assert collapse["lost_share"][0] == 0 < collapse["lost_share"][1]
@@ -349,19 +368,24 @@ def test_composition_counts_spurious_features_and_leaves_dead_ones_out():
         {"W_dec": twins, "W_enc": twins.T.contiguous(), "b_enc": torch.zeros(3), "b_dec": torch.zeros(2)}
     )
     # only feature 0 is live; its twin comes along with the same activation
-    found = composition(sae, torch.tensor([0.5, 0.0, 0.0]), torch.tensor([2.0, 9.0, 9.0]), sizes=(1, 2), n_samples=3)
+    found = composition(
+        sae, torch.tensor([0.5, 0.0, 0.0]), torch.tensor([2.0, 9.0, 9.0]), sizes=(1, 2), n_samples=3
+    )
     assert found["sizes"] == [1]
     assert (found["spurious"], found["spurious_mass"], found["magnitude_ratio"]) == ([1], [0.5], [1])
     with pytest.raises(ValueError, match="no feature fired"):
         composition(sae, torch.zeros(3), torch.ones(3))
 
 
-# --- stability ----------------------------------------------------------------------------------------------------
+# --- stability
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_matching_is_the_best_assignment_and_the_sparse_one_agrees_where_it_must():
     W = torch.randn(60, 20, generator=generator(0))
-    other = torch.cat([W[torch.randperm(60, generator=generator(1))], torch.randn(10, 20, generator=generator(2))])
+    other = torch.cat(
+        [W[torch.randperm(60, generator=generator(1))], torch.randn(10, 20, generator=generator(2))]
+    )
     other = other + 0.02 * torch.randn(other.shape, generator=generator(3))
     exact = match_features(W, other)
     near = match_features(W, other, dense_limit=0, n_neighbours=5, chunk_size=16)
@@ -404,7 +428,8 @@ def test_chance_is_not_fooled_by_a_dictionary_made_from_a_small_seed():
         assert compare_dictionaries({"a": W, "b": W})["random_baseline"]["a"]["cosine"]["max"] < 0.95
 
 
-# --- the commands -------------------------------------------------------------------------------------------------
+# --- the commands
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -412,7 +437,9 @@ def trained(tmp_path: Path) -> Path:
     """A dictionary exported from a training SAE on spiked data, after a few steps of its own forward pass."""
     torch.manual_seed(0)
     data = SpikedDataModule(d_in=16, n_features=32, k=3, seed=1)
-    cfg = AENTrainingSAEConfig(d_in=16, d_sae=48, l1_coefficient=0.3, l2_coefficient=0.05, decoder_init_norm=1.0)
+    cfg = AENTrainingSAEConfig(
+        d_in=16, d_sae=48, l1_coefficient=0.3, l2_coefficient=0.05, decoder_init_norm=1.0
+    )
     for key, value in data.sae_metadata.items():
         cfg.metadata[key] = value
     sae = AENTrainingSAE(cfg)
@@ -424,7 +451,10 @@ def trained(tmp_path: Path) -> Path:
 
 
 def test_diagnose_command_writes_all_sections(trained: Path, capsys: pytest.CaptureFixture[str]):
-    assert diagnose_command([str(trained / "a"), "--n-tokens", "256", "--n-sample", "16", "--n-lipschitz", "4"]) == 0
+    assert (
+        diagnose_command([str(trained / "a"), "--n-tokens", "256", "--n-sample", "16", "--n-lipschitz", "4"])
+        == 0
+    )
     result = json.loads((trained / "a" / "diagnosis.json").read_text())
     assert result["command"] == "diagnose"
     assert result["skipped"] == {}
@@ -432,7 +462,10 @@ def test_diagnose_command_writes_all_sections(trained: Path, capsys: pytest.Capt
         assert result[section], section
     assert result["coding_gap"]["certificate"]["max_relative_gap"] < 1e-9
     assert result["lipschitz"]["coding_map"]["bound"] == pytest.approx(0.5 / math.sqrt(0.05))
-    assert result["lipschitz"]["coding_map"]["empirical"]["max"] <= result["lipschitz"]["coding_map"]["bound"] + 1e-6
+    assert (
+        result["lipschitz"]["coding_map"]["empirical"]["max"]
+        <= result["lipschitz"]["coding_map"]["bound"] + 1e-6
+    )
     text = capsys.readouterr().out
     assert "objective above optimum" in text
     assert "features active together" in text
@@ -441,7 +474,17 @@ def test_diagnose_command_writes_all_sections(trained: Path, capsys: pytest.Capt
 def test_diagnose_command_takes_weights_from_a_training_checkpoint_and_only_what_is_asked(trained: Path):
     weights = str(trained / "training" / "sae_weights.safetensors")
     out = trained / "gap.json"
-    args = [str(trained / "a"), "--only", "coding_gap", "--n-tokens", "64", "--n-sample", "4", "--out", str(out)]
+    args = [
+        str(trained / "a"),
+        "--only",
+        "coding_gap",
+        "--n-tokens",
+        "64",
+        "--n-sample",
+        "4",
+        "--out",
+        str(out),
+    ]
     assert diagnose_command([*args, "--l1-weights", weights]) == 0
     result = json.loads(out.read_text())
     assert result["coding_gap"]["source"].endswith("adaptive weights given")
@@ -481,7 +524,9 @@ def test_diagnosis_is_the_same_whether_tokens_come_scaled_or_not():
 
 
 @pytest.mark.parametrize("architecture", sorted(a for a in SAE_CLASS_REGISTRY if "transcoder" not in a))
-def test_every_architecture_of_saelens_is_diagnosed_or_refused_with_a_reason(architecture: str, tmp_path: Path):
+def test_every_architecture_of_saelens_is_diagnosed_or_refused_with_a_reason(
+    architecture: str, tmp_path: Path
+):
     torch.manual_seed(0)
     fields = {"k": 4, "n_heads": 2, "sae_diff_type": "topk", "kval_topk": 4, "bottleneck_factor": 2}
     sae = SAE.from_dict({"architecture": architecture, "d_in": 16, "d_sae": 40, "metadata": {}, **fields})
@@ -493,14 +538,18 @@ def test_every_architecture_of_saelens_is_diagnosed_or_refused_with_a_reason(arc
         with pytest.raises(ValueError, match="depend on the tokens before"):
             diagnose_dictionary(load_dictionary(tmp_path), inputs)
         return
-    result = diagnose_dictionary(load_dictionary(tmp_path), inputs, n_sample=8, n_lipschitz=2, l1_coefficient=0.3)
+    result = diagnose_dictionary(
+        load_dictionary(tmp_path), inputs, n_sample=8, n_lipschitz=2, l1_coefficient=0.3
+    )
     assert set(result["skipped"]) == ({"coding_gap"} if architecture == "abstopk" else set())
     if architecture != "abstopk":
         assert (
-            result["coding_gap"]["objective"]["exact"] <= result["coding_gap"]["objective"]["best_on_support"] + 1e-12
+            result["coding_gap"]["objective"]["exact"]
+            <= result["coding_gap"]["objective"]["best_on_support"] + 1e-12
         )
         assert (
-            result["coding_gap"]["objective"]["best_on_support"] <= result["coding_gap"]["objective"]["encoder"] + 1e-12
+            result["coding_gap"]["objective"]["best_on_support"]
+            <= result["coding_gap"]["objective"]["encoder"] + 1e-12
         )
     write_result(result, tmp_path / "diagnosis.json")  # no nan in it
 

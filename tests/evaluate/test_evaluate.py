@@ -1,4 +1,7 @@
-"""Evaluation: formulas by hand, agreement with SAELens's `run_evals` on the same tokens, splicing, inputs, the command."""
+"""Evaluation.
+
+Formulas by hand, agreement with SAELens's `run_evals` on the same tokens, splicing, inputs, the command.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +123,8 @@ def identity_dictionary(normalize_activations: str) -> SAE[Any]:
     return sae.requires_grad_(False)
 
 
-# --- formulas by hand ---------------------------------------------------------------------------------------------
+# --- formulas by hand
+# ---------------------------------------------------------------------------------------------
 
 
 def test_metrics_by_hand():
@@ -162,7 +166,8 @@ def test_utilisation_by_hand():
     assert alone["gini"] == pytest.approx(1 - 1 / 200)
     assert alone["normalized_entropy"] == pytest.approx(0, abs=1e-12)
     assert alone["top_1pct_mass"] == 1
-    # rates 1 and 3: mean absolute difference 1 over all ordered pairs, over twice the mean of 2; entropy of (1/4, 3/4) over log 2
+    # rates 1 and 3: mean absolute difference 1 over all ordered pairs, over twice the mean of 2; entropy of
+    # (1/4, 3/4) over log 2
     two = utilisation(torch.tensor([3.0, 1.0]))
     assert two["gini"] == pytest.approx(0.25)
     assert two["normalized_entropy"] == pytest.approx(-(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75)))
@@ -206,7 +211,8 @@ def test_jackknife_of_metrics_pools_groups_and_estimates_their_spread():
     assert jackknife_metric([MSE(), groups[0]])["value"] == pytest.approx(groups[0].compute().item())
 
 
-# --- the whole of it against SAELens ------------------------------------------------------------------------------
+# --- the whole of it against SAELens
+# ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])
@@ -229,11 +235,15 @@ def test_agrees_with_run_evals_on_the_same_tokens(
         dataset = Dataset.from_dict({"tokens": inputs.rows.tolist()})
         options: dict[str, Any] = {"streaming": False, "store_batch_size_prompts": n, "context_size": CONTEXT}
         store = ActivationsStore.from_sae(proxy, sae, dataset, **options)
-        assert torch.equal(ActivationsStore.from_sae(proxy, sae, dataset, **options).get_batch_tokens(n), inputs.rows)
+        assert torch.equal(
+            ActivationsStore.from_sae(proxy, sae, dataset, **options).get_batch_tokens(n), inputs.rows
+        )
         config = EvalConfig(
             batch_size_prompts=n, n_eval_reconstruction_batches=1, n_eval_sparsity_variance_batches=1, **part
         )
-        metrics, features = run_evals(sae, store, proxy, ActivationScaler(), config, exclude_special_tokens=True)
+        metrics, features = run_evals(
+            sae, store, proxy, ActivationScaler(), config, exclude_special_tokens=True
+        )
         for group in metrics.values():
             theirs |= group
 
@@ -307,7 +317,9 @@ def test_a_dictionary_that_says_the_mean_recovers_nothing(model_path: str, rows:
     assert down["kl"]["spliced"]["value"] == pytest.approx(down["kl"]["mean_ablated"]["value"], rel=1e-4)
     # with every position ablated, special tokens too, the ablation is another one
     everywhere = evaluate_downstream(sae, inputs, mean, ablate="all")
-    assert everywhere["kl"]["mean_ablated"]["value"] != pytest.approx(down["kl"]["mean_ablated"]["value"], rel=1e-4)
+    assert everywhere["kl"]["mean_ablated"]["value"] != pytest.approx(
+        down["kl"]["mean_ablated"]["value"], rel=1e-4
+    )
 
 
 def test_standard_errors_shrink_with_the_number_of_rows(model_path: str):
@@ -328,7 +340,9 @@ def test_every_architecture_of_saelens_is_evaluated(
 ):
     torch.manual_seed(0)
     fields = {"k": 4, "n_heads": 2, "sae_diff_type": "topk", "kval_topk": 4, "bottleneck_factor": 2}
-    sae = SAE.from_dict({"architecture": architecture, "d_in": D_MODEL, "d_sae": D_SAE, "metadata": {}, **fields})
+    sae = SAE.from_dict(
+        {"architecture": architecture, "d_in": D_MODEL, "d_sae": D_SAE, "metadata": {}, **fields}
+    )
     for parameter in sae.parameters():
         parameter.data.normal_(0, 0.3)
     sae.save_model(tmp_path)
@@ -350,12 +364,14 @@ def test_transcoders_are_refused(tmp_path: Path):
         load_dictionary(tmp_path)
 
 
-# --- splicing -----------------------------------------------------------------------------------------------------
+# --- splicing
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "gemma2", "opt"])
 @pytest.mark.parametrize(
-    "kind", ["hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z", "mlp.hook_post"]
+    "kind",
+    ["hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z", "mlp.hook_post"],
 )
 def test_splicing_its_own_activation_changes_nothing_and_another_one_does(family: str, kind: str):
     lm = tiny_model(family)
@@ -377,11 +393,16 @@ def test_splicing_its_own_activation_changes_nothing_and_another_one_does(family
 
 
 def test_zeroed_heads_are_a_zeroed_attention_output():
-    """Two hooks that must agree: without a bias, no input to the output projection is no output of attention."""
+    """Two hooks that must agree.
+
+    Without a bias, no input to the output projection is no output of attention.
+    """
     lm, tokens = tiny_model("llama"), torch.randint(4, 64, (2, 7))
     logits = []
     for kind in ("attn.hook_z", "hook_attn_out"):
-        with replaced_activation(lm, resolve_hook(lm.config, f"blocks.1.{kind}"), torch.zeros_like, tokens.shape):
+        with replaced_activation(
+            lm, resolve_hook(lm.config, f"blocks.1.{kind}"), torch.zeros_like, tokens.shape
+        ):
             logits.append(lm(input_ids=tokens).logits)
     assert_close(*logits)
 
@@ -394,7 +415,8 @@ def test_a_hook_beside_the_stream_is_refused():
         splice.__enter__()
 
 
-# --- inputs -------------------------------------------------------------------------------------------------------
+# --- inputs
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_text_inputs_are_the_test_batches_of_training(model_path: str, rows: list[list[int]]):
@@ -449,7 +471,9 @@ def shard_set(folder: Path) -> tuple[Path, Tensor, Tensor]:
 def test_a_dictionary_that_never_fires_has_a_result_too(tmp_path: Path):
     sae = dictionary("standard")
     sae.b_enc.data.fill_(-1e6)
-    result = evaluate_dictionary(sae, SyntheticInputs(SpikedDataModule(d_in=D_MODEL, n_features=32, k=3), n_samples=64))
+    result = evaluate_dictionary(
+        sae, SyntheticInputs(SpikedDataModule(d_in=D_MODEL, n_features=32, k=3), n_samples=64)
+    )
     assert result["features"]["dead_pct"] == 100
     assert result["features"]["gini"] is None
     assert result["sparsity"]["l0"]["value"] == 0
@@ -472,7 +496,8 @@ def test_nothing_left_to_evaluate_is_said():
         evaluate_reconstruction(dictionary("standard"), Nothing())
 
 
-# --- through Lightning --------------------------------------------------------------------------------------------
+# --- through Lightning
+# --------------------------------------------------------------------------------------------
 
 
 def lightning_test(
@@ -503,14 +528,17 @@ def test_the_callback_evaluates_at_the_end_of_a_test(model_path: str, rows: list
 def test_the_callback_on_synthetic_data_and_on_data_it_does_not_know(tmp_path: Path):
     data = SpikedDataModule(d_in=8, n_features=16, k=2, n_eval_samples=64)
     result, logged = lightning_test(data, tmp_path, {"architecture": "topk", "d_in": 8, "d_sae": 16, "k": 2})
-    assert logged["test/ground_truth/matched_cosine"] == pytest.approx(result["ground_truth"]["matched_cosine"])
+    assert logged["test/ground_truth/matched_cosine"] == pytest.approx(
+        result["ground_truth"]["matched_cosine"]
+    )
     with pytest.raises(TypeError, match="got NoneType"):
         EvaluateDictionaries()._inputs(None, "cpu")
     with pytest.raises(ValueError, match="n_rows must be at least 1"):
         EvaluateDictionaries(n_rows=0)
 
 
-# --- loading and the command --------------------------------------------------------------------------------------
+# --- loading and the command
+# --------------------------------------------------------------------------------------
 
 
 def test_load_dictionary_says_what_is_wrong(tmp_path: Path):
@@ -597,7 +625,9 @@ def test_evaluate_command_on_shards_and_on_synthetic_data(tmp_path: Path, capsys
     assert json.loads((tmp_path / "a" / "evaluation.json").read_text())["data"]["kind"] == "shards"
 
     data = SpikedDataModule(d_in=D_MODEL, n_features=32, k=3, seed=1)
-    perfect = SAE.from_dict({"architecture": "standard", "d_in": D_MODEL, "d_sae": 32, "metadata": data.sae_metadata})
+    perfect = SAE.from_dict(
+        {"architecture": "standard", "d_in": D_MODEL, "d_sae": 32, "metadata": data.sae_metadata}
+    )
     perfect.W_dec.data.copy_(data.feature_vectors)
     perfect.save_model(tmp_path / "b")
     assert evaluate_command([str(tmp_path / "b"), "--n-tokens", "512"]) == 0
@@ -613,7 +643,14 @@ def test_evaluate_command_refuses_what_does_not_fit(model_path: str, rows: list[
         evaluate_command([str(folder), str(folder), "--out", "x.json"])
     with pytest.raises(ValueError, match=r"the dictionary has d_in=16, but the inputs are 24 wide"):
         evaluate_command(
-            [str(folder), "--held-out-documents", "24", "--no-downstream", "--hook-name", "blocks.1.mlp.hook_post"]
+            [
+                str(folder),
+                "--held-out-documents",
+                "24",
+                "--no-downstream",
+                "--hook-name",
+                "blocks.1.mlp.hook_post",
+            ]
         )
     dictionary("standard").save_model(tmp_path / "bare")
     with pytest.raises(ValueError, match="give --dataset_path"):

@@ -1,4 +1,7 @@
-"""Harvest: the rows on disk are the full model's activations, whatever cut the run off and however many ranks made them."""
+"""Harvest.
+
+The rows on disk are the full model's activations, whatever cut the run off and however many ranks made them.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,9 @@ def harvest(
     path: Path, model: str | HarvestModule, text: str, *, shard_size_mib: float = 0.01, model_kwargs: dict[str, Any] | None = None,
     **data_kwargs: Any,
 ) -> Manifest:  # fmt: skip
-    module = model if isinstance(model, HarvestModule) else HarvestModule(model, [HOOK], **(model_kwargs or {}))
+    module = (
+        model if isinstance(model, HarvestModule) else HarvestModule(model, [HOOK], **(model_kwargs or {}))
+    )
     data = HarvestDataModule(text, **({"context_size": CONTEXT, "batch_size_prompts": 4} | data_kwargs))
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, default_root_dir=path.parent,
@@ -101,10 +106,13 @@ def as_set(path: Path) -> Counter[tuple[int, bytes]]:
     return Counter((int(i), x.numpy().tobytes()) for i, x in zip(ids, activations, strict=True))
 
 
-# --- what is on disk ---------------------------------------------------------------------------------------------------
+# --- what is on disk
+# ---------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_the_full_models_activations(tmp_path: Path, llama: str, text: str, documents: list[list[int]]):
+def test_rows_are_the_full_models_activations(
+    tmp_path: Path, llama: str, text: str, documents: list[list[int]]
+):
     manifest = harvest(tmp_path / "set", llama, text)
     rows = packed(documents)
     keep = rows.flatten() != EOS
@@ -163,7 +171,9 @@ def test_n_tokens_is_exact(tmp_path: Path, llama: str, text: str, documents: lis
     assert sorted(rows_of(tmp_path / "set")[1].tolist()) == sorted(full.tolist())
 
 
-def test_dataset_that_ends_before_n_tokens_says_so(tmp_path: Path, llama: str, text: str, documents: list[list[int]]):
+def test_dataset_that_ends_before_n_tokens_says_so(
+    tmp_path: Path, llama: str, text: str, documents: list[list[int]]
+):
     n = packed(documents).numel()
     with pytest.warns(UserWarning, match=f"ends after {n} tokens; n_tokens was 100000"):
         assert harvest(tmp_path / "set", llama, text, n_tokens=100_000).counts["read"] == n
@@ -177,7 +187,12 @@ def test_streamed_dataset_gives_the_same_rows(tmp_path: Path, llama: str, text: 
 
 def test_excluded_ids_and_bos(tmp_path: Path, llama: str, text: str):
     manifest = harvest(
-        tmp_path / "set", llama, text, exclude_token_ids=[5, 6], prepend_bos=True, exclude_special_tokens=False
+        tmp_path / "set",
+        llama,
+        text,
+        exclude_token_ids=[5, 6],
+        prepend_bos=True,
+        exclude_special_tokens=False,
     )
     ids = rows_of(tmp_path / "set")[1]
     assert not torch.isin(ids, torch.tensor([5, 6])).any()
@@ -203,7 +218,9 @@ def test_norm_outliers_are_left_out_and_counted(tmp_path: Path, text: str, docum
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2", "gemma3_text", "mistral", "qwen3"])
-def test_masked_documents_do_not_see_each_other(tmp_path: Path, text: str, documents: list[list[int]], family: str):
+def test_masked_documents_do_not_see_each_other(
+    tmp_path: Path, text: str, documents: list[list[int]], family: str
+):
     """Each document in a row, run alone by the full model, gives the same rows."""
     model = save_tiny_model(family, tmp_path)
     harvest(tmp_path / "set", model, text, n_tokens=400, mask_documents=True, sequence_separator_token=None)
@@ -215,7 +232,8 @@ def test_masked_documents_do_not_see_each_other(tmp_path: Path, text: str, docum
     full = AutoModelForCausalLM.from_pretrained(model).eval()
     with torch.no_grad():
         alone = [
-            full(stream[None, a:b], output_hidden_states=True).hidden_states[2][0] for a, b in itertools.pairwise(edges)
+            full(stream[None, a:b], output_hidden_states=True).hidden_states[2][0]
+            for a, b in itertools.pairwise(edges)
         ]
     assert_close(rows_of(tmp_path / "set")[0], torch.cat(alone), rtol=1e-4, atol=1e-4)
 
@@ -261,7 +279,8 @@ def test_a_bos_separator_opens_the_document_it_precedes():
     assert starts.tolist() == [True, False, False, False, True, False]
 
 
-# --- errors, and runs that are cut off -----------------------------------------------------------------------------------
+# --- errors, and runs that are cut off
+# -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -279,7 +298,12 @@ def test_a_bos_separator_opens_the_document_it_precedes():
     ],
 )
 def test_errors_come_before_work(
-    tmp_path: Path, llama: str, text: str, module_kwargs: dict[str, Any], data_kwargs: dict[str, Any], message: str
+    tmp_path: Path,
+    llama: str,
+    text: str,
+    module_kwargs: dict[str, Any],
+    data_kwargs: dict[str, Any],
+    message: str,
 ):
     with pytest.raises(ValueError, match=message):
         harvest(
@@ -309,7 +333,10 @@ def test_run_again_does_nothing_and_other_settings_are_refused(tmp_path: Path, l
 
 
 def test_deleted_shard_is_made_again(tmp_path: Path, llama: str, text: str):
-    """What the reader's error advises for a damaged shard. The tokens are gone by then, and are made again."""
+    """What the reader's error advises for a damaged shard.
+
+    The tokens are gone by then, and are made again.
+    """
     first = harvest(tmp_path / "set", llama, text)
     before = as_set(tmp_path / "set")
     (tmp_path / "set" / first.shards[1].file).unlink()
@@ -354,7 +381,8 @@ class Slow(pl.Callback):
         time.sleep(float(os.environ["PAUSE"]))
         with open(os.environ["OUT"] + f".bytes{trainer.global_rank}", "w") as f:
             f.write(str(parameter_bytes(module.language_model.model)))
-        # threads would gather sharded weights in an order of their own, and the ranks wait for each other for ever
+        # threads would gather sharded weights in an order of their own, and the ranks wait for each other for
+        # ever
         assert not os.environ.get("FSDP") or module.language_model._rows is None
 
 if __name__ == "__main__":
@@ -374,7 +402,9 @@ if __name__ == "__main__":
 def start(tmp_path: Path, ranks: int, *, script: str = SCRIPT, **env: str) -> subprocess.Popen[str]:
     path = tmp_path / "script.py"
     path.write_text(script)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    )
     clean = {
         k: v
         for k, v in os.environ.items()
@@ -405,7 +435,9 @@ def descendants(pid: int) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds child processes in /proc")
 @pytest.mark.parametrize("ranks_before", [1, 2])
-def test_kill_9_then_run_again_equals_an_uninterrupted_run(tmp_path: Path, llama: str, text: str, ranks_before: int):
+def test_kill_9_then_run_again_equals_an_uninterrupted_run(
+    tmp_path: Path, llama: str, text: str, ranks_before: int
+):
     out = tmp_path / "set"
     process = start(tmp_path, ranks_before, MODEL=llama, TEXT=text, OUT=str(out), PAUSE="0.2")
     deadline = time.monotonic() + 90
@@ -458,7 +490,9 @@ EVERY_FAMILY = """
 
 
 @pytest.mark.slow
-def test_two_ranks_of_fsdp2_equal_one_process_and_hold_half_the_parameters(tmp_path: Path, llama: str, text: str):
+def test_two_ranks_of_fsdp2_equal_one_process_and_hold_half_the_parameters(
+    tmp_path: Path, llama: str, text: str
+):
     out, families = (
         tmp_path / "set",
         ["gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "opt"],
@@ -481,7 +515,8 @@ def test_two_ranks_of_fsdp2_equal_one_process_and_hold_half_the_parameters(tmp_p
     assert max(sharded) < 0.55 * total
 
 
-# --- the whole way, and the command line -------------------------------------------------------------------------------
+# --- the whole way, and the command line
+# -------------------------------------------------------------------------------
 
 
 def test_an_activations_data_module_reads_a_harvest(tmp_path: Path, llama: str, text: str):

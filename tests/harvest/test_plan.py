@@ -53,7 +53,9 @@ def test_llama_8b_by_hand():
     assert made.numbers["disk_gib"] == pytest.approx(409_600_000 * 8196 / GIB)
     assert made.numbers["flops_per_token"] == 17 * (2 * block + 2 * 4096 * 128)
     # a share of the weights, and the embedding gathered, which is larger than two blocks
-    assert made.numbers["lm_memory_per_rank_gib"] == pytest.approx((2 * n / 8 + 2 * 128256 * 4096) / GIB, rel=1e-3)
+    assert made.numbers["lm_memory_per_rank_gib"] == pytest.approx(
+        (2 * n / 8 + 2 * 128256 * 4096) / GIB, rel=1e-3
+    )
     rate = 8 * 100e12 / made.numbers["flops_per_token"]
     assert made.numbers["tokens_per_s"] == pytest.approx(rate)
     assert made.numbers["hours"] == pytest.approx(409_600_000 / rate / 3600)
@@ -62,7 +64,8 @@ def test_llama_8b_by_hand():
 def test_float32_and_several_hooks():
     hooks = ["blocks.0.hook_mlp_out", "blocks.1.attn.hook_z"]
     made = plan(
-        harvest_config(hook_names=hooks, model_dtype="bfloat16", dtype="float32"), model_config=tiny_config("llama")
+        harvest_config(hook_names=hooks, model_dtype="bfloat16", dtype="float32"),
+        model_config=tiny_config("llama"),
     )
     assert made.numbers["disk_bytes_per_token"] == (16 + 24) * 4 + 4
     assert made.numbers["batches_in_flight_per_rank_gib"] == 6 * 4 * 32 * 164 / GIB
@@ -95,7 +98,9 @@ def test_fit_by_hand():
 def test_fit_on_live_text_counts_the_language_model():
     config = {
         "model": {"sae": {"architecture": "standard", "d_in": 16, "d_sae": 32}},
-        "data": {"init_args": {"model_name": "none", "hook_name": "blocks.1.hook_resid_post", "context_size": 32}},
+        "data": {
+            "init_args": {"model_name": "none", "hook_name": "blocks.1.hook_resid_post", "context_size": 32}
+        },
     }
     made = plan(config, model_config=tiny_config("llama"))
     assert made.numbers["flops_per_token"] == made.numbers["lm_flops_per_token"] + 10 * 16 * 32

@@ -17,16 +17,19 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from aen_lightning.hub import authors_checkpoint_disk_loader, import_checkpoint, read_checkpoint
-from aen_lightning.hub.safetensors_stream import Transposed, write_safetensors
 from tests.support.commands import import_command
 
 D_IN, D_SAE = 6, 10
-AEN = "checkpoints/llama8b/regularization/seed0/adaptive_elastic_net/lambda1_0p002_lambda2_0p0001_gamma_0p5.pt"
+AEN = (
+    "checkpoints/llama8b/regularization/seed0/adaptive_elastic_net/lambda1_0p002_lambda2_0p0001_gamma_0p5.pt"
+)
 TOPK = "checkpoints/llama8b/topk/seed0/k3_llm-topk_baseline_sweep000-seed0.pt"
 L1 = "checkpoints/llama8b/regularization/seed0/l1/lambda1_0p002.pt"
 
 
-def checkpoint(*, adaptive: bool = True, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> dict[str, Any]:
+def checkpoint(
+    *, adaptive: bool = True, dtype: torch.dtype = torch.bfloat16, **changes: Any
+) -> dict[str, Any]:
     """What the authors save (spec, section 8), with random weights."""
     g = torch.Generator().manual_seed(0)
 
@@ -44,11 +47,14 @@ def checkpoint(*, adaptive: bool = True, dtype: torch.dtype = torch.bfloat16, **
         state |= {"ema_abs_activations": rand(D_SAE).abs(), "_step_count": torch.tensor(100_000)}
     return {
         "model_state_dict": state,
-        "optimizer_state_dict": {"state": {0: {"exp_avg": rand(D_SAE, D_IN)}}, "param_groups": [{"lr": 5e-4}]},
+        "optimizer_state_dict": {
+            "state": {0: {"exp_avg": rand(D_SAE, D_IN)}},
+            "param_groups": [{"lr": 5e-4}],
+        },
         "trainer_config": {"lr": 5e-4, "batch_size": 4096},
         "run_name": "a-run",
         "run_metadata": {"seed": 0},
-        "metrics_history": [{"l0": 40.0}, {"l0": np.float64(33.5), "ev": 0.5}],
+        "metrics_history": [{"l0": 40.0}, {"l0": np.float64(33.5), "ev": 0.5, "loss": float("nan")}],
         **changes,
     }
 
@@ -61,7 +67,10 @@ def save(folder: Path, name: str, content: Any) -> Path:
 
 
 def published_forward(content: dict[str, Any], x: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
-    """The authors' formulas (spec, sections 1 and 4) in float64, in their own layout: scale, encode, decode, unscale."""
+    """The authors' formulas (spec, sections 1 and 4) in float64, in their own layout.
+
+    Scale, encode, decode, unscale.
+    """
     s = {name: t.double() for name, t in content["model_state_dict"].items()}
     norm = x.norm(dim=-1, keepdim=True)
     scaled = x * D_IN**0.5 / norm
@@ -123,6 +132,18 @@ def test_adaptive_state_is_kept_beside_an_inference_dictionary(tmp_path: Path) -
     assert int(state["n_observed_steps"]) == 100_000
     plain = import_checkpoint(save(tmp_path, L1, checkpoint(adaptive=False)), tmp_path / "l1")
     assert not (plain / "adaptive_state.safetensors").exists()
+
+
+@pytest.mark.parametrize("for_training", [False, True])
+def test_imported_files_may_be_read_as_the_umask_says(tmp_path: Path, for_training: bool) -> None:
+    before = os.umask(0o022)
+    try:
+        folder = import_checkpoint(
+            save(tmp_path, AEN, checkpoint()), tmp_path / "out", for_training=for_training
+        )
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"0o644"}
 
 
 def test_import_for_training_can_be_trained_on(tmp_path: Path) -> None:
@@ -236,7 +257,9 @@ def with_tensor(name: str, tensor: Any) -> dict[str, Any]:
         (checkpoint(run_metadata={"d_sae": 99}), "disagrees with itself on d_sae: 10 by the weights, 99"),
     ],
 )  # fmt: skip
-def test_a_checkpoint_that_is_not_right_is_refused_with_a_reason(tmp_path: Path, content: Any, message: str) -> None:
+def test_a_checkpoint_that_is_not_right_is_refused_with_a_reason(
+    tmp_path: Path, content: Any, message: str
+) -> None:
     path = save(tmp_path, AEN, content)
     with pytest.raises(ValueError, match=message):
         import_checkpoint(path, tmp_path / "out")
@@ -268,16 +291,6 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
     path.write_bytes({"cut": data[: len(data) // 2], "text": b"hello, this is text", "empty": b""}[damage])
     with pytest.raises(ValueError, match="is refused"):
         read_checkpoint(path)
-
-
-def test_slices_make_the_same_file_as_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aen_lightning.hub.safetensors_stream._SLICE_BYTES", 100)  # a few rows a slice
-    a, b = torch.randn(37, 11), torch.randn(5).to(torch.bfloat16)
-    write_safetensors(tmp_path / "x.safetensors", {"a": Transposed(a), "plain": a, "b": b})
-    found = load_file(tmp_path / "x.safetensors")
-    assert torch.equal(found["a"], a.T)
-    assert torch.equal(found["plain"], a)
-    assert torch.equal(found["b"], b)
 
 
 def test_command_and_its_refusal_to_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,7 +90,14 @@ def test_parts_run_at_the_same_time_in_order_and_with_their_share_of_the_threads
 
 @pytest.mark.parametrize(
     ("shape", "n_threads", "n_parts"),
-    [((8, 128), 2, 2), ((8, 127), 2, 1), ((1, 4096), 2, 1), ((32, 128), 4, 4), ((3, 2048), 4, 3), ((0, 8), 2, 1)],
+    [
+        ((8, 128), 2, 2),
+        ((8, 127), 2, 1),
+        ((1, 4096), 2, 1),
+        ((32, 128), 4, 4),
+        ((3, 2048), 4, 3),
+        ((0, 8), 2, 1),
+    ],
 )
 def test_a_batch_is_cut_for_the_threads_there_are_into_parts_worth_it(
     shape: tuple[int, int], n_threads: int, n_parts: int
@@ -103,7 +110,11 @@ def test_parts_run_in_the_modes_of_the_caller() -> None:
     rows = RowParallel(min_tokens=1)
 
     def modes(_: Tensor) -> tuple[Any, ...]:
-        return torch.is_inference_mode_enabled(), torch.is_grad_enabled(), (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+        return (
+            torch.is_inference_mode_enabled(),
+            torch.is_grad_enabled(),
+            (torch.ones(2, 2) @ torch.ones(2, 2)).dtype,
+        )
 
     x = torch.zeros(2, 1)
     assert rows.map(modes, 2, x) == [(False, True, torch.float32)] * 2

@@ -1,4 +1,6 @@
-"""Hooks and cut models against the whole models of transformers, and against TransformerLens's own activations."""
+"""Hooks and cut models against the whole models of transformers, and against TransformerLens's own
+activations.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from aen_lightning.language_model.checkpoint_files import checkpoint_keys, needed_files
 from aen_lightning.language_model.cut_model import (
     build_cut_model,
-    checkpoint_keys,
-    cut_config,
     cut_model,
-    layers_of,
     load_cut_model,
-    needed_shards,
-    resolve_hook,
     resolve_hooks,
 )
-from aen_lightning.language_model.hook_points import known_hooks
+from aen_lightning.language_model.hook_points import cut_config, known_hooks, layers_of, resolve_hook
 from tests.support.tiny_models import D_MODEL, FAMILIES, N_LAYERS, save_tiny_model, tiny_config, tiny_model
 
 IDS = torch.tensor([[5, 9, 33, 1, 8, 60, 7, 12, 4], [40, 41, 42, 43, 44, 45, 46, 47, 48]])
@@ -71,7 +69,9 @@ def test_every_hook_is_what_transformer_lens_caches_under_its_name(family: str, 
     for name, x in ours.items():
         # the bridge computes attention eagerly, transformers by SDPA: the same up to rounding
         tolerance = {"rtol": 1e-4, "atol": 1e-5 * float(x.abs().max())}
-        torch.testing.assert_close(x, theirs[name].reshape(x.shape), **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            x, theirs[name].reshape(x.shape), **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -98,14 +98,22 @@ def test_a_module_path_without_a_transformer_lens_name_is_read_with_its_width():
 
 @pytest.mark.parametrize("model_type", ["stablelm", "olmo2", "bloom"])
 def test_module_paths_work_in_families_we_do_not_list(model_type: str):
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0}
+    sizes = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "pad_token_id": 0,
+    }
     config = AutoConfig.for_model(model_type, num_hidden_layers=3, intermediate_size=24, **sizes)
     whole = AutoModelForCausalLM.from_config(config).eval()
     path = "transformer.h.1" if model_type == "bloom" else "model.layers.1"
     cut = cut_model(whole, [path])
     assert len(layers_of(cut.model)) == 2
     assert torch.equal(cut.activations(IDS)[path], module_output(whole, path))
-    with pytest.raises(ValueError, match=f"known for gpt2, .* of type '{model_type}' give the path of a module"):
+    with pytest.raises(
+        ValueError, match=f"known for gpt2, .* of type '{model_type}' give the path of a module"
+    ):
         resolve_hook(config, "blocks.1.hook_resid_post")
 
 
@@ -142,7 +150,7 @@ def test_upper_layers_and_head_are_neither_loaded_nor_read_from_disk(tmp_path: P
     expected = load_cut_model(str(folder), [name]).activations(IDS)[name]
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     config = AutoConfig.from_pretrained(folder)
-    needed = set(needed_shards(config, 1, index["weight_map"]))
+    needed = set(needed_files(config, 1, index["weight_map"]))
     unneeded = set(index["weight_map"].values()) - needed
     assert index["weight_map"]["model.layers.3.mlp.up_proj.weight"] in unneeded
     assert index["weight_map"]["lm_head.weight"] in unneeded
@@ -167,7 +175,9 @@ def test_the_model_is_frozen_in_eval_mode_and_keeps_no_cache(tmp_path: Path):
     assert not activations.is_inference()  # an SAE has to be able to save it for backward
 
 
-def test_missing_weights_are_an_error_and_unread_ones_are_no_news(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_missing_weights_are_an_error_and_unread_ones_are_no_news(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     from safetensors.torch import load_file, save_file
 
     folder = Path(save_tiny_model("llama", tmp_path))
@@ -209,7 +219,11 @@ def test_cut_config_cuts_per_layer_lists_and_copies():
 @pytest.mark.parametrize(
     ("family", "name", "message"),
     [
-        ("llama", "blocks.4.hook_resid_post", "does not exist: the model has 4 layers, so blocks.0 to blocks.3"),
+        (
+            "llama",
+            "blocks.4.hook_resid_post",
+            "does not exist: the model has 4 layers, so blocks.0 to blocks.3",
+        ),
         ("llama", "blocks.1.hook_resid_pots", "Did you mean blocks.1.hook_resid_post"),
         ("llama", "model.layer.1", "Did you mean model.layers.1"),
         ("llama", "layers.1", "Did you mean model.layers.1"),
@@ -271,13 +285,24 @@ def test_tl_model_reads_transformer_lens_models(kind: str, tmp_path: Path):
     else:
         torch.manual_seed(0)
         cfg = HookedTransformerConfig(
-            n_layers=3, d_model=16, n_ctx=16, d_head=12, n_heads=2, d_vocab=64, act_fn="gelu", d_mlp=24, device="cpu"
+            n_layers=3,
+            d_model=16,
+            n_ctx=16,
+            d_head=12,
+            n_heads=2,
+            d_vocab=64,
+            act_fn="gelu",
+            d_mlp=24,
+            device="cpu",
         )
         hooked = HookedTransformer(cfg)
         model = TLModel(hooked, names)
         expected = {}
         hooked.run_with_hooks(
-            IDS, fwd_hooks=[(n, lambda x, hook: expected.update({hook.name: x.detach().flatten(2)})) for n in names]
+            IDS,
+            fwd_hooks=[
+                (n, lambda x, hook: expected.update({hook.name: x.detach().flatten(2)})) for n in names
+            ],
         )
     assert [(h.hook_name, h.d_in, h.layer) for h in model.hooks] == [(names[0], 16, 1), (names[1], 24, 0)]
     acts = model.activations(IDS)

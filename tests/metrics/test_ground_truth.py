@@ -1,4 +1,7 @@
-"""Measures against a known dictionary: hand-worked numbers, and agreement with the metric used in training."""
+"""Measures against a known dictionary.
+
+Hand-worked numbers, and agreement with the metric used in training.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,9 @@ def test_scores_of_the_truth_itself_are_perfect_and_matched_cosine_is_that_of_tr
     scores = ground_truth_scores(true[order], true, acts[:, order], acts)
     assert scores["matched_cosine"] == pytest.approx(1)
     assert scores["found_at_0.9"] == 1
-    assert all(scores["support"][k] == 1 for k in ("precision", "recall", "f1", "jaccard", "exact_support_rate"))
+    assert all(
+        scores["support"][k] == 1 for k in ("precision", "recall", "f1", "jaccard", "exact_support_rate")
+    )
     other = torch.randn(9, 8, generator=generator)
     scores = ground_truth_scores(other, true, acts[:, :9], acts)
     assert scores["matched_cosine"] == pytest.approx(matched_cosine(other, true))

@@ -19,12 +19,19 @@ from tests.support.training import step_input
 
 
 def make_sae(**overrides: Any) -> AENTrainingSAE:
-    fields: dict[str, Any] = {"d_in": 8, "d_sae": 24, "warmup_delay_steps": 2, "warmup_ramp_steps": 4, "ema_decay": 0.9}
+    fields: dict[str, Any] = {
+        "d_in": 8,
+        "d_sae": 24,
+        "warmup_delay_steps": 2,
+        "warmup_ramp_steps": 4,
+        "ema_decay": 0.9,
+    }
     torch.manual_seed(overrides.pop("seed", 0))
     return AENTrainingSAE(AENTrainingSAEConfig(**{**fields, **overrides}))
 
 
-# --- the method ----------------------------------------------------------------------------------------------------
+# --- the method
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
@@ -96,7 +103,9 @@ def test_family_gamma_zero_is_the_elastic_net_and_without_l2_the_standard_l1_sae
     standard.load_state_dict({k: v for k, v in sae.state_dict().items() if k in standard.state_dict()})
     x = torch.randn(16, 8, dtype=torch.float64)
     ours = sae.training_forward_pass(step_input(x, l1=0.5, l2=0.0))
-    theirs = standard.training_forward_pass(step_input(x, l1=0.5))  # SAELens's own L1 SAE; decoder rows have norm 1
+    theirs = standard.training_forward_pass(
+        step_input(x, l1=0.5)
+    )  # SAELens's own L1 SAE; decoder rows have norm 1
     assert_close(ours.loss, theirs.loss, rtol=1e-12, atol=0)
     assert_close(sae.l1_weights, torch.ones(24, dtype=torch.float64))
 
@@ -114,7 +123,9 @@ def test_evaluating_never_changes_state():
 
 @pytest.mark.parametrize("sparse_step", ["off", "on"])
 def test_a_training_forward_pass_in_eval_mode_changes_no_state_and_gives_the_same_loss(sparse_step: str):
-    sae = make_sae(sparse_step=sparse_step, starvation_guard=0.1, dtype="float64", warmup_delay_steps=0, d_sae=200)
+    sae = make_sae(
+        sparse_step=sparse_step, starvation_guard=0.1, dtype="float64", warmup_delay_steps=0, d_sae=200
+    )
     with torch.no_grad():
         sae.b_enc.fill_(-1.5)
     x = torch.randn(64, 8, dtype=torch.float64)
@@ -125,7 +136,9 @@ def test_a_training_forward_pass_in_eval_mode_changes_no_state_and_gives_the_sam
     for name, value in sae.state_dict().items():
         assert torch.equal(value, before[name]), name
     acts = sae.encode(x)
-    by_hand = (x - sae.decode(acts)).square().sum(-1) + 0.5 * acts @ sae.l1_weights + 0.1 * acts.square().sum(-1)
+    by_hand = (
+        (x - sae.decode(acts)).square().sum(-1) + 0.5 * acts @ sae.l1_weights + 0.1 * acts.square().sum(-1)
+    )
     assert_close(torch.stack(evaluated), by_hand.mean().expand(3))
 
 
@@ -189,7 +202,8 @@ def test_micro_batches_keep_the_half_life_in_training_steps():
     assert_close(parts.firing_rate_ema, whole.firing_rate_ema)
 
 
-# --- precision -----------------------------------------------------------------------------------------------------
+# --- precision
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_statistics_stay_in_float32_when_the_sae_is_half_precision():
@@ -209,7 +223,8 @@ def test_float64_sae_keeps_float64_statistics():
     assert sae.feature_acts_ema.dtype == sae.l1_weights.dtype == torch.float64
 
 
-# --- doors of SAELens ----------------------------------------------------------------------------------------------
+# --- doors of SAELens
+# ----------------------------------------------------------------------------------------------
 
 
 def test_registered_under_its_string():
@@ -229,7 +244,9 @@ def test_importing_and_reloading_twice_is_harmless():
 
 
 @pytest.mark.parametrize(("asked", "loaded"), [("standard", StandardSAE), ("aen", AENSAE)])
-def test_exported_for_inference_under_either_name_with_identical_outputs(tmp_path: Path, asked: str, loaded: type):
+def test_exported_for_inference_under_either_name_with_identical_outputs(
+    tmp_path: Path, asked: str, loaded: type
+):
     sae = make_sae(inference_architecture=asked)
     sae.save_inference_model(tmp_path)
     cfg = json.loads((tmp_path / "cfg.json").read_text())
@@ -338,7 +355,8 @@ def test_without_a_coefficient_for_l2_the_configs_counts():
     assert torch.equal(sae.training_forward_pass(given).loss, sae.training_forward_pass(left_out).loss)
 
 
-# --- config --------------------------------------------------------------------------------------------------------
+# --- config
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_defaults_are_those_published_for_pythia():
@@ -349,7 +367,9 @@ def test_defaults_are_those_published_for_pythia():
 
 
 def test_from_paper_refuses_both_forms_at_once():
-    with pytest.raises(TypeError, match="from_paper sets l1_coefficient from the lambdas; got l1_coefficient=3"):
+    with pytest.raises(
+        TypeError, match="from_paper sets l1_coefficient from the lambdas; got l1_coefficient=3"
+    ):
         AENTrainingSAEConfig.from_paper(d_in=4, d_sae=8, lambda_1=1e-3, lambda_2=0.0, l1_coefficient=3)
 
 
@@ -387,7 +407,8 @@ def test_every_value_is_validated_by_name(name: str, value: Any, expected: str):
         AENTrainingSAEConfig(**fields)
 
 
-# --- the step on the non-zeros -----------------------------------------------------------------------------------------
+# --- the step on the non-zeros
+# -----------------------------------------------------------------------------------------
 
 
 def sparse_and_dense(**overrides: Any) -> tuple[AENTrainingSAE, AENTrainingSAE]:

@@ -24,7 +24,10 @@ AEN = {"d_in": 4, "d_sae": 8}
         ({"gamam": 1}, r"^sae has no key 'gamam' for architecture 'aen' \(did you mean 'gamma'\?\)$"),
         ({"zzz": 1}, r"^sae has no key 'zzz' for architecture 'aen'; it takes .*\bd_in, d_sae\b"),
         ({"architecture": "topk"}, r"^sae\.k must be at most d_sae=8, got 100 \(architecture 'topk'\)$"),
-        ({"architecture": "matryoshka_batchtopk", "k": 2, "matryoshka_widths": [4, "8"]}, r"must be list\[int\], got"),
+        (
+            {"architecture": "matryoshka_batchtopk", "k": 2, "matryoshka_widths": [4, "8"]},
+            r"must be list\[int\], got",
+        ),
         ({"architecture": "tpok"}, r"^unknown SAE architecture 'tpok' \(did you mean 'topk'\?\)"),
     ],
 )
@@ -34,7 +37,9 @@ def test_what_is_wrong_is_named(sae: dict[str, Any], message: str) -> None:
 
 
 def test_what_is_right_arrives_unchanged() -> None:
-    cfg = build_sae_config(AEN | {"lambda_1": 1, "gamma": 1, "decoder_init_norm": None, "metadata": {"hook_name": "h"}})
+    cfg = build_sae_config(
+        AEN | {"lambda_1": 1, "gamma": 1, "decoder_init_norm": None, "metadata": {"hook_name": "h"}}
+    )
     assert (cfg.l1_coefficient, cfg.gamma, cfg.decoder_init_norm) == (4, 1, None)
     assert cfg.metadata["hook_name"] == "h"
     widths = {"architecture": "matryoshka_batchtopk", "k": 2.5, "matryoshka_widths": [4, 8]}

@@ -41,23 +41,30 @@ def test_adaptive_weights_reference_counts_at_least_one_feature():
 
 
 def test_adaptive_weights_of_nothing_but_silent_features_are_one():
-    weights = adaptive_weights(torch.zeros(5), gamma=1.0, reference_fraction=0.2, weight_min=0.01, weight_max=10.0)
+    weights = adaptive_weights(
+        torch.zeros(5), gamma=1.0, reference_fraction=0.2, weight_min=0.01, weight_max=10.0
+    )
     assert_close(weights, torch.ones(5))
 
 
 def test_gamma_zero_is_the_plain_elastic_net():
-    weights = adaptive_weights(torch.rand(50), gamma=0.0, reference_fraction=0.1, weight_min=0.01, weight_max=10.0)
+    weights = adaptive_weights(
+        torch.rand(50), gamma=0.0, reference_fraction=0.1, weight_min=0.01, weight_max=10.0
+    )
     assert_close(weights, torch.ones(50))
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.01])
 def test_adaptive_weights_refuse_a_fraction_outside_its_range(fraction: float):
     with pytest.raises(ValueError, match=rf"reference_fraction must be in \(0, 1\], got {fraction}"):
-        adaptive_weights(torch.ones(3), gamma=1.0, reference_fraction=fraction, weight_min=0.1, weight_max=10.0)
+        adaptive_weights(
+            torch.ones(3), gamma=1.0, reference_fraction=fraction, weight_min=0.1, weight_max=10.0
+        )
 
 
 def test_starvation_guard_by_hand():
-    # mean rate .0278, a tenth of it .00278: the third feature is above that, the second pays .001 / .00278 of its penalty
+    # mean rate .0278, a tenth of it .00278: the third feature is above that, the second pays .001 / .00278 of
+    # its penalty
     rates = torch.tensor([0.0, 0.001, 0.0102, 0.1], dtype=torch.float64)
     expected = torch.tensor([0.02, 0.001 / 0.00278, 1, 1], dtype=torch.float64)
     for unit in (1.0, 1e-4):  # rates count relative to each other
@@ -113,7 +120,9 @@ def test_no_gradient_flows_through_the_weights():
 )
 def test_paper_coefficients_round_trip(d_in: int, lambda_1: float, lambda_2: float):
     l1, l2 = coefficients_from_paper(d_in=d_in, lambda_1=lambda_1, lambda_2=lambda_2)
-    assert coefficients_to_paper(d_in=d_in, l1_coefficient=l1, l2_coefficient=l2) == pytest.approx((lambda_1, lambda_2))
+    assert coefficients_to_paper(d_in=d_in, l1_coefficient=l1, l2_coefficient=l2) == pytest.approx(
+        (lambda_1, lambda_2)
+    )
 
 
 def test_llama_coefficients_as_worked_out_by_hand():

@@ -96,7 +96,11 @@ def test_saelens_runner_trains_saves_and_resumes(model_path: str, dataset: Datas
     assert cfg.checkpoint_path is not None
     checkpoint = next(p for p in Path(cfg.checkpoint_path).iterdir() if not p.name.startswith("final"))
     resumed_cfg = runner_config(
-        model_path, tmp_path, resume_from_checkpoint=str(checkpoint), training_tokens=64 * 30, output_path=None
+        model_path,
+        tmp_path,
+        resume_from_checkpoint=str(checkpoint),
+        training_tokens=64 * 30,
+        output_path=None,
     )
     resumed = LanguageModelSAETrainingRunner(resumed_cfg, override_dataset=dataset).run()
     assert isinstance(resumed, AENTrainingSAE)
@@ -155,9 +159,12 @@ def test_several_saes_in_saelens_multi_runner(model_path: str, dataset: Dataset,
 def test_saelens_command_line_takes_the_architecture(model_path: str, dataset: Dataset, tmp_path: Path):
     dataset.to_parquet(tmp_path / "data" / "train.parquet")
     code = main(
-        f"saelens --architecture aen --d_in {D_MODEL} --d_sae 32 --l1_coefficient 0.1 --gamma 0.9 --model_name {model_path} "
-        f"--model_class_name AutoModelForCausalLM --hook_name {HOOK} --dataset_path {tmp_path / 'data'} --streaming false "
-        "--context_size 16 --store_batch_size_prompts 8 --n_batches_in_buffer 16 --train_batch_size_tokens 64 "
+        f"saelens --architecture aen --d_in {D_MODEL} --d_sae 32 --l1_coefficient 0.1 --gamma 0.9 "
+        f"--model_name {model_path} "
+        f"--model_class_name AutoModelForCausalLM --hook_name {HOOK} --dataset_path {tmp_path / 'data'} "
+        "--streaming false "
+        "--context_size 16 --store_batch_size_prompts 8 --n_batches_in_buffer 16 --train_batch_size_tokens "
+        "64 "
         f"--training_tokens 640 --prepend_bos false --log_to_wandb false --output_path {tmp_path / 'out'} "
         f"--checkpoint_path {tmp_path / 'ckpt'}".split()
     )
@@ -169,13 +176,17 @@ def test_saelens_command_line_takes_the_architecture(model_path: str, dataset: D
 
 
 @pytest.mark.parametrize("architecture", ["standard", "aen"])
-def test_run_evals_on_an_exported_dictionary(model_path: str, dataset: Dataset, tmp_path: Path, architecture: str):
+def test_run_evals_on_an_exported_dictionary(
+    model_path: str, dataset: Dataset, tmp_path: Path, architecture: str
+):
     cfg = runner_config(model_path, tmp_path, sae=aen_config(inference_architecture=architecture))
     LanguageModelSAETrainingRunner(cfg, override_dataset=dataset).run()
     sae = SAE.load_from_disk(tmp_path / "output")
     assert type(sae) is (AENSAE if architecture == "aen" else StandardSAE)
     model = load_model("AutoModelForCausalLM", model_path, device="cpu", hook_names=[HOOK])
-    store = ActivationsStore.from_sae(model, sae, dataset, streaming=False, store_batch_size_prompts=8, context_size=16)
+    store = ActivationsStore.from_sae(
+        model, sae, dataset, streaming=False, store_batch_size_prompts=8, context_size=16
+    )
     metrics, _ = run_evals(
         sae,
         store,
@@ -197,12 +208,25 @@ def test_run_evals_on_an_exported_dictionary(model_path: str, dataset: Dataset, 
 
 def test_spliced_into_hooked_transformer_and_bridge(model_path: str):
     training = TrainingSAE.from_dict(
-        {"architecture": "aen", "d_in": D_MODEL, "d_sae": 32, "metadata": {"hook_name": "blocks.0.hook_resid_post"}}
+        {
+            "architecture": "aen",
+            "d_in": D_MODEL,
+            "d_sae": 32,
+            "metadata": {"hook_name": "blocks.0.hook_resid_post"},
+        }
     )
     sae = AENSAE.from_dict({**training.cfg.get_inference_sae_cfg_dict(), "architecture": "aen"})
     sae.load_state_dict({k: v for k, v in training.state_dict().items() if k in sae.state_dict()})
     config = HookedTransformerConfig(
-        n_layers=2, d_model=D_MODEL, n_ctx=16, d_head=8, n_heads=2, d_vocab=64, act_fn="relu", device="cpu", seed=0
+        n_layers=2,
+        d_model=D_MODEL,
+        n_ctx=16,
+        d_head=8,
+        n_heads=2,
+        d_vocab=64,
+        act_fn="relu",
+        device="cpu",
+        seed=0,
     )
     hooked = HookedSAETransformer(config)
     tokens = torch.randint(4, 64, (2, 10))
@@ -211,7 +235,9 @@ def test_spliced_into_hooked_transformer_and_bridge(model_path: str):
     _check_splice(bridge, sae, tokens, cached_as="blocks.0.hook_out")  # the bridge's own name for resid_post
 
 
-def _check_splice(model: Any, sae: SAE[Any], tokens: torch.Tensor, cached_as: str = "blocks.0.hook_resid_post") -> None:
+def _check_splice(
+    model: Any, sae: SAE[Any], tokens: torch.Tensor, cached_as: str = "blocks.0.hook_resid_post"
+) -> None:
     clean, cache = model.run_with_cache(tokens)
     with torch.no_grad():
         expected = sae(cache[cached_as])

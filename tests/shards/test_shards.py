@@ -1,4 +1,8 @@
-"""Shards: what is written is what is read, whole or not at all; damage is named; SAELens reads and trains on a conversion."""
+"""Shards.
+
+What is written is what is read, whole or not at all; damage is named; SAELens reads and trains on a
+conversion.
+"""
 
 import json
 import os
@@ -42,7 +46,9 @@ from tests.support.shard_sets import HOOK, flip_byte, write_set
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_shard_is_plain_safetensors_with_the_rows_appended(tmp_path: Path, dtype: str):
     expected, ids = write_set(tmp_path / "set", [7, 1, 10], d_in={HOOK: 5, "b": 3}, dtype=dtype)
-    files = [load_file(tmp_path / "set" / f"shard-0000{i}.safetensors") for i in range(3)]  # safetensors' own reader
+    files = [
+        load_file(tmp_path / "set" / f"shard-0000{i}.safetensors") for i in range(3)
+    ]  # safetensors' own reader
     for hook, x in expected.items():
         assert torch.equal(torch.cat([f[hook] for f in files]), x)
         assert files[0][hook].dtype == getattr(torch, dtype)
@@ -91,10 +97,16 @@ def test_append_rejects_what_does_not_fit(tmp_path: Path):
 
 
 def test_folder_refuses_another_set_and_other_files(tmp_path: Path):
-    ShardFolder(tmp_path / "a").begin(Manifest({HOOK: 2}, "float32", 4, settings={"model_name": "x", "n": (1, 2)}))
-    ShardFolder(tmp_path / "a").begin(Manifest({HOOK: 2}, "float32", 4, settings={"model_name": "x", "n": (1, 2)}))
+    ShardFolder(tmp_path / "a").begin(
+        Manifest({HOOK: 2}, "float32", 4, settings={"model_name": "x", "n": (1, 2)})
+    )
+    ShardFolder(tmp_path / "a").begin(
+        Manifest({HOOK: 2}, "float32", 4, settings={"model_name": "x", "n": (1, 2)})
+    )
     with pytest.raises(ShardError, match="model_name was 'x', now 'y'"):
-        ShardFolder(tmp_path / "a").begin(Manifest({HOOK: 2}, "float32", 4, settings={"model_name": "y", "n": (1, 2)}))
+        ShardFolder(tmp_path / "a").begin(
+            Manifest({HOOK: 2}, "float32", 4, settings={"model_name": "y", "n": (1, 2)})
+        )
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.tex").touch()
     with pytest.raises(FileExistsError, match=r"thesis\.tex"):
@@ -180,7 +192,7 @@ def test_shard_that_disagrees_with_the_manifest_in_shape_is_named(tmp_path: Path
     ("text", "message"),
     [
         ("{", "is damaged"),
-        ("[]", "a JSON object was expected"),
+        ("[]", "expected a JSON object"),
         ('{"format": "x"}', "not a manifest of activations"),
         ('{"format": "aen-lightning-activations", "version": 99}', "version 99"),
         ('{"format": "aen-lightning-activations", "version": 1}', "is damaged"),
@@ -244,7 +256,9 @@ def test_there_and_back_again(tmp_path: Path):
     got = source.gather(np.arange(12), [HOOK, "b"])
     assert all(torch.equal(got[h], x) for h, x in expected.items())
     assert torch.equal(source.token_ids(), ids)
-    halved = from_saelens(tmp_path / "cache", tmp_path / "half", dtype="bfloat16", model_name="tiny", shard_size_mib=0)
+    halved = from_saelens(
+        tmp_path / "cache", tmp_path / "half", dtype="bfloat16", model_name="tiny", shard_size_mib=0
+    )
     assert "rounded to bfloat16" in halved.notes[0]
     assert len(ShardSet(halved.path).records) == 12
     verify(halved.path)
@@ -255,7 +269,15 @@ def test_there_and_back_again(tmp_path: Path):
 def tiny_hooked_transformer() -> HookedTransformer:
     return HookedTransformer(
         HookedTransformerConfig(
-            n_layers=1, d_model=6, n_ctx=4, d_head=3, n_heads=2, d_vocab=50, act_fn="relu", seed=0, device="cpu"
+            n_layers=1,
+            d_model=6,
+            n_ctx=4,
+            d_head=3,
+            n_heads=2,
+            d_vocab=50,
+            act_fn="relu",
+            seed=0,
+            device="cpu",
         )
     )
 
@@ -303,7 +325,10 @@ def test_our_reader_reads_what_saelens_cached(tmp_path: Path):
     """Written with the datasets library, several record batches, as SAELens's runner does it."""
     x = torch.randn(10, 4, 6)
     features = datasets.Features(
-        {HOOK: datasets.Array2D((4, 6), "float32"), "token_ids": datasets.Sequence(datasets.Value("int32"), length=4)}
+        {
+            HOOK: datasets.Array2D((4, 6), "float32"),
+            "token_ids": datasets.Sequence(datasets.Value("int32"), length=4),
+        }
     )
     pieces = [
         datasets.Dataset.from_dict(

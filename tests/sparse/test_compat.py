@@ -12,7 +12,8 @@ from aen_lightning import compat
 
 def test_adam_gathers_its_tensors_as_on_adam_tensors_expects() -> None:
     assert compat.adam_tensors_known(), (
-        f"torch {torch.__version__} gathers Adam's tensors differently: {inspect.signature(torch.optim.Adam._init_group)}"
+        f"torch {torch.__version__} gathers Adam's tensors differently: "
+        f"{inspect.signature(torch.optim.Adam._init_group)}"
     )
 
 
@@ -34,4 +35,6 @@ def test_a_step_of_adam_uses_the_tensors_that_change_put_there() -> None:
     compat.on_adam_tensors(optimizer, change)
     optimizer.step()
     assert param.tolist() == [1.0, 1.0]
-    assert torch.allclose(other, torch.tensor([-0.1, -0.1]))  # Adam's first step is lr long, against the gradient
+    assert torch.allclose(
+        other, torch.tensor([-0.1, -0.1])
+    )  # Adam's first step is lr long, against the gradient

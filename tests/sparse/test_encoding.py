@@ -32,7 +32,9 @@ def test_code_statistics_and_forms_equal_the_dense_code(apply_b_dec: bool) -> No
     acts = code.feature_acts()
     assert acts.is_coalesced()
     assert_close(acts.to_dense(), h)
-    rebuilt = torch.sparse_coo_tensor(acts.indices(), acts.values(), acts.shape, check_invariants=True).coalesce()
+    rebuilt = torch.sparse_coo_tensor(
+        acts.indices(), acts.values(), acts.shape, check_invariants=True
+    ).coalesce()
     assert torch.equal(rebuilt.indices(), acts.indices())  # the order that is_coalesced promised
 
 
@@ -130,7 +132,9 @@ def test_errors_name_what_is_wrong() -> None:
         sparse.loss(x[:2], encode(x, p), **p)
     with pytest.raises(ValueError, match=r"l1_weights must be \(d_sae,\) = \(8,\), got \(4,\)"):
         sparse.loss(x, encode(x, p), l1_weights=torch.ones(4), **p)
-    with pytest.raises(ValueError, match=r"slopes must have the shape of code.values, \(\d+,\), got \(3, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"slopes must have the shape of code.values, \(\d+,\), got \(3, 8\)"
+    ):
         sparse.loss(x, encode(x, p), l1_weights=torch.ones(8), slopes=torch.ones(3, 8), **p)
     with pytest.raises(ValueError, match="give l1_weights, too"):
         sparse.loss(x, encode(x, p), slopes=torch.ones(3, 8), **p)

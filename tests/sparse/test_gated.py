@@ -93,7 +93,9 @@ def test_open_gate_with_equal_heads_is_the_relu_sae_twice() -> None:
     x = make_batch(11, 6)
     code = sparse.encode(x, p["W_enc"], p["b_gate"], p["b_dec"])
     out = sparse.gated_loss(x, code, **p, l1_weights=torch.ones(30, dtype=F64))
-    relu = sparse.loss(x, code, p["W_enc"], p["b_gate"], p["W_dec"], p["b_dec"], l1_weights=torch.ones(30, dtype=F64))
+    relu = sparse.loss(
+        x, code, p["W_enc"], p["b_gate"], p["W_dec"], p["b_dec"], l1_weights=torch.ones(30, dtype=F64)
+    )
     assert_close(out.mse_loss, relu.mse_loss)
     assert_close(out.gate_mse_loss, relu.mse_loss)
     assert_close(out.l1_loss, relu.l1_loss)

@@ -19,7 +19,9 @@ from tests.support.sparse_problem import encode, make_batch, make_parameters
     bias=st.sampled_from([-3.0, -0.5, 0.0, 0.5]),
     seed=st.integers(0, 2**16),
 )
-def test_screening_bound_is_never_below_the_pre_activation(d_in: int, x_scale: float, bias: float, seed: int) -> None:
+def test_screening_bound_is_never_below_the_pre_activation(
+    d_in: int, x_scale: float, bias: float, seed: int
+) -> None:
     p = make_parameters(d_in, 96, bias=bias, seed=seed, dtype=torch.float32)
     x = x_scale * make_batch(48, d_in, seed + 1, dtype=torch.float32)
     x[0] = 0
@@ -35,7 +37,8 @@ def test_screening_bound_is_never_below_the_pre_activation(d_in: int, x_scale: f
 
 
 def test_screening_bound_holds_where_rounding_is_worst() -> None:
-    # Every entry halfway between two bfloat16 numbers, all errors with one sign: the bound must be tight and safe.
+    # Every entry halfway between two bfloat16 numbers, all errors with one sign: the bound must be tight and
+    # safe.
     d_in = 64
     x = torch.full((1, d_in), 1 + 2.0**-8 + 2.0**-20)  # rounds up by almost half a unit in the last place
     weight = torch.full((1, d_in), -(1 + 2.0**-8 + 2.0**-20))

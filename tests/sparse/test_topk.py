@@ -82,7 +82,9 @@ def test_batch_topk_of_a_screened_product(screen: bool) -> None:
     x = make_batch(512, 64, dtype=torch.float32)
     z = (x - p["b_dec"]).double() @ p["W_enc"].double() + p["b_enc"].double()
     n = 512 * 4
-    code = sparse.encode_batch_topk(x, p["W_enc"], p["b_enc"], p["b_dec"], k=4, screen=screen, block_elements=2**17)
+    code = sparse.encode_batch_topk(
+        x, p["W_enc"], p["b_enc"], p["b_dec"], k=4, screen=screen, block_elements=2**17
+    )
     assert code.nnz == n
     least = z.flatten().topk(n).values.min()
     assert_close(code.values.min().double(), least, rtol=1e-5, atol=1e-5)
@@ -95,5 +97,7 @@ def test_errors_name_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="k must be between 1 and d_sae = 8, got 9"):
         sparse.encode_topk(x, p["W_enc"], p["b_enc"], k=9)
     for k in (0.3, 9):
-        with pytest.raises(ValueError, match=f"k must be above 0, at most d_sae = 8, and keep .* batch of 3, got {k}"):
+        with pytest.raises(
+            ValueError, match=f"k must be above 0, at most d_sae = 8, and keep .* batch of 3, got {k}"
+        ):
             sparse.encode_batch_topk(x, p["W_enc"], p["b_enc"], k=k)

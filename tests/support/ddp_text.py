@@ -1,4 +1,5 @@
-"""Run by test_ddp.py in a clean process: trains on live text on two ranks; each writes the rows of tokens its model was run on.
+"""Run by test_ddp.py in a clean process: trains on live text on two ranks; each writes the rows of tokens its
+model was run on.
 
 Usage: python -m tests.support.ddp_text MODEL_FOLDER TEXT_FILE OUTPUT_FOLDER
 """
@@ -35,7 +36,7 @@ def main(folder: str, text_file: str, output: Path) -> None:
     torch.set_num_threads(1)
     recorder = Recorder(load_cut_model(folder, [HOOK]))
     data = TextActivationsDataModule(
-        folder, HOOK, text_file, context_size=16, store_batch_size_prompts=2, train_batch_size_tokens=32, buffer_size_tokens=64,
+        model_name=folder, hook_name=HOOK, dataset_path=text_file, context_size=16, store_batch_size_prompts=2, train_batch_size_tokens=32, buffer_size_tokens=64,
         held_out_documents=0, model=recorder,
     )  # fmt: skip
     trainer = pl.Trainer(

@@ -1,4 +1,5 @@
-"""A Hugging Face Hub on the loopback: what huggingface_hub asks of it when it publishes and fetches models, and failures at will.
+"""A Hugging Face Hub on the loopback: what huggingface_hub asks of it when it publishes and fetches models,
+and failures at will.
 
 Large files go through the LFS protocol, downloads answer ranges, commits are atomic and know their parent.
 """
@@ -32,7 +33,9 @@ class Commit:
 class Repo:
     private: bool = False
     gated: bool = False
-    branches: dict[str, list[Commit]] = field(default_factory=lambda: {"main": [Commit("0" * 40, "initial", "", {})]})
+    branches: dict[str, list[Commit]] = field(
+        default_factory=lambda: {"main": [Commit("0" * 40, "initial", "", {})]}
+    )
 
     def find(self, revision: str) -> Commit | None:
         if revision in self.branches:
@@ -46,8 +49,9 @@ class Failure:
 
     Args:
         match: Regular expression for "METHOD path".
-        action: ``status``; ``drop`` (close without an answer); ``drop_body`` (close in the middle of the body); ``short`` (a body that is
-            complete, but too short); ``corrupt`` (one byte of the body, or of the upload, differs); ``lost`` (done, but not answered).
+        action: ``status``; ``drop`` (close without an answer); ``drop_body`` (close in the middle of the
+            body); ``short`` (a body that is complete, but too short); ``corrupt`` (one byte of the body, or
+            of the upload, differs); ``lost`` (done, but not answered).
         status: For ``status``.
         headers: For ``status``.
         times: How often.
@@ -142,11 +146,14 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         pass
 
-    # --- one request ----------------------------------------------------------------------------------------------
+    # --- one request
+    # ----------------------------------------------------------------------------------------------
 
     def _handle(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
-        self.body = self._chunked() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
+        self.body = (
+            self._chunked() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
+        )
         url = urlsplit(self.path)
         self.route, self.query = unquote(url.path), parse_qs(url.query)
         line = f"{self.command} {self.route}"
@@ -211,7 +218,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _refuse(self, status: int, code: str, message: str) -> None:
-        self._send(status, json.dumps({"error": message}).encode(), {"X-Error-Code": code, "X-Error-Message": message})
+        self._send(
+            status,
+            json.dumps({"error": message}).encode(),
+            {"X-Error-Code": code, "X-Error-Message": message},
+        )
 
     @property
     def _logged_in(self) -> bool:
@@ -237,7 +248,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "RevisionNotFound", "Invalid rev id")
         return commit
 
-    # --- the API --------------------------------------------------------------------------------------------------
+    # --- the API
+    # --------------------------------------------------------------------------------------------------
 
     def whoami(self) -> None:
         if not self._logged_in:
@@ -288,7 +300,12 @@ class _Handler(BaseHTTPRequestHandler):
         entries: list[dict[str, object]] = []
         for path, blob in commit.files.items():
             data = self.hub.content(blob)
-            entry: dict[str, object] = {"type": "file", "path": path, "size": len(data), "oid": _git_hash(blob)}
+            entry: dict[str, object] = {
+                "type": "file",
+                "path": path,
+                "size": len(data),
+                "oid": _git_hash(blob),
+            }
             if blob.startswith(b"lfs:"):
                 entry["lfs"] = {"oid": blob[4:].decode(), "size": len(data), "pointerSize": 134}
             entries.append(entry)
@@ -392,7 +409,11 @@ class _Handler(BaseHTTPRequestHandler):
         oid = _oid(repo_id, revision, str(len(log)), title, header["description"])
         log.append(Commit(oid, title, header["description"], files))
         return self._json(
-            {"commitUrl": f"{self.hub.endpoint}/{repo_id}/commit/{oid}", "commitOid": oid, "pullRequestUrl": None}
+            {
+                "commitUrl": f"{self.hub.endpoint}/{repo_id}/commit/{oid}",
+                "commitOid": oid,
+                "pullRequestUrl": None,
+            }
         )
 
     def resolve(self, repo_id: str, revision: str, path: str) -> None:
@@ -414,7 +435,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(200, data, headers | {"Content-Length": str(len(data))})
         self.hub.ranges.append(asked[0])
         start, end = int(asked[1]), int(asked[2] or len(data) - 1)
-        return self._send(206, data[start : end + 1], headers | {"Content-Range": f"bytes {start}-{end}/{len(data)}"})
+        return self._send(
+            206, data[start : end + 1], headers | {"Content-Range": f"bytes {start}-{end}/{len(data)}"}
+        )
 
 
 _ID = r"([^/]+/[^/]+)"

@@ -1,4 +1,5 @@
-"""The method written out once more with plain tensors and hand-derived gradients, from the formulas of arXiv:2605.05341.
+"""The method written out once more with plain tensors and hand-derived gradients, from the formulas of
+arXiv:2605.05341.
 
 Shares no code with the package: no autograd, no torch.optim, no penalty functions.
 """
@@ -39,7 +40,9 @@ class Oracle:
         ramp = 1.0 if delay <= 0 else 0.0 if self.t < delay else min(1.0, (self.t - delay) / ramp_steps)
         u = 1 + (w - 1) * ramp
         if cfg.starvation_guard:
-            self.rates = cfg.guard_decay * self.rates + (1 - cfg.guard_decay) * (h > 0).double().sum(0) / batch
+            self.rates = (
+                cfg.guard_decay * self.rates + (1 - cfg.guard_decay) * (h > 0).double().sum(0) / batch
+            )
             share = self.rates / (cfg.starvation_guard * self.rates.sum() / cfg.d_sae)
             u = u * share.clip(cfg.guard_min, 1.0)
 

@@ -12,16 +12,25 @@ HOOK = "blocks.0.hook_resid_post"
 
 
 def write_set(
-    folder: Path, sizes: list[int], *, d_in: dict[str, int] | None = None, dtype: str = "float32", context_size: int = 4
+    folder: Path,
+    sizes: list[int],
+    *,
+    d_in: dict[str, int] | None = None,
+    dtype: str = "float32",
+    context_size: int = 4,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """A finished set with random rows, appended in pieces of 3; returns what it should hold."""
     d_in = d_in or {HOOK: 6}
     generator = torch.Generator().manual_seed(0)
-    expected = {h: torch.randn(sum(sizes), d, generator=generator).to(getattr(torch, dtype)) for h, d in d_in.items()}
+    expected = {
+        h: torch.randn(sum(sizes), d, generator=generator).to(getattr(torch, dtype)) for h, d in d_in.items()
+    }
     ids = torch.arange(sum(sizes), dtype=torch.int32)
     writer = ShardFolder(folder)
     writer.begin(
-        Manifest(d_in, dtype, context_size, metadata={"model_name": "tiny", "hook_name": HOOK}, n_shards=len(sizes))
+        Manifest(
+            d_in, dtype, context_size, metadata={"model_name": "tiny", "hook_name": HOOK}, n_shards=len(sizes)
+        )
     )
     at = 0
     for index, size in enumerate(sizes):

@@ -52,7 +52,9 @@ def dense_terms(
     return mse, (weights * paid).sum(dim=-1).mean(), l2 * h.pow(2).sum(dim=-1).mean(), sae_out
 
 
-def encode(x: Tensor, p: dict[str, Any], *, apply_b_dec_to_input: bool = True, **kwargs: Any) -> sparse.SparseCode:
+def encode(
+    x: Tensor, p: dict[str, Any], *, apply_b_dec_to_input: bool = True, **kwargs: Any
+) -> sparse.SparseCode:
     return sparse.encode(x, p["W_enc"], p["b_enc"], p["b_dec"] if apply_b_dec_to_input else None, **kwargs)
 
 

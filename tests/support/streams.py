@@ -22,14 +22,18 @@ def batch_at(index: int, *, batch_size: int, d_in: int, seed: int = 0) -> Tensor
 class Batches(IterableDataset[Tensor]):
     """Endless batches; with ``world_size`` > 1, this rank's equal share of each."""
 
-    def __init__(self, batch_size: int, d_in: int, *, start: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, batch_size: int, d_in: int, *, start: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.batch_size, self.d_in, self.start = batch_size, d_in, start
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[Tensor]:
         index = self.start
         while True:
-            yield batch_at(index, batch_size=self.batch_size, d_in=self.d_in).chunk(self.world_size)[self.rank]
+            yield batch_at(index, batch_size=self.batch_size, d_in=self.d_in).chunk(self.world_size)[
+                self.rank
+            ]
             index += 1
 
 

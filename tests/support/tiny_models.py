@@ -1,4 +1,5 @@
-"""Tiny random language models and a word-level tokenizer, made on the spot: no network, a few thousand weights.
+"""Tiny random language models and a word-level tokenizer, made on the spot: no network, a few thousand
+weights.
 
 model = tiny_model("gemma2")                      # AutoModelForCausalLM, random, seeded, eval mode
 folder = save_tiny_model("llama", tmp_path)       # the same with a tokenizer, as a Hugging Face folder
@@ -59,7 +60,9 @@ def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
 
 
 def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A causal LM in float32, all of its weights random, norms and biases too, so that no part is an identity."""
+    """A causal LM in float32, all of its weights random, norms and biases too, so that no part is an
+    identity.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
@@ -81,7 +84,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny_model(family: str, folder: Path, *, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any) -> str:
+def save_tiny_model(
+    family: str, folder: Path, *, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any
+) -> str:
     """Save ``tiny_model`` and ``tiny_tokenizer`` as a Hugging Face folder and return its path."""
     path = folder / family
     tiny_model(family, seed=seed, **overrides).save_pretrained(path, max_shard_size=max_shard_size)

@@ -39,5 +39,9 @@ def make_trainer(path: Path, max_steps: int, **kwargs: Any) -> pl.Trainer:
 
 def step_input(x: torch.Tensor, n: int = 0, l1: float = 0.5, l2: float = 0.1) -> TrainStepInput:
     return TrainStepInput(
-        sae_in=x, coefficients={"l1": l1, "l2": l2}, dead_neuron_mask=None, n_training_steps=n, is_logging_step=False
+        sae_in=x,
+        coefficients={"l1": l1, "l2": l2},
+        dead_neuron_mask=None,
+        n_training_steps=n,
+        is_logging_step=False,
     )

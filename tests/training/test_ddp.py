@@ -54,7 +54,11 @@ def test_two_processes_equal_one_on_the_concatenated_batch(tmp_path: Path):
     losses = ("losses/overall_loss", "losses/mse_loss", "losses/l1_loss", "losses/l2_loss")
     for name in (*per_batch, *losses, "sparsity/dead_features_window_pct", "sparsity/dead_features"):
         assert_close(
-            two["train_log"][name], one["train_log"][name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            two["train_log"][name],
+            one["train_log"][name],
+            rtol=0,
+            atol=1e-5,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
     for name, value in one["val_log"].items():
         assert_close(two["val_log"][name], value, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
@@ -65,13 +69,17 @@ def test_two_processes_equal_one_on_the_concatenated_batch(tmp_path: Path):
 @pytest.mark.slow
 def test_two_processes_read_different_documents_and_make_as_many_model_calls(tmp_path: Path):
     folder, text = save_tiny_model("llama", tmp_path / "model"), tmp_path / "text.jsonl"
-    pairs = [(4 + i // 20, 30 + i % 20) for i in range(120)]  # a document says one pair of words, which no other has
+    pairs = [
+        (4 + i // 20, 30 + i % 20) for i in range(120)
+    ]  # a document says one pair of words, which no other has
     documents = [" ".join(f"w{pair[j % 2]}" for j in range(11)) for pair in pairs]
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     run_module("tests.support.ddp_text", folder, str(text), str(tmp_path))
     rows = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
     assert rows[0].shape == rows[1].shape
     assert len(rows[0]) >= 12 * 2
-    first, second = ({tuple(sorted(p)) for p in r.unfold(1, 2, 1).flatten(0, 1).tolist()} & set(pairs) for r in rows)
+    first, second = (
+        {tuple(sorted(p)) for p in r.unfold(1, 2, 1).flatten(0, 1).tolist()} & set(pairs) for r in rows
+    )
     assert min(len(first), len(second)) > 20
     assert not first & second

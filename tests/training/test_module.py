@@ -218,8 +218,12 @@ def test_validation_metrics_equal_one_pass_over_the_split_and_change_nothing(tmp
     assert logged["val/metrics/l0"] == pytest.approx((acts > 0).sum().item() / 150)
     assert logged["val/metrics/explained_variance"] == pytest.approx(ev.item(), abs=1e-6)
     assert logged["val/metrics/mse"] == pytest.approx(error.square().mean().item(), rel=1e-5)
-    assert logged["val/metrics/shrinkage_ratio"] == pytest.approx((x_hat.abs().sum() / x.abs().sum()).item(), rel=1e-5)
-    assert logged["val/metrics/dead_features_pct"] == pytest.approx(100 * (acts.sum(0) == 0).double().mean().item())
+    assert logged["val/metrics/shrinkage_ratio"] == pytest.approx(
+        (x_hat.abs().sum() / x.abs().sum()).item(), rel=1e-5
+    )
+    assert logged["val/metrics/dead_features_pct"] == pytest.approx(
+        100 * (acts.sum(0) == 0).double().mean().item()
+    )
 
 
 def test_a_fit_may_follow_a_validation(tmp_path: Path):
@@ -320,7 +324,8 @@ def test_after_a_fit_it_trains_under_saelens_as_if_lightning_had_never_been_ther
     assert type(module.sae).training_forward_pass == type(fresh).training_forward_pass
     for n in range(12):
         outputs = [
-            sae.training_forward_pass(step_input(batch_at(n, batch_size=64, d_in=16), n)) for sae in (module.sae, fresh)
+            sae.training_forward_pass(step_input(batch_at(n, batch_size=64, d_in=16), n))
+            for sae in (module.sae, fresh)
         ]
         assert torch.equal(outputs[0].loss, outputs[1].loss)
     for name, value in fresh.state_dict().items():
@@ -365,7 +370,13 @@ def test_from_config_object():
 
 
 def test_resume_is_exact_on_the_sparse_step_too(tmp_path: Path):
-    sae = {"d_sae": 600, "l1_coefficient": 0.3, "l1_warmup_steps": 0, "warmup_delay_steps": 5, "sparse_step": "on"}
+    sae = {
+        "d_sae": 600,
+        "l1_coefficient": 0.3,
+        "l1_warmup_steps": 0,
+        "warmup_delay_steps": 5,
+        "sparse_step": "on",
+    }
 
     def start(seed: int = 0, **overrides: Any) -> SAEModule:
         module = make_module(seed, sae={**sae, **overrides})
@@ -385,7 +396,9 @@ def test_resume_is_exact_on_the_sparse_step_too(tmp_path: Path):
     dense = start(sparse_step="off")
     make_trainer(tmp_path, 60).fit(dense, loader())
     for name, value in whole.sae.state_dict().items():
-        assert_close(value, dense.sae.state_dict()[name], rtol=0, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
+        assert_close(
+            value, dense.sae.state_dict()[name], rtol=0, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_three_dimensional_batches_are_refused(tmp_path: Path):

@@ -71,7 +71,8 @@ def test_it_starts_as_the_dictionary_and_never_leaves_its_support(
 
 
 def test_it_finds_what_an_l1_penalty_took_away() -> None:
-    # one active feature at a time and an orthonormal dictionary: soft thresholding by 0.5 has lost exactly 0.5 of each magnitude
+    # one active feature at a time and an orthonormal dictionary: soft thresholding by 0.5 has lost exactly
+    # 0.5 of each magnitude
     source = random_sae("standard", dtype="float64")
     eye = torch.eye(48, 16, dtype=torch.float64)
     with torch.no_grad():
@@ -97,7 +98,9 @@ def test_it_finds_what_an_l1_penalty_took_away() -> None:
 def test_what_has_no_thresholds_is_refused() -> None:
     from sae_lens import TopKSAE, TopKSAEConfig
 
-    with pytest.raises(ValueError, match=r"needs a dictionary whose features fire above a threshold .* got 'topk'"):
+    with pytest.raises(
+        ValueError, match=r"needs a dictionary whose features fire above a threshold .* got 'topk'"
+    ):
         RelaxedTrainingSAE.of(TopKSAE(TopKSAEConfig(d_in=4, d_sae=8, k=2)))
 
 
@@ -131,7 +134,9 @@ def test_data_that_are_not_the_dictionarys_are_refused(tmp_path: Path) -> None:
     raw = saved(tmp_path / "raw")
     with pytest.raises(ValueError, match=r"scaled by 'none', the data module scales by 'per_token'"):
         make_trainer(tmp_path, 3).fit(RefitModule(raw), datamodule=Data("per_token"))
-    with pytest.raises(ValueError, match=r"is for blocks\.1\.hook_resid_post, the data are of blocks\.2\.hook_mlp_out"):
+    with pytest.raises(
+        ValueError, match=r"is for blocks\.1\.hook_resid_post, the data are of blocks\.2\.hook_mlp_out"
+    ):
         make_trainer(tmp_path, 3).fit(RefitModule(raw), datamodule=Data(hook_name="blocks.2.hook_mlp_out"))
 
 
@@ -157,7 +162,11 @@ def test_the_command_shows_held_out_metrics_before_and_after(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["aen"])
     quick = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-    train = ["--trainer.max_steps=300", f"--trainer.default_root_dir={tmp_path / 'fit'}", "--model.sae.lambda_1=0.02"]
+    train = [
+        "--trainer.max_steps=300",
+        f"--trainer.default_root_dir={tmp_path / 'fit'}",
+        "--model.sae.lambda_1=0.02",
+    ]
     assert main(["fit", "--config", "debug", *train, *quick]) == 0
     dictionary = str(next((tmp_path / "fit").glob("version_*")) / "sae" / "final")
     config = Path(next((tmp_path / "fit").glob("version_*")) / "config.yaml").read_text()

@@ -88,8 +88,22 @@ def test_grid_names_and_order_by_hand():
 
 
 def test_members_of_several_blocks_are_named_by_as_little_as_tells_them_apart():
-    aen = {"architecture": "aen", "d_in": 4, "d_sae": 8, "lambda_1": [1e-3, 2e-3], "lambda_2": 1e-4, "ema_decay": 0.99}
-    l1 = {"architecture": "aen", "d_in": 4, "d_sae": 8, "lambda_1": [1e-3, 2e-3], "lambda_2": 0.0, "gamma": 0.0}
+    aen = {
+        "architecture": "aen",
+        "d_in": 4,
+        "d_sae": 8,
+        "lambda_1": [1e-3, 2e-3],
+        "lambda_2": 1e-4,
+        "ema_decay": 0.99,
+    }
+    l1 = {
+        "architecture": "aen",
+        "d_in": 4,
+        "d_sae": 8,
+        "lambda_1": [1e-3, 2e-3],
+        "lambda_2": 0.0,
+        "gamma": 0.0,
+    }
     topk = {"architecture": "topk", "d_in": 4, "d_sae": 8, "k": 2}
     members = expand_grid([aen, l1, topk], seed=0)
     assert [m.name for m in members] == [

@@ -1,0 +1,100 @@
+"""A start for an SAE's biases that is made from data."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from aen_lightning.callbacks.modules import training_saes
+
+_CHUNK = 4096  # features whose pre-activations are in memory at a time
+
+
+class InitializeFromData(pl.Callback):
+    """Sets ``b_dec`` to the middle of the first training batch, and ``b_enc`` so that every feature fires on
+    a share of it.
+
+    A feature that starts silent on all data has no gradient and stays dead; one that starts on everything
+    crowds out others. Works for every architecture with these parameters, before the first step of a run that
+    does not resume. On several ranks each batch counts equally.
+
+    Args:
+        b_dec: ``mean``; ``geometric_median`` (the point with the least sum of distances, which outliers move
+            less); None: as it is.
+        active_share: Share of the batch on which each feature fires at first, in (0, 1). None: ``b_enc`` as
+            it is.
+
+    Raises:
+        ValueError: For a value out of range; at ``setup``, for an SAE without the parameter.
+    """
+
+    def __init__(
+        self, b_dec: Literal["mean", "geometric_median"] | None = "mean", active_share: float | None = 0.05
+    ) -> None:
+        if b_dec not in ("mean", "geometric_median", None):
+            raise ValueError(
+                f"InitializeFromData.b_dec must be 'mean', 'geometric_median' or None, got {b_dec!r}"
+            )
+        if active_share is not None and not 0 < active_share < 1:
+            raise ValueError(f"InitializeFromData.active_share must be in (0, 1) or None, got {active_share}")
+        self.b_dec, self.active_share = b_dec, active_share
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse SAEs that cannot be started so before any work."""
+        for sae in training_saes(pl_module, self).values():
+            wanted = [
+                name for name, on in (("b_dec", self.b_dec), ("b_enc", self.active_share)) if on is not None
+            ]
+            for name in wanted:
+                if not isinstance(getattr(sae, name, None), torch.nn.Parameter):
+                    raise ValueError(
+                        f"InitializeFromData sets {name}, which architecture {sae.cfg.architecture()!r} "
+                        "does not have: "
+                        f"give {'active_share: null' if name == 'b_enc' else 'b_dec: null'}"
+                    )
+
+    @torch.no_grad()
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Before the first step: set the biases from its batch."""
+        if trainer.global_step > 0 or batch_idx > 0:
+            return
+
+        def over_ranks(tensor: Tensor) -> Tensor:
+            return cast(Tensor, trainer.strategy.reduce(tensor, reduce_op="mean"))
+
+        for sae in training_saes(pl_module, self).values():
+            if self.b_dec is not None:
+                middle = batch.mean(dim=0) if self.b_dec == "mean" else geometric_median(batch)
+                sae.b_dec.copy_(over_ranks(middle))
+            if self.active_share is not None:
+                shifted = batch - sae.b_dec if sae.cfg.apply_b_dec_to_input else batch
+                rank = max(1, round((1 - self.active_share) * len(batch)))
+                for features in torch.arange(sae.cfg.d_sae, device=batch.device).split(_CHUNK):
+                    u = shifted.to(sae.W_enc.dtype) @ sae.W_enc[:, features]
+                    sae.b_enc[features] = -over_ranks(u.kthvalue(rank, dim=0).values)
+
+
+def geometric_median(x: Tensor, *, n_iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """The point with the least sum of distances to the rows of ``x``, by Weiszfeld's iteration.
+
+    Args:
+        x: Shape (n, d_in).
+        n_iterations: At most.
+        tolerance: Relative change of the point at which to stop.
+
+    Returns:
+        Shape (d_in,).
+    """
+    point = x.mean(dim=0)
+    for _ in range(n_iterations):
+        weights = 1 / (x - point).norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        moved = (weights * x).sum(dim=0) / weights.sum()
+        if (moved - point).norm() <= tolerance * moved.norm():
+            return moved
+        point = moved
+    return point
