@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 
 def compare(
@@ -38,8 +35,8 @@ def compare(
     if len(dictionary) < 2:
         raise ValueError(f"at least two dictionaries are needed, got {dictionary[0]} alone")
     names = short_names(dictionary)
-    atoms: dict[str, Tensor] = {}
-    live: dict[str, Tensor] = {}
+    atoms: dict[str, Any] = {}
+    live: dict[str, Any] = {}
     described = {}
     for name, reference in zip(names, dictionary, strict=True):
         sae = load_dictionary(reference, device=device)
@@ -57,7 +54,7 @@ def compare(
     print(comparison_table(result))
 
 
-def alive(log_sparsity: Tensor) -> Tensor:
+def alive(log_sparsity: Any) -> Any:
     """Features that fired at all, from SAELens's ``log10(rate + 1e-10)``; bool, shape (d_sae,)."""
     import torch
 

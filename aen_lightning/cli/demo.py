@@ -9,10 +9,7 @@ import logging
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from aen_lightning.data.synthetic import SpikedDataModule
+from typing import Any
 
 _D_IN, _D_SAE, _K = 128, 256, 8
 
@@ -26,14 +23,7 @@ def _variants(n_steps: int, l1_warmup: float) -> dict[str, dict[str, Any]]:
         "warmup_ramp_steps": n_steps // 25,
         "l1_warmup_steps": round(l1_warmup * n_steps),
     }
-    aen = {
-        "architecture": "aen",
-        "lambda_1": 5e-3,
-        "lambda_2": 1e-4,
-        "gamma": 0.5,
-        "ema_decay": 0.9999,
-        **schedule,
-    }
+    aen = {"architecture": "aen", "lambda_1": 5e-3, "lambda_2": 1e-4, "ema_decay": 0.9999, **schedule}
     return {
         "AEN": aen,
         "AEN+guard": {**aen, "starvation_guard": 0.1},
@@ -65,8 +55,7 @@ def demo(
 
     print(
         f"Spiked synthetic data: {_D_SAE} features in {_D_IN} dimensions, {_K} active per sample, expected "
-        "cosine "
-        f"0.3.\nEach SAE sees the same {steps} batches of 256 samples.\n"
+        f"cosine 0.3.\nEach SAE sees the same {steps} batches of 256 samples.\n"
     )
     header = (
         f"{'SAE':<11}{'L0':>8}{'EV':>9}{'dead %':>9}{'shrinkage':>11}{'matched cosine':>16}{'seconds':>9}"
@@ -88,11 +77,9 @@ def demo(
             flush=True,
         )
     print(
-        "\nL0: active features per sample (the truth is 8). EV: explained variance. dead %: features "
-        "silent on 8192 "
-        "held-out\nsamples. shrinkage: |reconstruction| / |input|. matched cosine: to the true dictionary, "
-        "1 is every "
-        "feature found.\n"
+        "\nL0: active features per sample (the truth is 8). EV: explained variance. dead %: features silent\n"
+        "on 8192 held-out samples. shrinkage: |reconstruction| / |input|. matched cosine: to the true\n"
+        "dictionary, 1 is every feature found.\n"
         "The guard (starvation_guard 0.1) is not in the paper.\n"
     )
     loaded = SAE.load_from_disk(folders["AEN"])
@@ -105,7 +92,7 @@ def demo(
         print(f"  {name:<11}{folder}")
 
 
-def _data() -> SpikedDataModule:
+def _data() -> Any:
     from aen_lightning.data.synthetic import SpikedDataModule
 
     return SpikedDataModule(d_in=_D_IN, n_features=_D_SAE, k=_K, rho=0.3, train_batch_size_tokens=256, seed=0)
@@ -124,9 +111,8 @@ def _train(sae: dict[str, Any], steps: int, folder: Path, progress: bool) -> Pat
         accelerator="cpu",
         devices=1,
         max_steps=steps,
-        gradient_clip_val=float(
-            _D_IN
-        ),  # the published clip of 1.0 is in the paper's units, 1/d_in of SAELens's
+        # the published clip of 1.0 is in the paper's units, 1/d_in of SAELens's
+        gradient_clip_val=float(_D_IN),
         logger=CSVLogger(folder.parent, name=folder.name, version=""),
         enable_checkpointing=False,
         enable_model_summary=False,

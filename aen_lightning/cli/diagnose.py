@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from aen_lightning.cli.inputs import EvaluationInputs
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Section = Literal["coherence", "active_gram", "lipschitz", "coding_gap", "composition"]
 
@@ -74,7 +71,7 @@ def diagnose(
     print(diagnosis_table(result))
 
 
-def _weights_of(dictionary: str, given: str | None) -> Tensor | None:
+def _weights_of(dictionary: str, given: str | None) -> Any:
     """The adaptive weights from the file given, or from the state that our exports keep beside a dictionary."""
     from safetensors import safe_open
 

@@ -1,7 +1,6 @@
 """The ``aen`` command.
 
-Nothing here imports torch, nor does the module of a command that is a plain function, at its top: help and
-slips are answered at once. Only the commands that LightningCLI parses need it to know their options.
+Nothing here imports torch; only the commands that LightningCLI parses need it, to know their options.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def plan(args: Sequence[str]) -> None:
     settings["trainer"]["devices"] = _counted(settings["trainer"]["devices"])
     with errors_of_use(cli):
         print(
-            plan_recipe(settings, tflops_per_s=settings["tflops_per_s"], model_config=_known_model(settings))
+            plan_recipe(settings, tflops_per_s=settings["tflops_per_s"], model_config=known_model(settings))
         )
 
 
@@ -88,10 +88,10 @@ def _counted(devices: Any) -> Any:
     return int(devices) if isinstance(devices, str) and devices.isdigit() else devices
 
 
-def _known_model(settings: dict[str, Any]) -> PretrainedConfig | None:
-    name = settings["model"].get("model_name") or ((settings.get("data") or {}).get("init_args") or {}).get(
-        "model_name"
-    )
+def known_model(settings: dict[str, Any]) -> PretrainedConfig | None:
+    """The config of the recipe's language model, if it is one of ours and no folder here."""
+    data = settings.get("data") or {}
+    name = settings["model"].get("model_name") or data.get("init_args", {}).get("model_name")
     if name not in _SHAPES or Path(name).is_dir():
         return None
     return AutoConfig.for_model(**_SHAPES[name])

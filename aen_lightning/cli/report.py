@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aen_lightning.cli.inputs import EvaluationInputs
-
-if TYPE_CHECKING:
-    from aen_lightning.report.collect import Report
-    from aen_lightning.report.trained import TrainedSAE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +89,7 @@ def report(
             print(f"wrote {picture}")
 
 
-def _features(collected: Report, pages: FeaturePages, given: EvaluationInputs) -> list[dict[str, Any]]:
+def _features(collected: Any, pages: FeaturePages, given: EvaluationInputs) -> list[dict[str, Any]]:
     from transformers import AutoTokenizer
 
     from aen_lightning.cli.opening import InputOpener, device_of
@@ -144,7 +140,7 @@ def _features(collected: Report, pages: FeaturePages, given: EvaluationInputs) -
     return made
 
 
-def _chosen(collected: Report, names: Sequence[str] | None) -> list[TrainedSAE]:
+def _chosen(collected: Any, names: Sequence[str] | None) -> list[Any]:
     known = collected.dictionaries
     by_name = {d.label: d for d in known} | {d.name: d for d in known if d.name}
     labels = ", ".join(repr(d.label) for d in known)

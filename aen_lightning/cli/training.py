@@ -80,11 +80,7 @@ class OneLineCLI(LightningCLI):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
             super().parse_arguments(parser, with_configs_found(normalized(args)))
-        path = self.config.get(str(self.config.get("subcommand")), self.config).get("ckpt_path")
-        if (
-            path is not None and Path(path).is_file() and not zipfile.is_zipfile(path)
-        ):  # what torch.save writes is one
-            raise UsageError(f"{path} is no checkpoint, or was cut off while it was written")
+        _check_checkpoint(self.config.get(str(self.config.get("subcommand")), self.config).get("ckpt_path"))
 
 
 class AENCLI(OneLineCLI):
@@ -147,6 +143,16 @@ def fit(args: Sequence[str]) -> None:
     The word comes first in ``args``, as LightningCLI wants it, also ``validate`` and ``test``.
     """
     AENCLI(SAEModule, args)
+
+
+def _check_checkpoint(path: str | None) -> None:
+    """Refuse before any work what Lightning would stumble over when it restores; its words (best, last, ...) are its own."""
+    if path is None or "://" in path or path in ("best", "last", "hpc") or path.startswith("registry"):
+        return
+    if not Path(path).exists():
+        raise UsageError(f"no checkpoint {path!r}")
+    if Path(path).is_file() and not zipfile.is_zipfile(path):  # what torch.save writes is one
+        raise UsageError(f"{path} is no checkpoint, or was cut off while it was written")
 
 
 def prepare_process() -> None:

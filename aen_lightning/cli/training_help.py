@@ -113,9 +113,11 @@ def _refit() -> list[Section]:
 
 
 def _harvest() -> list[Section]:
+    text = {o.name: o for o in _options("data.options:DatasetOptions", "harvest.data:HarvestDataModule")}
+    del text["model_name"], text["revision"]  # HarvestCLI takes these two from the language model
     return [
         ("The language model, --model.KEY:", _options("harvest.module:HarvestModule")),
-        ("The text, --data.KEY:", _options("harvest.data:HarvestDataModule")),
+        ("The text, --data.KEY:", list(text.values())),
         ("The set of activations, --shards.KEY:", _options("harvest.writer:ShardWriter")),
         ("The run:", [o for o in _RUN if o.name in ("--config", "--trainer.devices")]),
     ]

@@ -12,8 +12,8 @@ from aen_lightning.data.documents import HfDataset, open_dataset
 from aen_lightning.data.mixing import MixingBuffer
 from aen_lightning.data.token_filter import TokenFilter
 from aen_lightning.language_model.source import LanguageModelOptions
-from aen_lightning.saes.from_dict import suggest
 from aen_lightning.saes.input_scaling import ScalingKind
+from aen_lightning.spelling import suggest
 
 # jsonargparse reads the types of inherited fields as they are: `from __future__ import annotations` would
 # make strings of them

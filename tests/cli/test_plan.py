@@ -1,0 +1,58 @@
+"""``aen plan`` reads a recipe as the command that runs it would."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from aen_lightning.cli.main import main
+from aen_lightning.cli.plan import known_model
+from aen_lightning.cli.recipes import recipes
+
+
+def planned(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, float]:
+    assert main(["plan", *args]) == 0
+    rows = re.findall(r"^(\w+) +([\d,.]+)$", capsys.readouterr().out, re.MULTILINE)
+    return {name: float(value.replace(",", "")) for name, value in rows}
+
+
+@pytest.mark.parametrize("name", [n for n in recipes() if not n.endswith(("sweep", "refit"))])
+def test_our_recipes_are_planned_without_a_network(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert planned(capsys, "--config", name)["flops_per_token"] > 0  # HF_HUB_OFFLINE is set for every test
+
+
+def test_values_are_overridden_as_for_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    once = planned(capsys, "--config", "debug", "--tflops_per_s", "2")
+    assert once["sae_parameters"] == 2 * 32 * 64 + 32 + 64
+    assert once["tokens"] == 300 * 128
+    assert once["tokens_per_s"] == pytest.approx(2e12 / (10 * 32 * 64), rel=1e-3)
+    more = planned(capsys, "--config", "debug", "--trainer.devices=4", "--data.train_batch_size_tokens", "10")
+    assert more["tokens"] == 4 * 300 * 10
+
+
+@pytest.mark.parametrize(
+    ("name", "n_parameters"),
+    [
+        # the whole models, as their cards count them: input and output embeddings once where they are tied
+        ("openai-community/gpt2", 124_439_808),
+        ("EleutherAI/pythia-70m-deduped", 70_426_624),
+        ("meta-llama/Llama-3.1-8B", 8_030_261_248),
+        ("HuggingFaceTB/SmolLM2-135M", 134_515_008),
+        ("models/smollm2-135m", 134_515_008),
+    ],
+)
+def test_shapes_of_the_models_in_our_recipes(name: str, n_parameters: int) -> None:
+    config = known_model({"model": {"model_name": name}})
+    assert config is not None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    assert model.num_parameters() == n_parameters
+
+
+def test_a_model_of_ones_own_is_not_guessed() -> None:
+    assert known_model({"model": {"model_name": "somebody/else"}}) is None
+    assert known_model({"model": {}, "data": None}) is None
