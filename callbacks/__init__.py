@@ -7,6 +7,7 @@ from aen_lightning.callbacks.dead_features import DeadFeatureTracker
 from aen_lightning.callbacks.ema import EMAWeightRefresh
 from aen_lightning.callbacks.evaluate import EvaluateDictionaries
 from aen_lightning.callbacks.export import ExportSAE
+from aen_lightning.callbacks.hard_finish import HardFinish
 from aen_lightning.callbacks.initialize import InitializeFromData
 from aen_lightning.callbacks.publish import PublishToHub
 from aen_lightning.callbacks.sparsity_target import TargetL0
@@ -15,5 +16,6 @@ from aen_lightning.callbacks.warmup import DelayedWarmup
 
 __all__ = [
     "DeadFeatureTracker", "DelayedWarmup", "EMAWeightRefresh", "EvaluateDictionaries", "ExportSAE",
+    "HardFinish",
     "InitializeFromData", "PublishToHub", "TargetL0", "Throughput",
 ]  # fmt: skip

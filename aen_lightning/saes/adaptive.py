@@ -24,8 +24,10 @@ _START = {
     "ramp": 1,
     "decoder_norm": 1,
     "activation_scale": 0,
+    "hard_threshold": 0,
     "n_observed_steps": 0,
 }
+_PER_FEATURE = ("feature_acts_ema", "firing_rate_ema", "l1_weights", "decoder_norm")
 STATE_BUFFERS = tuple(_START)
 """Training state that no inference architecture knows: dropped when a dictionary is exported."""
 
@@ -45,6 +47,7 @@ class AdaptiveState(FullPrecisionBuffers):
             folded in.
         activation_scale: Scalar ``tau``, running mean of the activations that are not zero; only with a
             concave penalty.
+        hard_threshold: Scalar, running least activation kept in a hard phase; 0 before it.
         n_observed_steps: Scalar int64, training steps observed.
     """
 
@@ -60,6 +63,7 @@ class AdaptiveState(FullPrecisionBuffers):
     ramp: Tensor
     decoder_norm: Tensor
     activation_scale: Tensor | None
+    hard_threshold: Tensor
     n_observed_steps: Tensor
 
     def register_adaptive_state(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -70,7 +74,7 @@ class AdaptiveState(FullPrecisionBuffers):
         if self.cfg.penalty == "l1":
             absent.add("activation_scale")
         for name, start in _START.items():
-            shape = () if name in ("ramp", "activation_scale", "n_observed_steps") else (self.cfg.d_sae,)
+            shape = (self.cfg.d_sae,) if name in _PER_FEATURE else ()
             kind = torch.int64 if name == "n_observed_steps" else _state_dtype(dtype)
             buffer = None if name in absent else torch.full(shape, start, dtype=kind, device=device)
             self.register_buffer(name, buffer)
@@ -202,7 +206,7 @@ class AdaptiveState(FullPrecisionBuffers):
         right = (scale - 1).abs() <= 8 * torch.finfo(scale.dtype).eps
         return scale.masked_fill(right, 1.0)
 
-    def folded_to_unit_rows(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def folded_to_unit_rows(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
         """Encoder, encoder bias and decoder whose rows have their norm, with the function that the given ones
         have.
 
@@ -218,7 +222,7 @@ class AdaptiveState(FullPrecisionBuffers):
             "b_enc": exact["b_enc"] / scale,
             "W_dec": exact["W_dec"] * scale.unsqueeze(1),
         }
-        return {name: value.to(W_dec.dtype).contiguous() for name, value in folded.items()}
+        return {name: value.to(W_dec.dtype).contiguous() for name, value in folded.items()}, 1 / scale
 
     # --- loading
     # --------------------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ from aen_lightning.saes.penalty import elastic_net_terms, penalty_concavity, pen
 from aen_lightning.saes.step_schedule import StepSchedule
 from aen_lightning.saes.tangent import without_radial_gradient
 
+_THRESHOLD_RATE = 0.01  # SAELens's BatchTopK takes the same
+
 
 class AENSAE(StandardSAE):
     """AEN-SAE at inference: ``relu((x - b_dec) @ W_enc + b_enc)``, then ``h @ W_dec + b_dec``."""
@@ -89,7 +91,36 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         sae_in = self.process_sae_in(x)
         hidden_pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
-        return self.hook_sae_acts_post(self.activation_fn(hidden_pre)), hidden_pre
+        feature_acts = self.activation_fn(hidden_pre)
+        if (
+            self.cfg.hard_k is not None
+        ):  # as the exported JumpReLU SAE will; a training step keeps k a token instead
+            feature_acts = feature_acts * (hidden_pre > self.hard_threshold)
+        return self.hook_sae_acts_post(feature_acts), hidden_pre
+
+    @torch.no_grad()
+    def harden(self, k: float) -> None:
+        """From now on keep the ``k * batch`` largest activations of each batch (BatchTopK) and drop the penalty.
+
+        Weights and statistics stay. What is exported is a ``jumprelu`` SAE, whose threshold is the running mean of the
+        least activation kept. The SAE is no longer differentiable throughout: activations below that level get no
+        gradient.
+
+        Args:
+            k: Mean active features per token (a count), above 0 and at most d_sae.
+
+        Raises:
+            ValueError: For another ``k``.
+        """
+        if not 0 < k <= self.cfg.d_sae:
+            raise ValueError(f"k must be above 0 and at most d_sae {self.cfg.d_sae}, got {k}")
+        self.cfg.hard_k = k
+
+    @torch.no_grad()
+    def _observe_threshold(self, least: Tensor) -> None:
+        if self.training:
+            moved = self.hard_threshold.lerp(least.to(self.hard_threshold.dtype), _THRESHOLD_RATE)
+            self.hard_threshold.copy_(torch.where(self.hard_threshold == 0, least.to(moved.dtype), moved))
 
     @override
     def decode(self, feature_acts: Tensor) -> Tensor:
@@ -104,6 +135,9 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
         """``l1_loss`` and ``l2_loss``, each with its coefficient; reads the state and never writes it."""
+        if self.cfg.hard_k is not None:
+            zero = feature_acts.new_zeros(())
+            return {"l1_loss": zero, "l2_loss": zero}
         l1, l2 = elastic_net_terms(feature_acts, self.l1_weights, self._slopes(feature_acts))
         return {
             "l1_loss": step_input.coefficients["l1"] * l1,
@@ -148,6 +182,12 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
         if step_input.sae_in.ndim == 2 and self._own_step_applies():
             return self._own_forward_pass(step_input, schedule)
         feature_acts, hidden_pre = self.encode_with_hidden_pre(step_input.sae_in)
+        if self.cfg.hard_k is not None:
+            positive = self.activation_fn(hidden_pre)
+            n_kept = int(self.cfg.hard_k * positive[..., 0].numel())
+            least = positive.detach().flatten().topk(n_kept).values[-1]
+            feature_acts = positive * (positive.detach() >= least)
+            self._observe_threshold(least)
         sae_out = self.decode(feature_acts)
         by_token = feature_acts.detach().flatten(end_dim=-2)
         counts = by_token.count_nonzero(dim=0) if self.counts_firings else None
@@ -188,7 +228,11 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
         x, cfg = step_input.sae_in, self.cfg
         b_dec = self.b_dec if cfg.apply_b_dec_to_input else None
         code: sparse.SparseCode | sparse.DenseCode
-        if self.density_switch.sparse and self.sparse_step_applies():
+        hard_k = cfg.hard_k
+        if hard_k is not None:
+            code = sparse.encode_batch_topk(x, self.W_enc, self.b_enc, b_dec, k=hard_k)
+            self._observe_threshold(code.values.min())
+        elif self.density_switch.sparse and self.sparse_step_applies():
             code = sparse.encode(x, self.W_enc, self.b_enc, b_dec, screen=self.density_switch.screen)
         else:
             code = sparse.encode_dense(x, self.W_enc, self.b_enc, b_dec)
@@ -203,9 +247,9 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
             self.b_enc,
             self._trained_decoder(),
             self.b_dec,
-            l1_weights=step_input.coefficients["l1"] * self.l1_weights,
-            slopes=self._slopes(code.values),
-            l2_coefficient=self._l2_coefficient(step_input),
+            l1_weights=step_input.coefficients["l1"] * self.l1_weights if hard_k is None else None,
+            slopes=self._slopes(code.values) if hard_k is None else None,
+            l2_coefficient=self._l2_coefficient(step_input) if hard_k is None else 0.0,
             apply_b_dec_to_input=cfg.apply_b_dec_to_input,
         )
         losses = {"mse_loss": out.mse_loss, "l1_loss": out.l1_loss, "l2_loss": out.l2_loss}
@@ -256,7 +300,11 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving_inference(state_dict)
-        state_dict.update(self.folded_to_unit_rows(state_dict))
+        folded, grown = self.folded_to_unit_rows(state_dict)
+        state_dict.update(folded)
+        if self.cfg.hard_k is not None:
+            self.cfg.inference_architecture = "jumprelu"
+            state_dict["threshold"] = (self.hard_threshold * grown).to(folded["b_enc"].dtype)
         for name in STATE_BUFFERS:
             state_dict.pop(name, None)
 
@@ -280,6 +328,10 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
     @override
     @torch.no_grad()
     def fold_and_get_W_dec_norm(self) -> Tensor:
+        if self.cfg.hard_k is not None:
+            raise NotImplementedError(
+                "one threshold cannot follow decoder rows of several norms: export the SAE and fold the jumprelu one"
+            )
         norms = super().fold_and_get_W_dec_norm()
         self.feature_acts_ema.mul_(norms)  # the activations just grew by the same factor
         self.decoder_norm.fill_(1.0)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from sae_lens import StandardSAEConfig, TrainingSAEConfig
+from sae_lens import JumpReLUSAEConfig, StandardSAEConfig, TrainingSAEConfig
 from sae_lens.saes.sae import SAEConfig
 from typing_extensions import override
 
@@ -69,6 +69,7 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
             (:mod:`aen_lightning.sparse`), once the code is sparse enough. ``auto``: on a CPU; ``on``: on any
             device; ``off``: always dense. Where it cannot apply (parameters in half precision, a run-time
             normalisation in the SAE, hooks on the SAE) the step is dense.
+        hard_k: Mean active features per token in a hard phase (:meth:`AENTrainingSAE.harden`, callback ``HardFinish``); None before it.
         inference_architecture: What an exported dictionary calls itself: ``standard`` loads anywhere, ``aen``
             needs this package.
 
@@ -94,7 +95,8 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
     guard_decay: float = 0.99
     decoder_init_norm: float | None = None
     sparse_step: Literal["auto", "on", "off"] = "auto"
-    inference_architecture: Literal["standard", "aen"] = "standard"
+    hard_k: float | None = None
+    inference_architecture: Literal["standard", "aen", "jumprelu"] = "standard"
 
     @override
     @classmethod
@@ -183,7 +185,13 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
 
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:
+        if self.inference_architecture == "jumprelu":
+            return JumpReLUSAEConfig
         return AENSAEConfig if self.inference_architecture == "aen" else StandardSAEConfig
+
+    def _may_be_exported(self) -> bool:
+        allowed = ("standard", "aen") if self.hard_k is None else ("standard", "aen", "jumprelu")
+        return self.inference_architecture in allowed
 
 
 def _is_number(value: Any) -> bool:

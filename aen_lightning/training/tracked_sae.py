@@ -132,6 +132,7 @@ class TrackedSAE(nn.Module):
         state: dict[str, Any] = {"metadata": self.sae.cfg.metadata.to_dict()}
         if isinstance(self.sae, AENTrainingSAE):
             state["density_switch"] = self.sae.density_switch.state_dict()
+            state["hard_k"] = self.sae.cfg.hard_k
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -140,6 +141,7 @@ class TrackedSAE(nn.Module):
             self.sae.cfg.metadata[key] = value
         if isinstance(self.sae, AENTrainingSAE):
             self.sae.density_switch.load_state_dict(state["density_switch"])
+            self.sae.cfg.hard_k = state["hard_k"]
 
 
 def _metrics(d_in: int, d_sae: int | None = None) -> MetricCollection:

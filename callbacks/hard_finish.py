@@ -1,0 +1,55 @@
+"""Turns a penalised run into BatchTopK on the same weights for the rest of the run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+
+from aen_lightning.callbacks.modules import adaptive_saes
+
+
+class HardFinish(pl.Callback):
+    """Soft start, hard finish: after a share of the run AEN-SAEs keep the ``k * batch`` largest activations of each batch.
+
+    The penalty ends there; weights, optimizer state and statistics go on. The penalised phase decides which features there are, the
+    hard one takes back what the penalty shrank. L0 is ``k`` from then on, and what is exported is a SAELens ``jumprelu`` SAE. Such a
+    run is not differentiable throughout. A function of the optimizer step alone, so a resumed run needs nothing saved.
+
+    Args:
+        k: Mean active features per token (a count), ``> 0``.
+        at: Share of the run, in (0, 1), after which it begins. 0.3 to 0.5 did best (docs/experiments.md).
+
+    Raises:
+        ValueError: For a value out of range, or a run without an end.
+    """
+
+    def __init__(self, k: float, at: float = 0.4) -> None:
+        if not k > 0:
+            raise ValueError(f"HardFinish.k must be above 0, got {k}")
+        if not 0 < at < 1:
+            raise ValueError(f"HardFinish.at must be in (0, 1), got {at}")
+        self.k, self.at = k, at
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse SAEs that have no hard phase, or too few features for it, before any work."""
+        for sae in adaptive_saes(pl_module, self):
+            if self.k > sae.cfg.d_sae:
+                raise ValueError(f"HardFinish.k is {self.k}, but the SAE has d_sae={sae.cfg.d_sae} features")
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Know the end of the run."""
+        steps = trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError("HardFinish needs to know the end of the run: set trainer.max_steps")
+        self._first_hard_step = round(self.at * steps)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Harden the SAEs when it is time."""
+        if trainer.global_step >= self._first_hard_step:
+            for sae in adaptive_saes(pl_module, self):
+                if sae.cfg.hard_k is None:
+                    sae.harden(self.k)

@@ -1,0 +1,92 @@
+"""The hard phase of an AEN-SAE against SAELens's BatchTopK, and its export against SAELens's JumpReLU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, JumpReLUSAE, TrainingSAE
+from torch.testing import assert_close
+
+from aen_lightning import AENTrainingSAE, AENTrainingSAEConfig
+from tests.support.training import step_input
+
+K = 3.5
+
+
+def hardened(**options: Any) -> AENTrainingSAE:
+    torch.manual_seed(0)
+    sae = AENTrainingSAE(
+        AENTrainingSAEConfig(d_in=8, d_sae=40, **{"dtype": "float64", "starvation_guard": 0.1, **options})
+    )
+    sae.harden(K)
+    return sae
+
+
+def batch(n: int = 0) -> torch.Tensor:
+    return torch.randn(64, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+
+
+@pytest.mark.parametrize("sparse_step", ["on", "off"])
+def test_a_hard_step_is_saelens_batchtopk_step(sparse_step: str):
+    sae = hardened(sparse_step=sparse_step)
+    theirs = BatchTopKTrainingSAE(
+        BatchTopKTrainingSAEConfig(d_in=8, d_sae=40, k=K, dtype="float64", topk_threshold_lr=0.01)
+    )
+    own = {name: value for name, value in sae.state_dict().items() if name in dict(theirs.named_parameters())}
+    theirs.load_state_dict({**theirs.state_dict(), **own})
+    for n in range(3):
+        ours = sae.training_forward_pass(step_input(batch(n), n, l1=7.0, l2=3.0))
+        expected = theirs.training_forward_pass(step_input(batch(n), n))
+        assert_close(ours.loss, expected.losses["mse_loss"])
+        acts = ours.feature_acts.to_dense() if ours.feature_acts.is_sparse else ours.feature_acts
+        theirs_acts = expected.feature_acts
+        assert_close(acts, theirs_acts.to_dense() if theirs_acts.is_sparse else theirs_acts)
+        assert int((acts > 0).sum()) == int(K * 64)
+        for name, parameter in theirs.named_parameters():
+            parameter.grad = getattr(sae, name).grad = None
+        ours.loss.backward()
+        expected.losses["mse_loss"].backward()
+        for name, parameter in theirs.named_parameters():
+            assert_close(getattr(sae, name).grad, parameter.grad, msg=lambda m, n=name: f"{n}: {m}")
+    # theirs starts its average at 0, ours at the first batch's value: both move by a hundredth of the way
+    least = float(acts[acts > 0].min())
+    assert sae.hard_threshold.item() == pytest.approx(least, rel=0.2)
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_it_is_exported_as_jumprelu_with_the_same_function(tmp_path: Path, scale: float | None):
+    sae = hardened(dtype="float32")
+    for n in range(5):
+        sae.training_forward_pass(step_input(batch(n).float(), n))
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.rand(40, 1) + 0.5)  # a step that no projection has followed
+    x = batch(9).float()
+    sae.eval()
+    out = sae(x)
+    if scale is not None:
+        sae.fold_activation_norm_scaling_factor(scale)
+        x, out = x / scale, out / scale
+    sae.save_inference_model(tmp_path)
+    read = SAE.load_from_disk(tmp_path)
+    assert type(read) is JumpReLUSAE
+    assert_close(read(x), out, rtol=1e-4, atol=1e-5)
+    assert 1 < (read.encode(x) > 0).sum(-1).float().mean() < 8
+
+
+def test_a_training_folder_goes_on_hard(tmp_path: Path):
+    sae = hardened(dtype="float32")
+    sae.training_forward_pass(step_input(batch().float()))
+    sae.save_model(tmp_path)
+    read = TrainingSAE.load_from_disk(tmp_path)
+    assert read.cfg.hard_k == K
+    assert_close(read.hard_threshold, sae.hard_threshold)
+
+
+@pytest.mark.parametrize("k", [0.0, -1.0, 41.0])
+def test_a_k_out_of_range_is_refused(k: float):
+    sae = AENTrainingSAE(AENTrainingSAEConfig(d_in=8, d_sae=40))
+    with pytest.raises(ValueError, match="k must be above 0 and at most d_sae 40"):
+        sae.harden(k)
