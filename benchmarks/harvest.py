@@ -1,17 +1,16 @@
 """Harvest and reading, side by side in one run: ours, SAELens's, and the bare work.
 
-    python benchmarks/harvest.py --quick                                   # small random model, under two minutes
-    python benchmarks/harvest.py --model FOLDER_OR_NAME --layer 14 --json out.json
+    python benchmarks/harvest.py --quick                                   # small random model, under two
+    minutes python benchmarks/harvest.py --model FOLDER_OR_NAME --layer 14 --json out.json
 
 Harvest: tokens per second of `aen harvest`, of SAELens's CacheActivationsRunner on the same Hugging Face
 model, and of the bare forward pass of the cut model (same rows, same batches, nothing written), each in a
 process of its own, as its users run it. Imports and model loading are left out everywhere; writing is in.
-`aen` lets the C library keep freed memory (aen_lightning/allocator.py); without --quick or --fewer, ours
-without that ("plain") and the others with it ("kept") are measured too; the kept limit also runs rows in
-parallel (aen_lightning/row_parallel.py), as ours does.
-Read: rows per second of ActivationsDataModule, fully shuffled; of SAELens's cached reader, which does not
-shuffle; and of reading the same files from end to end. Train: steps of the same SAE fed from disk and from
-memory. Memory: peak resident set of a process that harvests, its imports included.
+Ours runs the rows of a batch side by side on a CPU (language_model/batch_threads.py), the limit as torch
+does; without --quick the limit is also measured with rows side by side ("limit_threads"). Read: rows per
+second of ActivationsDataModule, fully shuffled; of SAELens's cached reader, which does not shuffle; and of
+reading the same files from end to end. Train: steps of the same SAE fed from disk and from memory. Memory:
+peak resident set of a process that harvests, its imports included.
 
 Contenders run in turns of a fraction of a second (slices.py) where they are processes, and whole turns where
 not; ratios are medians over --turns, since a shared machine drifts by more than they differ. "_cpu" ratios
@@ -40,7 +39,6 @@ import transformers  # noqa: E402
 from slices import Spans, python, ready, report, run_in_slices  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast  # noqa: E402
 
-from aen_lightning.cli.allocator import keep_freed_memory  # noqa: E402
 from aen_lightning.data.activations import ActivationsDataModule  # noqa: E402
 from aen_lightning.harvest import HarvestDataModule, HarvestModule, ShardWriter, run_harvest  # noqa: E402
 from aen_lightning.shards import Manifest, ShardFolder, ShardStream, to_saelens  # noqa: E402
@@ -64,7 +62,8 @@ def random_model(folder: Path) -> str:
     from tokenizers import Tokenizer, models
 
     config = LlamaConfig(
-        hidden_size=READ_D_IN, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=9, num_key_value_heads=3,
+        hidden_size=READ_D_IN, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=9,
+        num_key_value_heads=3,
         vocab_size=4096, max_position_embeddings=CONTEXT,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -106,8 +105,10 @@ def harvest_saelens(
     rows, config = datasets.load_from_disk(str(data)), AutoConfig.from_pretrained(model)
     d_in, n_tokens = config.hidden_size, len(rows) * CONTEXT
     cfg = CacheActivationsRunnerConfig(
-        dataset_path="unused", model_name=model, model_class_name="AutoModelForCausalLM", hook_name=f"model.layers.{layer}",
-        d_in=d_in, training_tokens=n_tokens, context_size=CONTEXT, model_batch_size=ROWS_A_CALL, dtype="float32", device="cpu",
+        dataset_path="unused", model_name=model, model_class_name="AutoModelForCausalLM",
+        hook_name=f"model.layers.{layer}",
+        d_in=d_in, training_tokens=n_tokens, context_size=CONTEXT, model_batch_size=ROWS_A_CALL,
+        dtype="float32", device="cpu",
         prepend_bos=False, streaming=False, shuffle=False, new_cached_activations_path=str(out),
         buffer_size_gb=min(shard_size_mib * 2**20, n_tokens * d_in * 4) / 1e9 * 1.0000001,
     )  # fmt: skip
@@ -116,36 +117,26 @@ def harvest_saelens(
         return len(runner.run()) * CONTEXT
 
 
-def forward_limit(spans: Spans, model: str, layer: int, data: Path, *, row_parallel: bool) -> int:
-    """The cut model's forward passes alone, as torch runs them or with rows in parallel.
-
-    Returns the tokens.
-    """
+def forward_limit(spans: Spans, model: str, layer: int, data: Path, *, threads: bool) -> int:
+    """The cut model's forward passes alone, as torch runs them or with rows side by side; returns the
+    tokens."""
     from aen_lightning.language_model.cut_model import load_cut_model
 
     lm = load_cut_model(model, [f"blocks.{layer}.hook_resid_post"])
     rows = torch.tensor(datasets.load_from_disk(str(data))["input_ids"][:])
     with torch.inference_mode(), spans:
         for batch in rows.split(ROWS_A_CALL):
-            lm.activations(batch) if row_parallel else lm.model(input_ids=batch)
+            lm.activations(batch) if threads else lm.model(input_ids=batch)
     return rows.numel()
 
 
 def worker(name: str, model: str, layer: int, data: Path, out: Path, shard_mib: float) -> None:
-    """One contender, alone in this process.
-
-    ``_kept`` is with what ``aen`` does to the process and, for the limit, to the forward pass.
-    """
-    contender, _, kept = name.partition("_")
-    if kept and not keep_freed_memory():
-        raise SystemExit(
-            "the environment chooses the allocator: unset MALLOC_*, GLIBC_TUNABLES and LD_PRELOAD"
-        )
+    """One contender, alone in this process."""
 
     def run(spans: Spans, data: Path, out: Path) -> int:
-        if contender == "limit":
-            return forward_limit(spans, model, layer, data, row_parallel=bool(kept))
-        harvest = harvest_saelens if contender == "saelens" else harvest_ours
+        if name.startswith("limit"):
+            return forward_limit(spans, model, layer, data, threads=name == "limit_threads")
+        harvest = harvest_saelens if name == "saelens" else harvest_ours
         return harvest(spans, model, layer, data, out, shard_mib)
 
     token_dataset(model, ROWS_A_CALL).save_to_disk(str(out / "few"))
@@ -164,11 +155,9 @@ def bench_harvest(
     shard_mib = (
         n_rows * CONTEXT * AutoConfig.from_pretrained(model).hidden_size * 4 / 2**20 / 2
     )  # two shards, two buffers
-    contenders = {"ours": "ours_kept", "saelens": "saelens", "limit": "limit"}
-    if more:
-        contenders |= {"ours_plain": "ours", "saelens_kept": "saelens_kept", "limit_kept": "limit_kept"}
+    contenders = ["ours", "saelens", "limit", *(["limit_threads"] if more else [])]
     options = {"model": model, "layer": layer, "folder": folder, "shard_mib": shard_mib}
-    commands = {name: python(__file__, worker=w, **options) for name, w in contenders.items()}
+    commands = {name: python(__file__, worker=name, **options) for name in contenders}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for _ in range(turns):
         for name, done in run_in_slices(commands).items():
@@ -182,16 +171,9 @@ def bench_memory(model: str, layer: int, folder: Path) -> dict[str, float]:
 
     SAELens's default buffer, 2 GB, is cut down to the tokens of this run, which it would otherwise exceed.
     """
-    sizes = {"ours": ("ours_kept", 256.0), "saelens": ("saelens", 2e9 / 2**20)}
     out = {}
-    for name, (contender, shard_mib) in sizes.items():
-        options = {
-            "worker": contender,
-            "model": model,
-            "layer": layer,
-            "folder": folder,
-            "shard_mib": shard_mib,
-        }
+    for name, shard_mib in {"ours": 256.0, "saelens": 2e9 / 2**20}.items():
+        options = {"worker": name, "model": model, "layer": layer, "folder": folder, "shard_mib": shard_mib}
         done = run_in_slices({name: python(__file__, **options)})
         out[f"{name}_peak_mib"] = done[name].result["peak_mib"]
     out["ours_to_saelens"] = out["ours_peak_mib"] / out["saelens_peak_mib"]
@@ -237,9 +219,12 @@ def bench_read(n_rows: int, turns: int, folder: Path) -> dict[str, float]:
 
     def saelens() -> int:
         store = ActivationsStore(
-            model=lm, dataset=None, streaming=False, hook_name=hook, hook_head_index=None, context_size=CONTEXT, d_in=READ_D_IN,
-            n_batches_in_buffer=64, total_training_tokens=n_rows, store_batch_size_prompts=READ_BATCH // CONTEXT,
-            train_batch_size_tokens=READ_BATCH, prepend_bos=False, normalize_activations="none", device=torch.device("cpu"),
+            model=lm, dataset=None, streaming=False, hook_name=hook, hook_head_index=None,
+            context_size=CONTEXT, d_in=READ_D_IN,
+            n_batches_in_buffer=64, total_training_tokens=n_rows,
+            store_batch_size_prompts=READ_BATCH // CONTEXT,
+            train_batch_size_tokens=READ_BATCH, prepend_bos=False, normalize_activations="none",
+            device=torch.device("cpu"),
             dtype="float32", cached_activations_path=str(folder / "cache"),
         )  # fmt: skip
         return sum(len(store.get_raw_llm_batch()[0]) for _ in range(n_batches))
@@ -292,7 +277,6 @@ def train_worker(name: str, folder: Path, steps: int) -> None:
     """Steps of one SAE, fed from disk or from memory, alone in this process."""
     from aen_lightning.training.module import SAEModule
 
-    keep_freed_memory()
     data: Any = ActivationsDataModule(
         str(folder / "set"), train_batch_size_tokens=1024, held_out_fraction=0.0
     )
@@ -302,7 +286,8 @@ def train_worker(name: str, folder: Path, steps: int) -> None:
         data = InMemory(list(itertools.islice(data.train_dataloader(), 32)))
     spans = Spans()
     trainer = pl.Trainer(
-        accelerator="cpu", devices=1, max_steps=steps + 5, logger=False, enable_progress_bar=False, enable_checkpointing=False,
+        accelerator="cpu", devices=1, max_steps=steps + 5, logger=False, enable_progress_bar=False,
+        enable_checkpointing=False,
         enable_model_summary=False, callbacks=[StepTimer(spans, 5, steps + 5)], default_root_dir=folder,
     )  # fmt: skip
     sae = {"architecture": "standard", "d_in": READ_D_IN, "d_sae": 2304, "l1_coefficient": 1.0}
@@ -321,10 +306,8 @@ def bench_train(steps: int, turns: int, folder: Path) -> dict[str, float]:
 
 
 def _rates_and_cpu_ratios(seconds: dict[str, list[tuple[float, float]]], unit: str) -> dict[str, float]:
-    """Of wall and CPU seconds.
-
-    All of the first, and the second's ratios, which other work on the machine disturbs less.
-    """
+    """Of wall and CPU seconds: all of the first, and the second's ratios, which other work on the machine
+    disturbs less."""
     wall, cpu = (_rates({name: [x[i] for x in v] for name, v in seconds.items()}, unit) for i in (0, 1))
     return wall | {f"{k}_cpu": v for k, v in cpu.items() if "_to_" in k}
 
@@ -352,9 +335,6 @@ def main() -> None:
     parser.add_argument("--layer", type=int, help="block whose output is taken; default: the middle one")
     parser.add_argument(
         "--rows", type=int, default=128, help=f"rows of {CONTEXT} tokens a turn of the harvest"
-    )
-    parser.add_argument(
-        "--fewer", action="store_true", help="harvest: without the variants of the allocator setting"
     )
     parser.add_argument("--read_rows", type=int, default=400_000, help=f"rows of {READ_D_IN} float32 to read")
     parser.add_argument("--turns", type=int, default=5)
@@ -386,9 +366,7 @@ def main() -> None:
         wanted = args.only or (["harvest", "read"] if args.quick else ["harvest", "memory", "read", "train"])
         results: dict[str, dict[str, float]] = {}
         if "harvest" in wanted:
-            results["harvest"] = bench_harvest(
-                model, layer, args.rows, args.turns, folder, not (args.quick or args.fewer)
-            )
+            results["harvest"] = bench_harvest(model, layer, args.rows, args.turns, folder, not args.quick)
         if "memory" in wanted:
             if "harvest" not in wanted:
                 token_dataset(model, args.rows).save_to_disk(str(folder / "tokens"))

@@ -95,8 +95,7 @@ def _file_of(module: str) -> Path | None:
 
 
 def test_what_registration_needs_imports_sae_lens_only_under_saes() -> None:
-    # else that module, imported first, would import sae_lens, which would import it again, half made, by
-    # registration
+    # else that module, imported first, would import sae_lens, which would import it again, half made, by registration
     waiting, seen = {"aen_lightning.saes.aen"}, set[str]()
     while waiting:
         module = waiting.pop()
@@ -111,8 +110,7 @@ def test_what_registration_needs_imports_sae_lens_only_under_saes() -> None:
     assert "aen_lightning.saes.penalty" in seen
 
 
-# --- after_import, with a module of the test's own
-# -----------------------------------------------------------------
+# --- after_import, with a module of the test's own -----------------------------------------------------------------
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from aen_lightning import __version__
-from aen_lightning.cli import allocator
 from aen_lightning.cli.errors import UsageError, one_line
 from aen_lightning.cli.parser import run_function
 from aen_lightning.cli.training_help import sae_help, training_help
@@ -105,7 +104,6 @@ def run(args: Sequence[str]) -> None:
             print(page)
             return
         rest = ["--help" if word in ("--help_all", "--help-all") else word for word in rest]
-    allocator.keep_freed_memory()
     module, _, function_name = command.target.partition(":")
     function = getattr(importlib.import_module(f"aen_lightning.cli.{module}"), function_name)
     if command.parser == "signature":

@@ -13,7 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aen_lightning.data.options import require_at_least
 from aen_lightning.data.order import ShuffledOrder
+from aen_lightning.data.ranks import rank_and_world_size
 from aen_lightning.saes.input_scaling import InputScaling, ScalingKind
 from aen_lightning.shards.read import ShardSet, Verify, open_activations
 from aen_lightning.shards.source import ActivationSource
@@ -26,12 +28,12 @@ class ActivationsDataModule(pl.LightningDataModule):
 
     What rank r reads at step s is a pure function of (seed, s, r, world size), so a resumed run continues
     exactly, and nothing about the data is in its checkpoint. Batches are float32 tensors
-    (train_batch_size_tokens, d_in), scaled; for several hooks a dict of them, row by row the same tokens.
-    Every rank has batches of its own; ``max_steps`` ends the run.
+    (train_batch_size_tokens, d_in), scaled; for several hook points a dict of them, row by row the same
+    tokens. Every rank has batches of its own; ``max_steps`` ends the run.
 
     Args:
         path: Folder of shards (``aen harvest``), or of a dataset that SAELens cached.
-        hook_name: Which hook; several as a list; None: the only one there is.
+        hook_name: Which hook point; several as a list; None: the only one there is.
         train_batch_size_tokens: Rows a batch, per rank.
         input_scaling: ``none``; ``per_token``: each row to norm sqrt(d_in); ``average``: all rows by one
             factor, which makes the mean norm sqrt(d_in). See ``InputScaling``.
@@ -49,8 +51,8 @@ class ActivationsDataModule(pl.LightningDataModule):
         allow_incomplete: Train on what there is of a harvest that was cut off.
 
     Raises:
-        ValueError: For a value that makes no sense; at ``setup`` for a hook that is not in the set, or too
-            few rows.
+        ValueError: For a value that makes no sense; at ``setup`` for a hook point that is not in the set, or
+            too few rows.
     """
 
     def __init__(
@@ -70,14 +72,12 @@ class ActivationsDataModule(pl.LightningDataModule):
         allow_incomplete: bool = False,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("train_batch_size_tokens", train_batch_size_tokens, 1),
-            ("n_batches_for_norm_estimate", n_batches_for_norm_estimate, 1),
-            ("prefetch", prefetch, 0),
-            ("seed", seed, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        require_at_least(
+            1,
+            train_batch_size_tokens=train_batch_size_tokens,
+            n_batches_for_norm_estimate=n_batches_for_norm_estimate,
+        )
+        require_at_least(0, prefetch=prefetch, seed=seed)
         if not 0 <= held_out_fraction < 1:
             raise ValueError(f"held_out_fraction must be in [0, 1), got {held_out_fraction}")
         if input_scaling not in ("none", "per_token", "average"):
@@ -99,17 +99,17 @@ class ActivationsDataModule(pl.LightningDataModule):
         self._open(self.verify)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the set and check the arguments against it.
-
-        Reads no activations but those behind an average scale.
-        """
+        """Open the set and check the arguments against it; reads no activations but those behind an average
+        scale."""
         checked_elsewhere = self.trainer is not None and self.trainer.local_rank != 0
         source = self._open("never" if checked_elsewhere else self.verify)
         if self.hook_names:
             return
         names = [self.hook_name] if isinstance(self.hook_name, str) else self.hook_name
         if names is None and len(source.d_in) > 1:
-            raise ValueError(f"{self.path} holds several hooks, {list(source.d_in)}: say which as hook_name")
+            raise ValueError(
+                f"{self.path} holds several hook points, {list(source.d_in)}: say which as hook_name"
+            )
         names = list(source.d_in) if names is None else list(names)
         for name in names:
             if name not in source.d_in:
@@ -131,10 +131,9 @@ class ActivationsDataModule(pl.LightningDataModule):
         self._n_train = n - self._n_held_out - gap
         if self._n_train < self.train_batch_size_tokens:
             raise ValueError(
-                f"{self.path} leaves {max(self._n_train, 0)} tokens to train on (of {source.n_tokens}; "
-                f"held out: {self._n_held_out} "
-                f"and a gap of {gap}), fewer than one batch of train_batch_size_tokens "
-                f"{self.train_batch_size_tokens}"
+                f"{self.path} leaves {max(self._n_train, 0)} tokens to train on (of {source.n_tokens}; held "
+                f"out: {self._n_held_out} and a gap of {gap}), fewer than one batch of "
+                f"train_batch_size_tokens {self.train_batch_size_tokens}"
             )
         self.hook_names = names
         self._scaling = {h: self._make_scaling(h) for h in names}
@@ -174,7 +173,7 @@ class ActivationsDataModule(pl.LightningDataModule):
 
     def _batch(self, rows: NDArray[np.int64]) -> Batch:
         tensors = {h: self._scaling[h](x) for h, x in self._read(rows, self.hook_names).items()}
-        # one hook asked for by name is a tensor, a list of hooks a dict
+        # one hook point asked for by name is a tensor, a list of hook points a dict
         return tensors if isinstance(self.hook_name, list) else tensors[self.hook_names[0]]
 
     def _require_setup(self) -> None:
@@ -183,14 +182,14 @@ class ActivationsDataModule(pl.LightningDataModule):
 
     @property
     def d_in(self) -> int | dict[str, int]:
-        """Width of the activations; for a list of hooks a dict."""
+        """Width of the activations; for a list of hook points a dict."""
         self._require_setup()
         widths = {h: self._d_in(h) for h in self.hook_names}
         return widths if isinstance(self.hook_name, list) else widths[self.hook_names[0]]
 
     @property
     def input_scaling(self) -> InputScaling | dict[str, InputScaling]:
-        """The scaling applied to each batch; for a list of hooks a dict."""
+        """The scaling applied to each batch; for a list of hook points a dict."""
         self._require_setup()
         return dict(self._scaling) if isinstance(self.hook_name, list) else self._scaling[self.hook_names[0]]
 
@@ -211,19 +210,13 @@ class ActivationsDataModule(pl.LightningDataModule):
 
     @property
     def token_counts(self) -> dict[str, int]:
-        """Rows by fate.
-
-        ``train``, ``held_out``, ``excluded``; and what the harvest counted (``read``, ``special``, ...).
-        """
+        """Rows by fate: ``train``, ``held_out``, ``excluded``; and what the harvest counted (``read``,
+        ``special``, ...)."""
         self._require_setup()
         assert self.source is not None
         counts = dict(self.source.manifest.counts) if isinstance(self.source, ShardSet) else {}
         excluded = 0 if self._kept is None else self.source.n_tokens - len(self._kept)
         return counts | {"train": self._n_train, "held_out": self._n_held_out, "excluded": excluded}
-
-    def _rank_and_world_size(self) -> tuple[int, int]:
-        kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
 
     def train_dataloader(self) -> TrainBatches:
         """Endless batches, beginning with the step that the trainer is at."""
@@ -231,14 +224,12 @@ class ActivationsDataModule(pl.LightningDataModule):
         return TrainBatches(self)
 
     def val_dataloader(self) -> HeldOutBatches:
-        """The held-out rows in order, the same each time, parted between ranks.
-
-        Equally many batches on each.
-        """
+        """The held-out rows in order, the same each time, parted between ranks; equally many batches on
+        each."""
         self._require_setup()
         if not self._n_held_out:
             return HeldOutBatches(self, [])
-        rank, world_size = self._rank_and_world_size()
+        rank, world_size = rank_and_world_size(self.trainer)
         per_rank = self._n_held_out // world_size
         assert self.source is not None
         total = self.source.n_tokens if self._kept is None else len(self._kept)
@@ -252,19 +243,15 @@ class ActivationsDataModule(pl.LightningDataModule):
 
 
 class TrainBatches:
-    """Iterable over the training batches of this rank.
-
-    Each iterator begins where the trainer is, or at step 0.
-    """
+    """Iterable over the training batches of this rank. Each iterator begins where the trainer is, or at step
+    0."""
 
     def __init__(self, data: ActivationsDataModule) -> None:
         self.data = data
 
     def _steps_done(self) -> int:
-        """Batches the trainer has trained on, this run and those before it.
-
-        Restored before the first batch is asked for.
-        """
+        """Batches the trainer has trained on, this run and those before it; restored before the first batch
+        is asked for."""
         trainer = self.data.trainer
         if trainer is None:
             return 0
@@ -274,7 +261,7 @@ class TrainBatches:
     def batches(self, step: int) -> Iterator[Batch]:
         """Batches from a step on, without prefetching."""
         data, order = self.data, self.data._order()
-        rank, world_size = data._rank_and_world_size()
+        rank, world_size = rank_and_world_size(data.trainer)
         while True:
             yield data._batch(
                 order.batch(step, data.train_batch_size_tokens, rank=rank, world_size=world_size)

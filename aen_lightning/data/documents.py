@@ -18,7 +18,8 @@ HfDataset: TypeAlias = "Dataset | IterableDataset"
 _TOKEN_COLUMNS = ("tokens", "input_ids")  # in the order SAELens looks for them
 _TEXT_COLUMNS = ("text", "content", "problem")
 _BUILDERS = {
-    ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv",
+    ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".txt": "text",
+    ".csv": "csv",
     ".arrow": "arrow",
 }  # fmt: skip
 _COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
@@ -174,8 +175,7 @@ def retrying(
     def announce(error: Exception, wait: float, failures: int) -> None:
         warnings.warn(
             f"reading {what} failed after {had} documents ({type(error).__name__}: {error}); waiting "
-            f"{wait:g} s, then "
-            f"try {failures} of {retries}",
+            f"{wait:g} s, then try {failures} of {retries}",
             stacklevel=4,
         )
 

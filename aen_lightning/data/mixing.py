@@ -1,7 +1,5 @@
-"""From rows of tokens to shuffled batches of activations.
-
-Reading a language model, the shuffle buffer, resuming it.
-"""
+"""From rows of tokens to shuffled batches of activations: reading a language model, the shuffle buffer,
+resuming it."""
 
 from __future__ import annotations
 
@@ -75,16 +73,13 @@ class ActivationReader:
     """
 
     def __init__(
-        self, language_model: Callable[[], ActivationModel], hooks: tuple[Hook, ...], *, token_filter: TokenFilter,
+        self, language_model: Callable[[], ActivationModel], hooks: tuple[Hook, ...], *,
+        token_filter: TokenFilter,
         autocast: bool,
     ) -> None:  # fmt: skip
         self.language_model, self.hooks = language_model, hooks
         self.token_filter, self.autocast = token_filter, autocast
         self.widths = [h.d_in for h in hooks]
-        self.reset_counts()
-
-    def reset_counts(self) -> None:
-        """Begin counting tokens anew."""
         self.counts = {"seen": 0, "dropped_special": 0, "dropped_outliers": 0}
 
     def count(self, tokens: Tensor, n_not_special: int, n_kept: int) -> None:
@@ -101,7 +96,7 @@ class ActivationReader:
         """One model call on tokens (prompts, context).
 
         Returns:
-            Raw activations, float32, hooks side by side: (n_kept, sum of d_in); and the positions kept,
+            Raw activations, float32, hook points side by side: (n_kept, sum of d_in); and the positions kept,
             (n_kept,).
         """
         model = self.language_model()
@@ -119,7 +114,7 @@ class ActivationReader:
         return rows, kept
 
     def mean_norms(self, calls: Iterator[Tensor]) -> list[float]:
-        """Mean norm of the activations at each hook over all tokens of ``calls``.
+        """Mean norm of the activations at each hook point over all tokens of ``calls``.
 
         Raises:
             ValueError: If no token is left.
@@ -154,8 +149,7 @@ def shuffled_batches(
     elif skip:
         rank_zero_warn(
             f"resuming: the model runs again over the tokens of the first {skip} batches, as "
-            "norm_outlier_multiple "
-            "needs their activations to tell which tokens were left out"
+            "norm_outlier_multiple needs their activations to tell which tokens were left out"
         )
     for tokens in calls:
         for rows in buffer.push(reader.read(tokens, count=True)[0]):

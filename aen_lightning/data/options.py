@@ -1,12 +1,12 @@
-"""The options of data modules that read text, each said once.
-
-Constructors and command lines take them one by one.
-"""
+"""The options of data modules that read text, each said once. Constructors and command lines take them one by
+one."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from sae_lens.util import get_special_token_ids
 
 from aen_lightning.data.documents import HfDataset, open_dataset
 from aen_lightning.data.mixing import MixingBuffer
@@ -92,6 +92,21 @@ class DatasetOptions:
             0, stream_retries=self.stream_retries, stream_backoff_seconds=self.stream_backoff_seconds
         )
 
+    def excluded_token_ids(self, tokenizer: Any) -> tuple[int, ...]:
+        """Ids of tokens to leave out, ascending; of a tokenizer that is None no special tokens are known."""
+        special = self.exclude_special_tokens and tokenizer is not None
+        return tuple(
+            sorted({*(get_special_token_ids(tokenizer) if special else ()), *self.exclude_token_ids})
+        )
+
+    def metadata(self) -> dict[str, Any]:
+        """What an SAE should say of the text it was trained on, in SAELens's metadata keys."""
+        names = (
+            "dataset_path", "dataset_name", "dataset_split", "context_size", "prepend_bos",
+            "sequence_separator_token", "exclude_special_tokens",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
     def require_dataset_path(self) -> str | list[str]:
         """``dataset_path``.
 
@@ -158,7 +173,8 @@ class TextOptions(DatasetOptions, LanguageModelOptions):
         super().__post_init__()
         require_at_least(
             1, store_batch_size_prompts=self.store_batch_size_prompts, n_eval_batches=self.n_eval_batches,
-            train_batch_size_tokens=self.train_batch_size_tokens, n_batches_for_norm_estimate=self.n_batches_for_norm_estimate,
+            train_batch_size_tokens=self.train_batch_size_tokens,
+            n_batches_for_norm_estimate=self.n_batches_for_norm_estimate,
         )  # fmt: skip
         require_at_least(0, held_out_documents=self.held_out_documents, prefetch=self.prefetch)
         if self.held_out_documents == 1:
@@ -190,14 +206,14 @@ class TextOptions(DatasetOptions, LanguageModelOptions):
         return max(8 * self.train_batch_size_tokens, 2 * self.store_batch_size_prompts * self.context_size)
 
     def deciding_order(self) -> dict[str, Any]:
-        """The options of which each decides which tokens a run meets when.
-
-        One resumed with others meets others.
-        """
+        """The options of which each decides which tokens a run meets when: one resumed with others meets
+        others."""
         names = (
-            "model_name", "hook_name", "dataset_path", "dataset_name", "dataset_split", "streaming", "context_size",
+            "model_name", "hook_name", "dataset_path", "dataset_name", "dataset_split", "streaming",
+            "context_size",
             "prepend_bos", "sequence_separator_token", "store_batch_size_prompts", "train_batch_size_tokens",
-            "activations_mixing_fraction", "exclude_special_tokens", "norm_outlier_multiple", "held_out_documents",
+            "activations_mixing_fraction", "exclude_special_tokens", "norm_outlier_multiple",
+            "held_out_documents",
             "shuffle_documents", "document_shuffle_buffer", "seed",
         )  # fmt: skip
         deciding = {name: getattr(self, name) for name in names}

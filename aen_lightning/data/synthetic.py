@@ -126,10 +126,8 @@ class SpikedDataModule(pl.LightningDataModule):
         return {"dataset_path": "synthetic/spiked", "synthetic_data": dict(self.hparams)}
 
     def sample(self, n_samples: int, *, stream: int, index: int) -> tuple[Tensor, Tensor]:
-        """Sample ``index`` of a stream.
-
-        Activations (n_samples, d_in), scaled, and the true codes (n_samples, n_features).
-        """
+        """Sample ``index`` of a stream: activations (n_samples, d_in), scaled, and the true codes (n_samples,
+        n_features)."""
         h = self.hparams
         generator = torch.Generator().manual_seed(_mix(h["seed"], stream, index))
         feature_acts = spiked_feature_acts(

@@ -23,7 +23,8 @@ from aen_lightning.data.mixing import (
     shuffled_batches,
 )
 from aen_lightning.data.options import TextOptions, refuse_unknown
-from aen_lightning.data.token_filter import TokenFilter, excluded_token_ids
+from aen_lightning.data.ranks import rank_and_world_size
+from aen_lightning.data.token_filter import TokenFilter
 from aen_lightning.data.token_rows import TokenRows
 from aen_lightning.language_model.cut_model import ActivationModel
 from aen_lightning.language_model.hook_points import Hook
@@ -34,10 +35,10 @@ from aen_lightning.saes.input_scaling import InputScaling
 class TextActivationsDataModule(pl.LightningDataModule):
     """An endless stream of shuffled activations of a language model on text, and fixed held-out batches.
 
-    Training batches are tensors (train_batch_size_tokens, d_in), float32, scaled; for a *list* of hooks a
-    dict of them, rows aligned. Every rank reads other documents and makes as many model calls as the others.
-    Validation and test read half of the held-out documents each, a batch a model call, so their sizes vary
-    with the tokens left out.
+    Training batches are tensors (train_batch_size_tokens, d_in), float32, scaled; for a *list* of hook points
+    a dict of them, rows aligned. Every rank reads other documents and makes as many model calls as the
+    others. Validation and test read half of the held-out documents each, a batch a model call, so their sizes
+    vary with the tokens left out.
 
     A run that is resumed from a checkpoint continues exactly where it stopped: the order of tokens is
     replayed up to there (tokenising, without the model), then only what the shuffle buffer held is computed
@@ -78,65 +79,52 @@ class TextActivationsDataModule(pl.LightningDataModule):
         # training batches handed out, and taken by the trainer, which fetches one ahead
         self._yielded = self._trained = 0
 
-    # --- set-up
-    # ---------------------------------------------------------------------------------------------------
+    # --- set-up ---------------------------------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:
-        """Check hook, tokenizer, context and dataset, from the model's config (a TransformerLens model is
-        loaded).
-        """
+        """Check the options against the model's config (a TransformerLens model is loaded) and the dataset."""
         if self._rows is not None:
             return
         tokenizer, options = self.source.tokenizer(), self.options
         self.source.check_context_size(options.context_size)
         if self.dataset is None:
             self.dataset = options.open_dataset()
-        rank, world_size = self._rank_and_world_size()
+        rank, world_size = rank_and_world_size(self.trainer)
         self._rows = TokenRows.of(
             options, self.dataset, tokenizer, held_out_documents=options.held_out_documents,
-            shuffle=options.shuffle_documents, shuffle_buffer=options.document_shuffle_buffer, seed=options.seed,
-            rank=rank, world_size=world_size,
+            shuffle=options.shuffle_documents, shuffle_buffer=options.document_shuffle_buffer,
+            seed=options.seed, rank=rank, world_size=world_size,
         )  # fmt: skip
-        excluded = excluded_token_ids(
-            tokenizer, special=options.exclude_special_tokens, others=options.exclude_token_ids
-        )
-        self._token_filter = TokenFilter(excluded, options.norm_outlier_multiple)
+        self._token_filter = TokenFilter(options.excluded_token_ids(tokenizer), options.norm_outlier_multiple)
 
     def _device(self) -> str:
         return "cpu" if self.trainer is None else str(self.trainer.strategy.root_device)
 
-    def _rank_and_world_size(self) -> tuple[int, int]:
-        kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
-
-    # --- what it says of itself
-    # -----------------------------------------------------------------------------------
+    # --- what it says of itself -----------------------------------------------------------------------------
 
     @property
     def hooks(self) -> tuple[Hook, ...]:
-        """The hooks, found in the model's config; batches of several are keyed by their ``hook_name``."""
+        """The hook points, found in the model's config; batches of several have their ``hook_name`` as keys."""
         return self.source.hooks
 
     @property
     def d_in(self) -> int | dict[str, int]:
-        """Width of the activations; for a list of hooks a dict."""
+        """Width of the activations; for a list of hook points a dict."""
         widths = {h.hook_name: h.d_in for h in self.hooks}
         return widths if isinstance(self.options.hook_name, list) else next(iter(widths.values()))
 
     @property
     def input_scaling(self) -> InputScaling | dict[str, InputScaling]:
-        """The scaling applied to each batch.
-
-        For a list of hooks a dict. ``average`` runs the model to find it.
-        """
+        """The scaling applied to each batch; for a list of hook points a dict. ``average`` runs the model to
+        find it."""
         scaling = self._scalings()
         return dict(scaling) if isinstance(self.options.hook_name, list) else next(iter(scaling.values()))
 
     @property
     def token_counts(self) -> dict[str, int]:
         """Tokens of this rank so far: ``seen`` by the model in training, ``dropped_special``,
-        ``dropped_outliers``, and
-        ``trained_on``. What is in the shuffle buffer is seen and not yet trained on."""
+        ``dropped_outliers``, and ``trained_on``. What is in the shuffle buffer is seen and not yet trained
+        on."""
         return self.reader.counts | {"trained_on": self._trained * self.options.train_batch_size_tokens}
 
     @property
@@ -144,27 +132,20 @@ class TextActivationsDataModule(pl.LightningDataModule):
         """What an SAE trained on this should say about its input, in SAELens's metadata keys."""
         o = self.options
         excluded = list(self.token_filter.token_ids) if o.exclude_token_ids else o.exclude_special_tokens
-        metadata = self.source.metadata() | {
-            "dataset_path": o.dataset_path,
-            "dataset_name": o.dataset_name,
-            "dataset_split": o.dataset_split,
-            "context_size": o.context_size,
-            "prepend_bos": o.prepend_bos,
-            "sequence_separator_token": o.sequence_separator_token,
+        metadata = self.source.metadata() | o.metadata() | {
             "exclude_special_tokens": excluded,
             "norm_outlier_multiple": o.norm_outlier_multiple,
             "held_out_documents": o.held_out_documents,
             "disable_concat_sequences": False,
             "seqpos_slice": (None,),
-        }
+        }  # fmt: skip
         if isinstance(self.options.hook_name, list):  # of a member, the sweep says the rest
             metadata["hook_name"] = [h.hook_name for h in self.hooks]
             for one in ("hf_hook_name", "reshape_activations"):
                 metadata.pop(one, None)
         return metadata
 
-    # --- activations
-    # ----------------------------------------------------------------------------------------------
+    # --- activations ----------------------------------------------------------------------------------------
 
     @property
     def language_model(self) -> ActivationModel:
@@ -204,8 +185,7 @@ class TextActivationsDataModule(pl.LightningDataModule):
         return self._scaling
 
     def _average_scalings(self) -> dict[str, InputScaling]:
-        # the same rows on every rank, in an iterator of their own: ranks agree without talking, and training
-        # loses none
+        # the same rows on every rank, in an iterator of their own: ranks agree, and training loses none
         calls = in_calls(self._require_rows().first(), self.options.store_batch_size_prompts)
         means = self.reader.mean_norms(islice(calls, self.options.n_batches_for_norm_estimate))
         return {
@@ -213,8 +193,7 @@ class TextActivationsDataModule(pl.LightningDataModule):
             for h, mean in zip(self.hooks, means, strict=True)
         }
 
-    # --- training
-    # -------------------------------------------------------------------------------------------------
+    # --- training -------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Endless training batches; started again, it goes on where it stood."""
@@ -222,7 +201,7 @@ class TextActivationsDataModule(pl.LightningDataModule):
 
     def _training_batches(self) -> Iterator[Batch]:
         if self._stream is None:
-            rank, _ = self._rank_and_world_size()
+            rank, _ = rank_and_world_size(self.trainer)
             o, generator = self.options, torch.Generator().manual_seed((self.options.seed << 20) + rank)
             buffer = MixingBuffer(
                 o.buffer_size, o.train_batch_size_tokens, o.activations_mixing_fraction, generator
@@ -238,16 +217,12 @@ class TextActivationsDataModule(pl.LightningDataModule):
             yield batch
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Count the batches that the trainer takes.
-
-        It fetches one ahead, which is lost when the run stops.
-        """
+        """Count the batches that the trainer takes: the one it fetches ahead is lost when the run stops."""
         if self.trainer is not None and self.trainer.training:
             self._trained += 1
         return batch
 
-    # --- evaluation
-    # -----------------------------------------------------------------------------------------------
+    # --- evaluation -----------------------------------------------------------------------------------------
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         """The held-out validation batches of this rank, the same each time."""
@@ -260,13 +235,12 @@ class TextActivationsDataModule(pl.LightningDataModule):
     def _evaluation_loader(self, split: str) -> DataLoader[Batch] | list[Any]:
         if self.options.held_out_documents == 0:
             return []
-        rank, world_size = self._rank_and_world_size()
+        rank, world_size = rank_and_world_size(self.trainer)
         rows = self._require_rows().evaluation(split)
         if (per_rank := len(rows) // world_size) == 0:
             raise ValueError(
                 f"the {split} documents give {len(rows)} rows of {self.options.context_size} tokens for "
-                f"{world_size} ranks: "
-                f"raise held_out_documents ({self.options.held_out_documents})"
+                f"{world_size} ranks: raise held_out_documents ({self.options.held_out_documents})"
             )
         # as many calls on each rank: a sharded model, and Lightning's reductions, hang otherwise
         calls = torch.stack(rows[rank::world_size][:per_rank]).split(self.options.store_batch_size_prompts)[
@@ -274,13 +248,10 @@ class TextActivationsDataModule(pl.LightningDataModule):
         ]
         return batch_loader(lambda: (self._scale(self.reader.read(tokens)[0]) for tokens in calls))
 
-    # --- state
-    # ----------------------------------------------------------------------------------------------------
+    # --- state ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the stream (Lightning keeps rank 0's, and all ranks are at the same) and average
-        scaling.
-        """
+        """Average scaling and position in the stream (Lightning keeps rank 0's; all ranks are at the same)."""
         factors = {h: s.factor for h, s in (self._scaling or {}).items()}
         return {"n_batches": self._trained, "stream": self._stream_settings(), "factors": factors}
 
@@ -290,29 +261,21 @@ class TextActivationsDataModule(pl.LightningDataModule):
         changed = [k for k, v in state_dict["stream"].items() if settings.get(k) != v]
         if changed:
             rank_zero_warn(
-                f"the stream differs from the one the checkpoint was trained on in {', '.join(changed)}: "
-                "it goes on "
-                f"after {state_dict['n_batches']} batches of the new order, so some text may be repeated "
-                "or left out"
+                f"the stream differs from the one the checkpoint was trained on in {', '.join(changed)}: it "
+                f"goes on after {state_dict['n_batches']} batches of the new order, so some text may be "
+                "repeated or left out"
             )
         self._close_stream()
         self._yielded = self._trained = state_dict["n_batches"]
         self._reader = None
         if state_dict["factors"] and self.options.input_scaling == "average":
-            self._scaling = {
-                h: InputScaling("average", factor) for h, factor in state_dict["factors"].items()
-            }
+            self._scaling = {h: InputScaling("average", f) for h, f in state_dict["factors"].items()}
 
     def _stream_settings(self) -> dict[str, Any]:
-        return self.options.deciding_order() | {"world_size": self._rank_and_world_size()[1]}
+        return self.options.deciding_order() | {"world_size": rank_and_world_size(self.trainer)[1]}
 
     def held_out_rows(self, split: str) -> list[Tensor]:
-        """Token rows (context_size,) of a held-out split, ``val`` or ``test``: the same every time, on every
-        rank.
-
-        Raises:
-            RuntimeError: Before ``setup``.
-        """
+        """After ``setup``, token rows (context_size,) held out for ``validation`` or ``test``, on every rank."""
         return self._require_rows().evaluation(split)
 
     def _require_rows(self) -> TokenRows:

@@ -1,13 +1,11 @@
-"""Which tokens' activations count: no special tokens, and none whose norm is far from the others'."""
+"""Which tokens' activations count: none of certain ids, and none whose norm is far from the others'."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
 
@@ -50,12 +48,3 @@ class TokenFilter:
         norms = torch.stack([x.float().norm(dim=-1) for x in activations])
         medians = norms.median(dim=1, keepdim=True).values
         return (norms <= self.norm_outlier_multiple * medians).all(dim=0)
-
-
-def excluded_token_ids(tokenizer: Any, *, special: bool, others: Sequence[int]) -> tuple[int, ...]:
-    """Ids of tokens to leave out, ascending.
-
-    The tokenizer's special tokens, if wanted and there is one, and ``others``.
-    """
-    found = get_special_token_ids(tokenizer) if special and tokenizer is not None else []
-    return tuple(sorted({*found, *others}))

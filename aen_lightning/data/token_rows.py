@@ -75,9 +75,11 @@ class TokenRows:
     """
 
     def __init__(
-        self, dataset: HfDataset, *, column: str, pretokenized: bool, tokenizer: PreTrainedTokenizerBase | None,
+        self, dataset: HfDataset, *, column: str, pretokenized: bool,
+        tokenizer: PreTrainedTokenizerBase | None,
         context_size: int, begin_batch_token_id: int | None = None, separator_token_id: int | None = None,
-        held_out_documents: int = 0, shuffle: bool = True, shuffle_buffer: int = 1000, seed: int = 0, rank: int = 0,
+        held_out_documents: int = 0, shuffle: bool = True, shuffle_buffer: int = 1000, seed: int = 0,
+        rank: int = 0,
         world_size: int = 1, pack: bool = True, retries: int = 5, backoff_seconds: float = 2.0,
     ) -> None:  # fmt: skip
         self.dataset = dataset.select_columns([column])
@@ -134,11 +136,11 @@ class TokenRows:
             if separator is None:
                 raise ValueError(
                     f"sequence_separator_token is {options.sequence_separator_token!r}, but the tokenizer "
-                    "has no such token: "
-                    "give a token id or null"
+                    "has no such token: give a token id or null"
                 )
         return cls(
-            dataset, column=column, pretokenized=pretokenized, tokenizer=tokenizer, context_size=options.context_size,
+            dataset, column=column, pretokenized=pretokenized, tokenizer=tokenizer,
+            context_size=options.context_size,
             begin_batch_token_id=begin, separator_token_id=separator, **patience, **more,
         )  # fmt: skip
 
@@ -155,6 +157,8 @@ class TokenRows:
 
     def evaluation(self, split: str) -> list[Tensor]:
         """All rows of the held-out documents of split ``validation`` or ``test``; the same on every rank."""
+        if split not in ("validation", "test"):
+            raise ValueError(f"split must be 'validation' or 'test', got {split!r}")
         return list(self._pack(iter(self.held_out[split == "test" :: 2])))
 
     def training(self) -> Iterator[Tensor]:
@@ -204,10 +208,9 @@ class TokenRows:
                     yield document
             if n == 0:
                 raise ValueError(
-                    f"no document is left for training on rank {self.rank} of {self.world_size}: the "
-                    "dataset has "
-                    f"{self.documents_left_out} for this rank and all are held out (held_out_documents="
-                    f"{self.held_out_documents}): hold out fewer or give more data"
+                    f"no document is left for training on rank {self.rank} of {self.world_size}: the dataset "
+                    f"has {self.documents_left_out} for this rank and all are held out "
+                    f"(held_out_documents={self.held_out_documents}): hold out fewer or give more data"
                 )
             self.epoch += 1
             rank_zero_warn(
@@ -239,8 +242,7 @@ class TokenRows:
             if len(tokens) < self.context_size:
                 raise ValueError(
                     f"a pretokenised row has {len(tokens)} tokens, fewer than context_size "
-                    f"{self.context_size}: "
-                    "set context_size to the length of the rows or less"
+                    f"{self.context_size}: set context_size to the length of the rows or less"
                 )
             yield from tokens.split(self.context_size)[: len(tokens) // self.context_size]
 

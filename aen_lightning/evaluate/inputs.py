@@ -65,17 +65,17 @@ class Inputs(ABC):
 
 
 class TextInputs(Inputs):
-    """Activations of a language model at one hook, on packed rows of held-out documents.
+    """Activations of a language model at one hook point, on packed rows of held-out documents.
 
     Args:
-        data: A data module for one hook; its held-out documents are read, its scaling is not applied.
+        data: A data module for one hook point; its held-out documents are read, its scaling is not applied.
         split: ``test`` (odd held-out documents) or ``validation`` (even ones).
         n_rows: Most rows to take; None: all.
         batch_size_prompts: Rows a model call.
         lm: The whole language model, LM head included, if downstream metrics are wanted.
 
     Raises:
-        ValueError: If the held-out documents give no row, or there are several hooks.
+        ValueError: If the held-out documents give no row, or there are several hook points.
     """
 
     def __init__(
@@ -89,13 +89,12 @@ class TextInputs(Inputs):
     ) -> None:
         data.setup()
         if isinstance(data.d_in, dict):
-            raise ValueError(f"evaluation takes one hook at a time, got {', '.join(data.d_in)}")
+            raise ValueError(f"evaluation takes one hook point at a time, got {', '.join(data.d_in)}")
         rows = data.held_out_rows(split)[:n_rows]
         if not rows:
             raise ValueError(
                 f"the {split} documents give no row of {data.options.context_size} tokens: hold out more "
-                "documents "
-                f"({data.options.held_out_documents} now) or lower context_size"
+                f"documents ({data.options.held_out_documents} now) or lower context_size"
             )
         self.data, self.split, self.batch_size_prompts, self.lm = data, split, batch_size_prompts, lm
         self.rows = torch.stack(rows)
@@ -117,10 +116,11 @@ class TextInputs(Inputs):
             first += len(tokens)
 
     def describe(self) -> dict[str, Any]:
-        """Kind, model, hook, dataset, split, rows, and which tokens are left out."""
+        """Kind, model, hook point, dataset, split, rows, and which tokens are left out."""
         metadata = self.data.sae_metadata
         keys = (
-            "model_name", "revision", "hook_name", "dataset_path", "dataset_name", "dataset_split", "context_size",
+            "model_name", "revision", "hook_name", "dataset_path", "dataset_name", "dataset_split",
+            "context_size",
             "prepend_bos", "sequence_separator_token", "norm_outlier_multiple",
         )  # fmt: skip
         return {
@@ -138,7 +138,7 @@ class ShardInputs(Inputs):
 
     Args:
         path: Folder of shards, or of a dataset that SAELens cached.
-        hook_name: Which hook; None: the only one.
+        hook_name: Which hook point; None: the only one.
         held_out_fraction: Share of the rows, at the end; 1 takes all.
         exclude_token_ids: Rows of these tokens do not count.
         tokens_per_unit: Length of the runs of rows that standard errors take as units; None: the context
@@ -146,7 +146,7 @@ class ShardInputs(Inputs):
         n_tokens: Most rows to take; None: all.
 
     Raises:
-        ValueError: For a hook that is not there, or too few rows.
+        ValueError: For a hook point that is not there, or too few rows.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class ShardInputs(Inputs):
             raise ValueError(f"held_out_fraction must be in (0, 1], got {held_out_fraction}")
         self.source = open_activations(path)
         if hook_name is None and len(self.source.d_in) > 1:
-            raise ValueError(f"{path} holds several hooks, {', '.join(self.source.d_in)}: say which")
+            raise ValueError(f"{path} holds several hook points, {', '.join(self.source.d_in)}: say which")
         self.hook_name = hook_name or next(iter(self.source.d_in))
         if self.hook_name not in self.source.d_in:
             raise ValueError(
@@ -203,7 +203,7 @@ class ShardInputs(Inputs):
             yield InputBatch(x.unflatten(0, (-1, self.unit)), keep.unflatten(0, (-1, self.unit)), first)
 
     def describe(self) -> dict[str, Any]:
-        """Kind, folder, hook, rows, where they are from."""
+        """Kind, folder, hook point, rows, where they are from."""
         metadata = self.source.metadata
         return {
             "kind": "shards",

@@ -12,7 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from aen_lightning.data.options import DatasetOptions, refuse_unknown, require_at_least
-from aen_lightning.data.token_filter import TokenFilter, excluded_token_ids
+from aen_lightning.data.ranks import rank_and_world_size
+from aen_lightning.data.token_filter import TokenFilter
 from aen_lightning.harvest.batches import HarvestBatches
 from aen_lightning.harvest.module import HarvestModule
 from aen_lightning.harvest.tokens import (
@@ -97,10 +98,8 @@ class HarvestDataModule(pl.LightningDataModule):
         return self.trainer.lightning_module, writer_of(self.trainer)
 
     def prepare_data(self) -> None:
-        """On rank 0.
-
-        Begin or continue the folder; tokenise unless that is done; refuse what the disk cannot hold.
-        """
+        """On rank 0: begin or continue the folder; tokenise unless that is done; refuse what the disk cannot
+        hold."""
         module, writer = self._module_and_writer()
         self._check_positions(module)
         manifest = self._manifest(module)
@@ -130,10 +129,8 @@ class HarvestDataModule(pl.LightningDataModule):
         )
 
     def _write_work_orders(self, module: HarvestModule, writer: ShardWriter, manifest: Manifest) -> None:
-        """Tokenise.
-
-        At first, after being cut off at it, or when a shard of a finished set was deleted to be made again.
-        """
+        """Tokenise: at first, after being cut off at it, or when a shard of a finished set was deleted to be
+        made again."""
         shutil.rmtree(writer.path / TOKENS_FOLDER, ignore_errors=True)
         per_shard = manifest.plan.get("rows_per_shard")
         if per_shard is None:
@@ -150,9 +147,8 @@ class HarvestDataModule(pl.LightningDataModule):
             )
         if manifest.plan and manifest.plan["rows"] != counts:
             raise ShardError(
-                f"{writer.path} was made of {sum(manifest.plan['rows'])} rows of tokens, and the dataset "
-                f"now gives {sum(counts)}: "
-                "it has changed; harvest into another folder"
+                f"{writer.path} was made of {sum(manifest.plan['rows'])} rows of tokens, and the dataset now "
+                f"gives {sum(counts)}: it has changed; harvest into another folder"
             )
         n_read = sum(len(read_token_shard(writer.path, i).tokens) for i in range(len(counts)))
         if self.n_tokens is not None and n_read < self.n_tokens:
@@ -178,16 +174,10 @@ class HarvestDataModule(pl.LightningDataModule):
             "hook_name": names[0] if len(names) == 1 else names,
             "hf_hook_names": {h.hook_name: h.hf_hook_name for h in module.hooks},
             "model_dtype": module.model_dtype,
-            "dataset_path": options.dataset_path,
-            "dataset_name": options.dataset_name,
-            "dataset_split": options.dataset_split,
-            "context_size": options.context_size,
-            "prepend_bos": options.prepend_bos,
-            "sequence_separator_token": options.sequence_separator_token,
-            "exclude_special_tokens": options.exclude_special_tokens,
             "disable_concat_sequences": not self.pack,
             "mask_documents": self.mask_documents,
         }
+        metadata |= options.metadata()
         filters = {
             "exclude_special_tokens": options.exclude_special_tokens,
             "exclude_token_ids": list(options.exclude_token_ids),
@@ -219,24 +209,17 @@ class HarvestDataModule(pl.LightningDataModule):
             model_from_pretrained_kwargs=module.model_from_pretrained_kwargs,
         )  # fmt: skip
         rows = MarkedTokenRows.of(options, options.open_dataset(), tokenizer, pack=self.pack, shuffle=False)
-        excluded = excluded_token_ids(
-            tokenizer, special=options.exclude_special_tokens, others=options.exclude_token_ids
-        )
-        return rows.marked(), list(excluded)
+        return rows.marked(), list(options.excluded_token_ids(tokenizer))
 
     def setup(self, stage: str) -> None:
-        """On every rank.
-
-        Take a share of the missing shards; every rank makes the same number of model calls.
-        """
+        """On every rank: take a share of the missing shards; every rank makes the same number of model
+        calls."""
         _, writer = self._module_and_writer()
         # as rank 0 left it in prepare_data: a quick rank may be writing records by now, and all must see the
         # same work
         manifest = Manifest.read(writer.path)
         done = {s.index for s in manifest.shards}
-        assert self.trainer is not None
-        kwargs = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
-        rank, world_size = kwargs["rank"], kwargs["num_replicas"]
+        rank, world_size = rank_and_world_size(self.trainer)
         rows = manifest.plan["rows"] if manifest.plan else []
         missing = [i for i in range(len(rows)) if i not in done]
 

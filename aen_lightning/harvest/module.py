@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from aen_lightning.data.token_filter import TokenFilter
 from aen_lightning.files import DTYPES, ModelDtype
 from aen_lightning.language_model.cut_model import (
     CutModel,
-    cut_model,
     load_config,
     load_cut_model,
     resolve_hooks,
@@ -23,11 +23,11 @@ from aen_lightning.language_model.hook_points import Hook
 
 
 class HarvestModule(pl.LightningModule):
-    """Runs a language model up to the deepest hook and hands on the activations of the tokens to keep.
+    """Runs a language model up to the deepest hook point and hands on the activations of the tokens to keep.
 
-    Nothing is loaded before Lightning asks for the model, and then only the layers that the hooks need. Under
-    ``ModelParallelStrategy`` the weights are sharded over the ranks (FSDP2) and each rank reads its own part
-    of them only.
+    Nothing is loaded before Lightning asks for the model, and then only the layers that the hook points need.
+    Under ``ModelParallelStrategy`` the weights are sharded over the ranks (FSDP2) and each rank reads its own
+    part of them only.
 
     Args:
         model_name: Hub name or folder of a Hugging Face causal language model.
@@ -36,14 +36,14 @@ class HarvestModule(pl.LightningModule):
         revision: Branch, tag or commit on the Hub.
         model_dtype: Of weights and computation: ``float32``, ``bfloat16`` or ``float16``.
         dtype: On disk; None: the same.
-        norm_outlier_multiple: Leave out tokens whose norm, at any of the hooks, exceeds this multiple of the
-            median norm in their batch (attention sinks: 100 times and more). None: keep them.
+        norm_outlier_multiple: Leave out tokens whose norm, at any of the hook points, exceeds this multiple
+            of the median norm in their batch (attention sinks: 100 times and more). None: keep them.
         model_from_pretrained_kwargs: For ``AutoModel.from_pretrained``, e.g. a ``quantization_config`` for 8
             or 4 bits.
 
     Raises:
-        ValueError: For an unknown dtype or a multiple that is not above 1; from ``hooks`` for a hook that
-            does not exist.
+        ValueError: For an unknown dtype or a multiple that is not above 1; from ``hooks`` for a hook point
+            that does not exist.
     """
 
     def __init__(
@@ -64,45 +64,26 @@ class HarvestModule(pl.LightningModule):
         self.model_dtype, self.stored_dtype = model_dtype, dtype or model_dtype
         self.token_filter = TokenFilter(norm_outlier_multiple=norm_outlier_multiple)
         self.model_from_pretrained_kwargs = dict(model_from_pretrained_kwargs or {})
-        self._given: PreTrainedModel | None = None
-        self._hooks: tuple[Hook, ...] | None = None
-        self._hf_config: PretrainedConfig | None = None
         # outside the module tree: Lightning must neither move nor save it
         self.language_model: CutModel | None = None
 
-    @classmethod
-    def from_model(
-        cls, model: PreTrainedModel, hook_names: list[str], *, model_name: str = "", **kwargs: Any
-    ) -> HarvestModule:
-        """For a model that is in memory already.
-
-        It is frozen. ``model_name`` is where its tokenizer is, if text is read.
-        """
-        module = cls(model_name or model.name_or_path or "", hook_names, **kwargs)
-        module._given, module._hf_config = model, model.config
-        return module
-
-    @property
+    @cached_property
     def hf_config(self) -> PretrainedConfig:
         """Config of the whole model."""
-        if self._hf_config is None:
-            self._hf_config = load_config(
-                self.model_name,
-                revision=self.revision,
-                model_from_pretrained_kwargs=self.model_from_pretrained_kwargs,
-            )
-        return self._hf_config
+        return load_config(
+            self.model_name,
+            revision=self.revision,
+            model_from_pretrained_kwargs=self.model_from_pretrained_kwargs,
+        )
 
-    @property
+    @cached_property
     def hooks(self) -> tuple[Hook, ...]:
-        """The hooks, found in the config alone."""
-        if self._hooks is None:
-            self._hooks = resolve_hooks(self.hf_config, self.hook_names)
-        return self._hooks
+        """The hook points, found in the config alone."""
+        return resolve_hooks(self.hf_config, self.hook_names)
 
     @property
     def d_in(self) -> dict[str, int]:
-        """Width at each hook, by hook name."""
+        """Width at each hook point, by hook name."""
         return {h.hook_name: h.d_in for h in self.hooks}
 
     def settings(self) -> dict[str, Any]:
@@ -129,13 +110,9 @@ class HarvestModule(pl.LightningModule):
         if isinstance(strategy, FSDPStrategy):
             raise ValueError(
                 "strategy 'fsdp' would keep the whole model on every rank: take ModelParallelStrategy with "
-                "data_parallel_size: "
-                "(number of ranks) and tensor_parallel_size: 1"
+                "data_parallel_size: (number of ranks) and tensor_parallel_size: 1"
             )
-        if self._given is not None:
-            self._given.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
-            self.language_model = cut_model(self._given, self.hook_names)
-        elif isinstance(strategy, ModelParallelStrategy):
+        if isinstance(strategy, ModelParallelStrategy):
             from aen_lightning.language_model.fsdp import load_sharded_cut_model
 
             mesh = strategy.device_mesh
@@ -143,8 +120,8 @@ class HarvestModule(pl.LightningModule):
                 n = mesh.size()
                 raise ValueError(
                     f"ModelParallelStrategy has tensor_parallel_size {mesh['tensor_parallel'].size()}; the "
-                    "harvest shards weights "
-                    f"over data-parallel ranks: set data_parallel_size: {n} and tensor_parallel_size: 1"
+                    f"harvest shards weights over data-parallel ranks: set data_parallel_size: {n} and "
+                    "tensor_parallel_size: 1"
                 )
             self.language_model = load_sharded_cut_model(
                 self.model_name,
@@ -174,7 +151,8 @@ class HarvestModule(pl.LightningModule):
             batch_idx: Unused.
 
         Returns:
-            ``activations``: for each hook (n, d_in) in the dtype on disk; ``token_ids`` (n,); ``n_outliers``.
+            ``activations``: for each hook point (n, d_in) in the dtype on disk; ``token_ids`` (n,);
+                ``n_outliers``.
         """
         assert self.language_model is not None
         seen = self.language_model.activations(batch["input_ids"], position_ids=batch["position_ids"])
@@ -216,8 +194,8 @@ class HarvestModule(pl.LightningModule):
         if not all(torch.equal(seen[0][h][:, 2:], seen[1][h][:, 2:]) for h in seen[0]):
             raise ValueError(
                 f"models of type {self.hf_config.model_type!r} cannot mask documents in packed rows "
-                "(transformers does not give "
-                "their position_ids to the mask): set mask_documents: false, or pack: false"
+                "(transformers does not give their position_ids to the mask): set mask_documents: false, or "
+                "pack: false"
             )
 
     def teardown(self, stage: str) -> None:
@@ -231,7 +209,6 @@ def _fitting(x: Tensor, dtype: torch.dtype, hook_name: str) -> Tensor:
     if dtype == torch.float16 and x.dtype != dtype and not torch.equal(converted.isfinite(), x.isfinite()):
         raise ValueError(
             f"an activation at {hook_name!r} of size {x.abs().max().item():.4g} does not fit float16 "
-            "(65504): store bfloat16 or "
-            "float32, or leave attention sinks out with norm_outlier_multiple"
+            "(65504): store bfloat16 or float32, or leave attention sinks out with norm_outlier_multiple"
         )
     return converted

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from aen_lightning.files import DTYPES
 from aen_lightning.language_model.cut_model import build_cut_model, load_config, resolve_hooks
-from aen_lightning.language_model.hook_points import cut_config, layers_of
+from aen_lightning.language_model.families import cut_config, layers_of
 
 GIB = 2**30
 _DOCUMENT_START_BYTES = 5  # a token waiting to be harvested: int32 and a mark

@@ -26,6 +26,7 @@ def run_harvest(trainer: pl.Trainer, module: HarvestModule, datamodule: HarvestD
         ShardError: If the folder holds another set, or the disk is too small.
     """
     writer = writer_of(trainer)
-    module.hooks  # noqa: B018  # a hook that does not exist is an error on every rank, before anything is written
+    # a hook point that does not exist is an error on every rank, before anything is written
+    module.hooks  # noqa: B018
     trainer.predict(module, datamodule=datamodule, return_predictions=False)
     return Manifest.read(writer.path)

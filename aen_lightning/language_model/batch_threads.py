@@ -21,7 +21,7 @@ MIN_TOKENS = 512
 T = TypeVar("T")
 
 
-class RowParallel:
+class BatchThreads:
     """Threads of Python, each with its share of the threads that torch has when they are first used.
 
     Autograd and inference mode and CPU autocast are as in the calling thread; gradients do not flow back
@@ -37,10 +37,8 @@ class RowParallel:
         self._pool_is_for = (0, 0)  # parts, threads of torch in all
 
     def n_parts(self, tokens: Tensor) -> int:
-        """Into how many parts a batch (rows, context) is to be cut.
-
-        As many as there are threads, if it is large enough.
-        """
+        """Into how many parts a batch (rows, context) is to be cut: as many as there are threads, if it is
+        large enough."""
         return max(1, min(len(tokens), tokens.numel() // self.min_tokens, torch.get_num_threads()))
 
     def map(self, function: Callable[..., T], n_parts: int, *tensors: Tensor | None) -> list[T]:
@@ -78,7 +76,8 @@ class RowParallel:
 
 def _started_pool(n_workers: int, n_threads_each: int) -> ThreadPoolExecutor:
     def take_share() -> None:
-        torch.get_num_threads()  # a new thread adopts the process's setting when it first asks, over one made before
+        # a new thread adopts the process's setting when it first asks, over one made before
+        torch.get_num_threads()
         torch.set_num_threads(n_threads_each)
 
     pool = ThreadPoolExecutor(n_workers, thread_name_prefix="rows", initializer=take_share)
@@ -90,8 +89,7 @@ def _started_pool(n_workers: int, n_threads_each: int) -> ThreadPoolExecutor:
 
 def _in_the_same_mode(function: Callable[..., T]) -> Callable[..., T]:
     """``function``, to be called in another thread under the settings of this one, which torch keeps for each
-    thread.
-    """
+    thread."""
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 

@@ -14,7 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from aen_lightning.compat import find_in_repository
 from aen_lightning.files import read_json, write_json
-from aen_lightning.language_model.hook_points import after_layers_paths, base_prefix, layers_path
+from aen_lightning.language_model.families import after_layers_paths, base_prefix, layers_path
 
 _HUB_KWARGS = ("token", "cache_dir", "local_files_only", "force_download")
 

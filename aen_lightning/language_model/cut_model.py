@@ -1,4 +1,4 @@
-"""Language models to take activations from, cut after the deepest hook.
+"""Language models to take activations from, cut after the deepest hook point.
 
 The base model (no LM head) is built from a config with fewer layers, so that transformers never materialises
 the layers above, and the final norm is replaced by the identity, so that ``last_hidden_state`` is the last
@@ -19,17 +19,10 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 
 from aen_lightning.compat import with_own_children
 from aen_lightning.files import DTYPES, ModelDtype
-from aen_lightning.language_model.batch_threads import RowParallel
+from aen_lightning.language_model.batch_threads import BatchThreads
 from aen_lightning.language_model.checkpoint_files import without_upper_layers
-from aen_lightning.language_model.hook_points import (
-    Hook,
-    HookReader,
-    after_layers,
-    cut_config,
-    layers_of,
-    layers_path,
-    resolve_hook,
-)
+from aen_lightning.language_model.families import after_layers, cut_config, layers_of, layers_path
+from aen_lightning.language_model.hook_points import Hook, HookReader, resolve_hook
 
 
 class ActivationModel(Protocol):
@@ -48,26 +41,26 @@ class ActivationModel(Protocol):
 
 
 class CutModel:
-    """A frozen base model that ends at the deepest hook. Not an ``nn.Module``, so no parent module registers
-    it.
+    """A frozen base model that ends at the deepest hook point. Not an ``nn.Module``, so no parent module
+    registers it.
 
     Args:
         model: Base model as ``build_cut_model`` or ``cut_model`` return it: put into eval mode and frozen
             here.
         hooks: What ``activations`` returns, in this order.
-        row_parallel: Run parts of a large batch side by side where the model is on a CPU. Not for a model
+        batch_threads: Run parts of a large batch side by side where the model is on a CPU. Not for a model
             whose forward pass cannot be in two places at a time: one that is sharded over ranks, or whose
             weights are moved while it runs.
     """
 
-    def __init__(self, model: PreTrainedModel, hooks: Sequence[Hook], *, row_parallel: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, hooks: Sequence[Hook], *, batch_threads: bool = True) -> None:
         model.eval()
         model.requires_grad_(False)
         self.model = model
         self.hooks = tuple(hooks)
         self._last = _last_block_output(model)
         moved = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
-        self._rows = RowParallel() if row_parallel and not moved else None
+        self._threads = BatchThreads() if batch_threads and not moved else None
 
     @property
     def device(self) -> torch.device:
@@ -87,18 +80,19 @@ class CutModel:
             position_ids: None for 0, 1, ...; or (batch, context).
 
         Returns:
-            For each hook, keyed by its ``hook_name``, a tensor (batch, context, d_in) in the model's dtype.
+            For each hook point, keyed by its ``hook_name``, a tensor (batch, context, d_in) in the model's
+            dtype.
         """
         device = self.device
         ids = input_ids.to(device)
         rest = [None if x is None else x.to(device) for x in (attention_mask, position_ids)]
         n_parts = 1
         if (
-            self._rows is not None
+            self._threads is not None
             and device.type == "cpu"
             and all(x is None or len(x) == len(ids) for x in rest)
         ):
-            n_parts = self._rows.n_parts(ids)
+            n_parts = self._threads.n_parts(ids)
         with self._reader() as reader:
 
             def run(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> dict[str, Tensor]:
@@ -110,9 +104,9 @@ class CutModel:
                 # OPT flattens (batch, context) before its MLP
                 return {h.hook_name: seen[h.hook_name].reshape(*ids.shape, h.d_in) for h in self.hooks}
 
-            if self._rows is None or n_parts == 1:
+            if self._threads is None or n_parts == 1:
                 return run(ids, *rest)
-            parts = self._rows.map(run, n_parts, ids, *rest)
+            parts = self._threads.map(run, n_parts, ids, *rest)
         return {h.hook_name: torch.cat([part[h.hook_name] for part in parts]) for h in self.hooks}
 
     def _reader(self) -> AbstractContextManager[HookReader | None]:
@@ -120,11 +114,6 @@ class CutModel:
         if len(self.hooks) == 1 and self.hooks[0].reads == "output" and self.hooks[0].module == self._last:
             return nullcontext()
         return HookReader(self.model, self.hooks)
-
-    def to(self, device: torch.device | str) -> CutModel:
-        """Move the model, in place."""
-        nn.Module.to(self.model, device)
-        return self
 
 
 def load_config(
@@ -139,7 +128,8 @@ def load_config(
         OSError: If there is no such model, or the Hub cannot be reached; the message names the model.
     """
     passed = (
-        "gguf_file", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code", "attn_implementation",
+        "gguf_file", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code",
+        "attn_implementation",
     )  # fmt: skip
     kwargs = {k: v for k, v in (model_from_pretrained_kwargs or {}).items() if k in passed}
     try:
@@ -184,9 +174,9 @@ def load_cut_model(
     device: torch.device | str = "cpu",
     model_from_pretrained_kwargs: dict[str, Any] | None = None,
 ) -> CutModel:
-    """Load the part of a Hugging Face model that the hooks need.
+    """Load the part of a Hugging Face model that the hook points need.
 
-    Layers above the deepest hook, the final norm and the LM head are not read.
+    Layers above the deepest hook point, the final norm and the LM head are not read.
 
     Args:
         model_name: Hub name or folder.
@@ -198,7 +188,7 @@ def load_cut_model(
             ``quantization_config``, ``attn_implementation``, ``gguf_file``, ...
 
     Raises:
-        ValueError: For a hook that does not exist, a keyword that has an argument of its own here, or a
+        ValueError: For a hook point that does not exist, a keyword that has an argument of its own here, or a
             checkpoint that lacks weights of the layers needed.
     """
     kwargs = dict(model_from_pretrained_kwargs or {})
@@ -221,16 +211,16 @@ def load_cut_model(
         _unread_weights_are_no_news(),
     ):
         model, info = AutoModel.from_pretrained(
-            source, config=cut_config(config, deepest), revision=at, dtype=DTYPES[dtype], output_loading_info=True,
+            source, config=cut_config(config, deepest), revision=at, dtype=DTYPES[dtype],
+            output_loading_info=True,
             **kwargs,
         )  # fmt: skip
     model.name_or_path = model.config.name_or_path = model_name
     unread = tuple(f"{path}." for path in after_layers(model))
     if missing := sorted(key for key in info["missing_keys"] if not key.startswith(unread)):
         raise ValueError(
-            f"the checkpoint {model_name!r} lacks {len(missing)} weights that "
-            f"{[h.hook_name for h in hooks]} need, "
-            f"e.g. {missing[0]!r}: it is not a complete checkpoint of a {config.model_type} model"
+            f"the checkpoint {model_name!r} lacks {len(missing)} weights that {[h.hook_name for h in hooks]} "
+            f"need, e.g. {missing[0]!r}: it is not a complete checkpoint of a {config.model_type} model"
         )
     if kwargs.get("device_map") is None and not getattr(model, "is_quantized", False):
         model = model.to(device)

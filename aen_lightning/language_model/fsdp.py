@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -23,7 +23,7 @@ from aen_lightning.language_model.cut_model import (
     load_config,
     resolve_hooks,
 )
-from aen_lightning.language_model.hook_points import layers_of
+from aen_lightning.language_model.families import layers_of
 
 _WHERE = ("token", "cache_dir", "local_files_only", "subfolder")
 
@@ -78,8 +78,8 @@ def load_sharded_cut_model(
     if kwargs:
         raise ValueError(
             f"a model sharded by FSDP2 cannot take {', '.join(map(repr, sorted(kwargs)))} of "
-            "model_from_pretrained_kwargs: leave "
-            "it out, or take another strategy (ddp: a whole model on every rank)"
+            "model_from_pretrained_kwargs: leave it out, or take another strategy (ddp: a whole model on "
+            "every rank)"
         )
     config = load_config(model_name, revision=revision, model_from_pretrained_kwargs=where | attention)
     if getattr(config, "quantization_config", None) is not None:
@@ -94,13 +94,7 @@ def load_sharded_cut_model(
     base.to_empty(device=device)
     _rebuild_computed_buffers(base)
     _load_local_slices(base, keys, files)
-    return CutModel(base, hooks, row_parallel=False)  # the ranks gather weights in one order
-
-
-def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of parameters that this rank holds between calls."""
-    local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-    return sum(p.numel() * p.element_size() for p in local)
+    return CutModel(base, hooks, batch_threads=False)  # the ranks gather weights in one order
 
 
 class _Files(dict[str, str]):
@@ -129,10 +123,8 @@ def _checkpoint_files(model_name: str, revision: str | None, where: dict[str, An
 
 
 def _rebuild_computed_buffers(base: PreTrainedModel) -> None:
-    """Buffers that no checkpoint has (rotary frequencies, embedding scales) were lost on the meta device.
-
-    Compute them again.
-    """
+    """Buffers that no checkpoint has (rotary frequencies, embedding scales) were lost on the meta device:
+    compute them again."""
     lost = {name for name, _ in base.named_buffers(remove_duplicate=False)} - base.state_dict().keys()
     for owner in {name.rpartition(".")[0] for name in lost}:
         initialize(base, base.get_submodule(owner))

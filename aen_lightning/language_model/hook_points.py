@@ -7,7 +7,6 @@ TransformerLens caches under it for the same weights; the tests check every name
 
 from __future__ import annotations
 
-import copy
 import difflib
 import inspect
 import re
@@ -18,8 +17,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers import AutoModel, PretrainedConfig
+
+from aen_lightning.language_model.families import (
+    BY_MODEL_TYPE,
+    FAMILIES,
+    base_prefix,
+    cut_config,
+    layers_path,
+    n_layers,
+)
 
 Reads = Literal["output", "input"]
 
@@ -48,86 +55,12 @@ class Hook:
     reads: Reads = "output"
 
 
-@dataclass(frozen=True)
-class _Family:
-    """Module names of one architecture family, relative to the base model or to a block."""
-
-    layers: str
-    embed: str
-    first_input: str | None  # module whose output enters block 0
-    attn: str
-    attn_out: (
-        str  # module whose output TransformerLens calls hook_attn_out (after a post-norm, if there is one)
-    )
-    attn_proj: str  # its input is hook_z, heads flattened
-    mlp_out: str
-    mlp_proj: str  # its input is mlp.hook_post
-    mid: str  # norm whose input is hook_resid_mid
-    after_layers: tuple[
-        str, ...
-    ]  # replaced by Identity, so that last_hidden_state is the last block's output
-
-
-_LLAMA = _Family(
-    layers="layers", embed="embed_tokens", first_input="embed_tokens", attn="self_attn", attn_out="self_attn",
-    attn_proj="self_attn.o_proj", mlp_out="mlp", mlp_proj="mlp.down_proj", mid="post_attention_layernorm",
-    after_layers=("norm",),
-)  # fmt: skip
-_GEMMA2 = _Family(
-    layers="layers", embed="embed_tokens", first_input="embed_tokens", attn="self_attn",
-    attn_out="post_attention_layernorm", attn_proj="self_attn.o_proj", mlp_out="post_feedforward_layernorm",
-    mlp_proj="mlp.down_proj", mid="pre_feedforward_layernorm", after_layers=("norm",),
-)  # fmt: skip
-_FAMILIES: dict[str, _Family] = {
-    "gpt2": _Family(
-        layers="h", embed="wte", first_input="drop", attn="attn", attn_out="attn", attn_proj="attn.c_proj",
-        mlp_out="mlp", mlp_proj="mlp.c_proj", mid="ln_2", after_layers=("ln_f",),
-    ),
-    "gpt_neox": _Family(
-        layers="layers", embed="embed_in", first_input="emb_dropout", attn="attention", attn_out="attention",
-        attn_proj="attention.dense", mlp_out="mlp", mlp_proj="mlp.dense_4h_to_h", mid="post_attention_layernorm",
-        after_layers=("final_layer_norm",),
-    ),
-    "opt": _Family(
-        layers="decoder.layers", embed="decoder.embed_tokens", first_input=None, attn="self_attn",
-        attn_out="self_attn", attn_proj="self_attn.out_proj", mlp_out="fc2", mlp_proj="fc2", mid="final_layer_norm",
-        after_layers=("decoder.final_layer_norm", "decoder.project_out"),
-    ),
-    "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gemma": _LLAMA,
-    "gemma2": _GEMMA2, "gemma3_text": _GEMMA2,
-}  # fmt: skip
-FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
-
 _BLOCK_HOOKS = (
     "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z",
     "mlp.hook_post",
 )  # fmt: skip
 # TransformerLens 3 names a bridge's hook points by component; these are the same tensors.
 _ALIASES = {"hook_out": "hook_resid_post", "hook_in": "hook_resid_pre"}
-
-
-def n_layers(config: PretrainedConfig) -> int:
-    """Number of decoder blocks of a text model."""
-    n = getattr(config, "num_hidden_layers", None)
-    if not isinstance(n, int):
-        raise ValueError(
-            f"a config of type {config.model_type!r} states no num_hidden_layers: give a text-only decoder "
-            "model "
-            f"(supported families: {', '.join(FAMILIES)})"
-        )
-    return n
-
-
-def base_prefix(config: PretrainedConfig) -> str:
-    """Attribute of the CausalLM class that holds the base model (``model``, ``transformer``, ``gpt_neox``)."""
-    if type(config) not in MODEL_MAPPING:
-        raise ValueError(
-            f"transformers has no AutoModel for a config of type {config.model_type!r}; "
-            f"supported families: {', '.join(FAMILIES)}"
-        )
-    found: Any = MODEL_MAPPING[type(config)]
-    model_class = found[0] if isinstance(found, tuple) else found
-    return str(model_class.base_model_prefix)
 
 
 def _d_mlp(config: PretrainedConfig) -> int:
@@ -140,15 +73,15 @@ def _d_mlp(config: PretrainedConfig) -> int:
 def _refusal(config: PretrainedConfig, kind: str) -> str | None:
     """Why a family has no such hook point, or None if it has."""
     if kind == "hook_resid_mid" and getattr(config, "use_parallel_residual", False):
-        return "attention and MLP are parallel in this model (use_parallel_residual), so nothing lies between them"
+        return "attention and MLP are parallel in it (use_parallel_residual), so nothing lies between them"
     if kind == "hook_resid_mid" and config.model_type == "opt" and not config.do_layer_norm_before:
         return "its norms come after attention and MLP (do_layer_norm_before=False), so no norm reads it"
     return None
 
 
 def _block_hook(config: PretrainedConfig, kind: str, layer: int) -> Hook:
-    """The hook ``blocks.{layer}.{kind}`` of a known family; layer and kind are valid."""
-    family, prefix = _FAMILIES[config.model_type], base_prefix(config)
+    """The hook point ``blocks.{layer}.{kind}`` of a known family; layer and kind are valid."""
+    family, prefix = BY_MODEL_TYPE[config.model_type], base_prefix(config)
     d_model, block = int(config.hidden_size), f"{family.layers}.{layer}"
     head_dim = getattr(config, "head_dim", None) or d_model // config.num_attention_heads
     name = f"blocks.{layer}.{kind}"
@@ -176,12 +109,12 @@ def _block_hook(config: PretrainedConfig, kind: str, layer: int) -> Hook:
 
 
 def known_hooks(config: PretrainedConfig) -> dict[str, Hook]:
-    """Every TransformerLens hook of a known family, shallowest first; empty for other families."""
-    if config.model_type not in _FAMILIES:
+    """Every TransformerLens hook point of a known family, shallowest first; empty for other families."""
+    if config.model_type not in BY_MODEL_TYPE:
         return {}
     hooks: dict[str, Hook] = {}
     embed, d_embed = (
-        _FAMILIES[config.model_type].embed,
+        BY_MODEL_TYPE[config.model_type].embed,
         getattr(config, "word_embed_proj_dim", config.hidden_size),
     )
     hooks["hook_embed"] = Hook("hook_embed", f"{base_prefix(config)}.{embed}", 0, int(d_embed), embed)
@@ -193,7 +126,7 @@ def known_hooks(config: PretrainedConfig) -> dict[str, Hook]:
 
 
 def resolve_hook(config: PretrainedConfig, hook_name: str) -> Hook:
-    """Find a hook in a model known only by its config.
+    """Find a hook point in a model known only by its config.
 
     Args:
         config: Of the whole model, e.g. ``AutoConfig.from_pretrained(...)``.
@@ -205,11 +138,11 @@ def resolve_hook(config: PretrainedConfig, hook_name: str) -> Hook:
             for any decoder whose blocks can be found.
 
     Returns:
-        The hook. Its ``hook_name`` is the TransformerLens name even if a module path was given, where one
-        exists.
+        The hook point. Its ``hook_name`` is the TransformerLens name even if a module path was given, where
+        one exists.
 
     Raises:
-        ValueError: If the model has no such hook; the message names near and valid ones.
+        ValueError: If the model has no such hook point; the message names near and valid ones.
     """
     n_layers(config)  # refuses what is not a text decoder
     known = known_hooks(config)
@@ -232,35 +165,38 @@ def _no_such_hook(config: PretrainedConfig, asked: str, canonical: str, known: d
     if not known:
         return (
             f"TransformerLens names such as {asked!r} are known for {', '.join(FAMILIES)}; for a model of "
-            "type "
-            f"{config.model_type!r} give the path of a module of AutoModelForCausalLM, e.g. 'model.layers.16'"
+            f"type {config.model_type!r} give the path of a module of AutoModelForCausalLM, e.g. "
+            "'model.layers.16'"
         )
     n = n_layers(config)
     if (match := re.match(r"blocks\.(\d+)\.(.+)$", canonical)) and match.group(2) in _BLOCK_HOOKS:
         if int(match.group(1)) >= n:
-            return f"hook {asked!r} does not exist: the model has {n} layers, so blocks.0 to blocks.{n - 1}"
-        return f"hook {asked!r} does not exist in a {config.model_type} model: {_refusal(config, match.group(2))}"
+            return (
+                f"hook point {asked!r} does not exist: the model has {n} layers, blocks.0 to blocks.{n - 1}"
+            )
+        why = _refusal(config, match.group(2))
+        return f"hook point {asked!r} does not exist in a {config.model_type} model: {why}"
     near = difflib.get_close_matches(canonical, known, n=3)
     hint = f" Did you mean {', '.join(near)}?" if near else ""
     kinds = [kind for kind in _BLOCK_HOOKS if _refusal(config, kind) is None]
     return (
-        f"hook {asked!r} does not exist in a {config.model_type} model with {n} layers.{hint} Valid: "
-        "hook_embed, "
-        f"blocks.L.{{{', '.join(kinds)}}} for L from 0 to {n - 1}, or a module path such as "
+        f"hook point {asked!r} does not exist in a {config.model_type} model with {n} layers.{hint} Valid: "
+        f"hook_embed, blocks.L.{{{', '.join(kinds)}}} for L from 0 to {n - 1}, or a module path such as "
         f"{known[f'blocks.{n // 2}.hook_attn_out'].hf_hook_name!r}"
     )
 
 
 def _module_hook(config: PretrainedConfig, path: str, known: dict[str, Hook]) -> Hook:
-    """A hook on any module's output, its width found by a forward pass on the meta device (no memory, no
-    weights).
-    """
+    """A hook point on any module's output, its width found by a forward pass on the meta device (no memory,
+    no weights)."""
     prefix, n = base_prefix(config), n_layers(config)
     relative = path.removeprefix(f"{prefix}.")
     digits = re.search(r"(?:^|\.)(\d+)(?:\.|$)", relative)
     layer = int(digits.group(1)) if digits else 0
     if layer >= n:
-        raise ValueError(f"hook {path!r} does not exist: the model has {n} layers, numbered 0 to {n - 1}")
+        raise ValueError(
+            f"hook point {path!r} does not exist: the model has {n} layers, numbered 0 to {n - 1}"
+        )
     with torch.device("meta"):
         base = AutoModel.from_config(cut_config(config, layer)).eval()
     modules = dict(base.named_modules())
@@ -268,9 +204,8 @@ def _module_hook(config: PretrainedConfig, path: str, known: dict[str, Hook]) ->
         candidates = [f"{prefix}.{m}" for m in modules if m] + list(known)
         near = difflib.get_close_matches(path, candidates, n=3)
         raise ValueError(
-            f"hook {path!r} does not exist in a {config.model_type} model with {n} layers (paths are those "
-            "of "
-            "AutoModelForCausalLM, without its LM "
+            f"hook point {path!r} does not exist in a {config.model_type} model with {n} layers (paths are "
+            "those of AutoModelForCausalLM, without its LM "
             f"head).{' Did you mean ' + ', '.join(near) + '?' if near else ''}"
         )
     blocks = layers_path(config)
@@ -278,7 +213,9 @@ def _module_hook(config: PretrainedConfig, path: str, known: dict[str, Hook]) ->
         not relative.startswith(f"{blocks}.")
         and base.get_submodule(relative) is not base.get_input_embeddings()
     ):
-        raise ValueError(f"hook {path!r} lies outside the decoder blocks {prefix}.{blocks}.0 to .{n - 1}")
+        raise ValueError(
+            f"hook point {path!r} lies outside the decoder blocks {prefix}.{blocks}.0 to .{n - 1}"
+        )
     if relative == f"{blocks}.{layer}" and isinstance(width := getattr(config, "hidden_size", None), int):
         return Hook(path, path, layer, width, relative)
     probe = Hook(path, path, layer, 0, relative)
@@ -296,15 +233,13 @@ def _module_hook(config: PretrainedConfig, path: str, known: dict[str, Hook]) ->
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as err:
         raise ValueError(
             f"cannot tell the width of {path!r} in a {config.model_type} model without its weights: choose "
-            "another "
-            f"hook (supported families: {', '.join(FAMILIES)})"
+            f"another hook (supported families: {', '.join(FAMILIES)})"
         ) from err
     shape = tuple(seen[path].shape) if path in seen else None
     if shape is None or len(shape) not in (2, 3) or (shape[:2] != (2, 3) and shape[0] != 6):
         raise ValueError(
-            f"hook {path!r} gives {'nothing' if shape is None else f'shape {shape}'} for 2 prompts of 3 "
-            "tokens, "
-            "expected one vector a token: choose a module that outputs (batch, context, d_in)"
+            f"hook point {path!r} gives {'nothing' if shape is None else f'shape {shape}'} for 2 prompts of "
+            "3 tokens, expected one vector a token: choose a module that outputs (batch, context, d_in)"
         )
     return Hook(path, path, layer, shape[-1], relative)
 
@@ -342,10 +277,8 @@ class HookReader:
         return self
 
     def take(self) -> dict[str, Tensor]:
-        """The activations of this thread's last forward pass by hook name, as the modules gave them.
-
-        Forgotten here.
-        """
+        """The activations of this thread's last forward pass by hook name, as the modules gave them;
+        forgotten here."""
         seen, self._seen.activations = self._seen.activations, {}
         return seen
 
@@ -361,63 +294,3 @@ class HookReader:
 class _OfThread(threading.local):
     def __init__(self) -> None:
         self.activations: dict[str, Tensor] = {}
-
-
-def cut_config(config: PretrainedConfig, layer: int) -> PretrainedConfig:
-    """A copy of ``config`` with blocks 0 to ``layer`` only, per-layer lists cut to match, and no KV cache."""
-    n = n_layers(config)
-    if not 0 <= layer < n:
-        raise ValueError(f"layer must be from 0 to {n - 1} (the model has {n} layers), got {layer}")
-    cut = copy.deepcopy(config)
-    for name, value in vars(config).items():
-        if "layer" in name and isinstance(value, list) and len(value) == n:
-            setattr(cut, name, value[: layer + 1])
-    cut.num_hidden_layers = layer + 1
-    cut.use_cache = False
-    return cut
-
-
-def layers_path(config: PretrainedConfig) -> str:
-    """Path of the list of decoder blocks in the base model, e.g. ``layers`` or ``decoder.layers``.
-
-    Raises:
-        ValueError: If it cannot be told which list that is.
-    """
-    if (family := _FAMILIES.get(config.model_type)) is not None:
-        return family.layers
-    with torch.device("meta"):
-        base = AutoModel.from_config(cut_config(config, 0))
-    found = [name for name, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) == 1]
-    outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
-    if len(outermost) != 1:
-        raise ValueError(
-            f"cannot tell the decoder blocks of a {config.model_type!r} model, candidates: "
-            f"{outermost or 'none'}; "
-            f"supported families: {', '.join(FAMILIES)}"
-        )
-    return outermost[0]
-
-
-def layers_of(base_model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder blocks of a base model, cut or whole; errors as ``layers_path``."""
-    layers = base_model.get_submodule(layers_path(base_model.config))
-    assert isinstance(layers, nn.ModuleList)
-    return layers
-
-
-def after_layers_paths(config: PretrainedConfig) -> tuple[str, ...]:
-    """Paths that a family has for modules applied after the last block.
-
-    Empty for families not in ``FAMILIES``.
-    """
-    family = _FAMILIES.get(config.model_type)
-    return () if family is None else family.after_layers
-
-
-def after_layers(base_model: PreTrainedModel) -> tuple[str, ...]:
-    """Paths of the modules that a base model has and applies after its last block, e.g. ``("norm",)``."""
-    owners = [(path, *path.rpartition(".")) for path in after_layers_paths(base_model.config)]
-    # OPT has some of them only in some sizes, and None in the others
-    return tuple(
-        path for path, owner, _, name in owners if getattr(base_model.get_submodule(owner), name) is not None
-    )

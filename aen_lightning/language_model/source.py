@@ -87,7 +87,7 @@ class LanguageModelSource:
 
     @property
     def hooks(self) -> tuple[Hook, ...]:
-        """The hooks, found in the model's config."""
+        """The hook points, found in the model's config."""
         if self._hooks is None:
             if self._known_once_loaded:
                 self._hooks = tuple(self.model.hooks)
@@ -108,7 +108,8 @@ class LanguageModelSource:
             self._loaded = None
 
     def tokenizer(self) -> Any:
-        """The tokenizer, or None if a given model has none. A hook that does not exist is reported before."""
+        """The tokenizer, or None if a given model has none. A hook point that does not exist is reported
+        before."""
         _ = self.hooks
         if self._given_tokenizer is None:
             name = self.options.tokenizer_name or (None if self._is_tl else self.options.model_name)
@@ -135,7 +136,7 @@ class LanguageModelSource:
             raise ValueError(f"context_size is {context_size}, but the model has {limit} positions: lower it")
 
     def metadata(self) -> dict[str, Any]:
-        """Model and hook in SAELens's metadata keys, for an SAE on the first hook."""
+        """Model and hook point in SAELens's metadata keys, for an SAE on the first hook point."""
         hook = self.hooks[0]
         metadata: dict[str, Any] = {
             "model_name": self.options.model_name or _name_of(self.given_model),
@@ -180,7 +181,8 @@ class LanguageModelSource:
         options = self.options
         assert options.model_name is not None
         kwargs: dict[str, Any] = {
-            "revision": options.revision, "dtype": options.model_dtype, "device": options.device or self.device(),
+            "revision": options.revision, "dtype": options.model_dtype,
+            "device": options.device or self.device(),
             "model_from_pretrained_kwargs": self._kwargs,
         }  # fmt: skip
         if options.model_class_name == "AutoModelForCausalLM":
@@ -205,7 +207,8 @@ class LanguageModelSource:
         if self._is_tl or self.options.model_name is None:
             return None
         model: Any = AutoModelForCausalLM.from_pretrained(
-            self.options.model_name, revision=self.options.revision or "main", dtype=DTYPES[self.options.model_dtype],
+            self.options.model_name, revision=self.options.revision or "main",
+            dtype=DTYPES[self.options.model_dtype],
             **self._kwargs,
         )  # fmt: skip
         return model if "device_map" in self._kwargs else model.to(device)
@@ -221,10 +224,8 @@ def load_tokenizer(
 
 
 def _plain(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The part of ``kwargs`` that JSON can hold.
-
-    A quantization config, e.g., says how the model was run, not which.
-    """
+    """The part of ``kwargs`` that JSON can hold; a quantization config, e.g., says how the model was run, not
+    which."""
     plain = {}
     for name, value in kwargs.items():
         if isinstance(value, bool | int | float | str | list | dict | type(None)):

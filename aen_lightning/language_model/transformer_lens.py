@@ -20,7 +20,7 @@ TLClassName = Literal["HookedTransformer", "TransformerBridge"]
 
 class TLModel:
     """A loaded ``HookedTransformer`` or ``TransformerBridge``, run only up to the block after the deepest
-    hook.
+    hook point.
 
     Args:
         model: The TransformerLens model. It is put into eval mode and frozen.
@@ -44,9 +44,8 @@ class TLModel:
             if name not in probe:
                 near = difflib.get_close_matches(name, list(model.hook_dict), n=3)
                 raise ValueError(
-                    f"hook {name!r} does not exist in this {type(model).__name__} of {model.cfg.n_layers} "
-                    "layers."
-                    f"{' Did you mean ' + ', '.join(near) + '?' if near else ''}"
+                    f"hook point {name!r} does not exist in this {type(model).__name__} of "
+                    f"{model.cfg.n_layers} layers.{' Did you mean ' + ', '.join(near) + '?' if near else ''}"
                 )
         self.hooks = tuple(
             Hook(name, None, (layer or model.cfg.n_layers) - 1, probe[name][0, 0].numel(), name)
@@ -63,7 +62,8 @@ class TLModel:
         names = [h.hook_name for h in self.hooks]
         cache: dict[str, Tensor]
         _, cache = self.model.run_with_cache(
-            input_ids.to(self.device), names_filter=lambda name: name in names, stop_at_layer=self._stop_at_layer,
+            input_ids.to(self.device), names_filter=lambda name: name in names,
+            stop_at_layer=self._stop_at_layer,
             return_cache_object=False, prepend_bos=False, **kwargs,
         )  # fmt: skip
         return cache

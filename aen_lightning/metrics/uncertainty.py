@@ -37,7 +37,8 @@ def jackknife(sums: Tensor, statistic: Callable[[Tensor], Tensor]) -> tuple[Tens
 
 
 def jackknife_metric(groups: Sequence[Metric]) -> Estimate:
-    """Value and standard error of a metric whose states are sums, given one copy of it per group of tokens."""
+    """Value and standard error of a metric whose states are sums, given one copy of it per group of
+    tokens."""
     filled = [m for m in groups if m.update_called]
     if not filled:
         return {"value": None, "se": None}

@@ -2,8 +2,8 @@
 from SAELens.
 
 A set is a folder: ``shard-00000.safetensors``, ... each with ``token_ids`` (n_tokens,) int32 and one tensor
-(n_tokens, d_in) per hook, and ``manifest.json``, which says what they are. A shard exists whole or not at
-all: it is written under another name, hashed, and renamed; its record follows, and the manifest that lists
+(n_tokens, d_in) per hook point, and ``manifest.json``, which says what they are. A shard exists whole or not
+at all: it is written under another name, hashed, and renamed; its record follows, and the manifest that lists
 all records is written last.
 """
 

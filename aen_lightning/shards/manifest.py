@@ -44,7 +44,7 @@ class Manifest:
     """Contents of ``manifest.json``.
 
     Args:
-        d_in: Width of the activation at each hook, keyed by ``hook_name``; the order is that inside the
+        d_in: Width of the activation at each hook point, keyed by ``hook_name``; the order is that inside the
             shards.
         dtype: On disk: ``float32``, ``bfloat16`` or ``float16``.
         context_size: Tokens the language model saw at once.
@@ -77,7 +77,7 @@ class Manifest:
 
     @property
     def bytes_per_token(self) -> int:
-        """On disk: activations of all hooks and the token id."""
+        """On disk: activations of all hook points and the token id."""
         return sum(self.d_in.values()) * DTYPES[self.dtype].itemsize + 4
 
     @property
@@ -120,8 +120,8 @@ class Manifest:
             )
         if content.get("version") != VERSION:
             raise ShardError(
-                f"{path} has format version {content.get('version')!r}; this aen-lightning reads "
-                f"{VERSION}: update the package"
+                f"{path} has format version {content.get('version')!r}; this aen-lightning reads {VERSION}: "
+                "update the package"
             )
         try:
             records = [ShardRecord(**s) for s in content["shards"]]
@@ -182,6 +182,5 @@ def require_disk(folder: Path, n_bytes: int, *, force: bool = False) -> None:
     if n_bytes > free and not force:
         raise ShardError(
             f"{folder} needs {n_bytes / 2**30:.2f} GiB more and its disk has {free / 2**30:.2f} GiB free: "
-            "take fewer tokens, "
-            "a 16-bit dtype or another disk, or force it (force_disk: true)"
+            "take fewer tokens, a 16-bit dtype or another disk, or force it (force_disk: true)"
         )

@@ -54,8 +54,8 @@ class ShardSet(ActivationSource):
             done = len({s.index for s in [*self.manifest.shards, *loose_records(self.path)]})
             raise ShardError(
                 f"{self.path} is incomplete: {done} of {self.manifest.n_shards or 'an unknown number of'} "
-                "shards are there. Finish "
-                "the harvest (run it again), or allow_incomplete=True to use what there is"
+                "shards are there. Finish the harvest (run it again), or allow_incomplete=True to use what "
+                "there is"
             )
         if not self.manifest.n_tokens:
             raise ShardError(
@@ -116,8 +116,7 @@ def _check_hash(folder: Path, record: ShardRecord) -> None:
     if found != record.sha256:
         raise ShardError(
             f"{folder / record.file} is damaged: its SHA-256 is {found[:12]}..., by the manifest "
-            f"{record.sha256[:12]}.... Fetch it "
-            "again, or delete it and harvest into this folder again"
+            f"{record.sha256[:12]}.... Fetch it again, or delete it and harvest into this folder again"
         )
 
 
@@ -165,9 +164,8 @@ def verify(path: str | Path) -> Manifest:
         _open_shard(folder, record, manifest)
     if not manifest.complete:
         raise ShardError(
-            f"{folder} is incomplete: {len(manifest.shards)} of {manifest.n_shards or '?'} shards are "
-            "there (and sound); run the "
-            "harvest again to finish it"
+            f"{folder} is incomplete: {len(manifest.shards)} of {manifest.n_shards or '?'} shards are there "
+            "(and sound); run the harvest again to finish it"
         )
     return manifest
 

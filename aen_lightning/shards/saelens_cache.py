@@ -15,7 +15,7 @@ from aen_lightning.shards.source import ActivationSource
 
 
 class SAELensCache(ActivationSource):
-    """A cached-activation dataset of SAELens (Arrow; one column (context_size, d_in) per hook, maybe
+    """A cached-activation dataset of SAELens (Arrow; one column (context_size, d_in) per hook point, maybe
     ``token_ids``).
 
     Args:

@@ -19,7 +19,7 @@ class ActivationSource(ABC):
 
     Attributes:
         path: Folder.
-        d_in: Width at each hook, keyed by ``hook_name``.
+        d_in: Width at each hook point, keyed by ``hook_name``.
         dtype: On disk.
         context_size: Tokens the language model saw at once; None if not known.
         metadata: SAELens metadata about where the activations are from.
@@ -35,10 +35,8 @@ class ActivationSource(ABC):
 
     @abstractmethod
     def part(self, index: int) -> dict[str, Tensor]:
-        """The tensors of one part, mapped, not read.
-
-        Each hook (n, d_in), and ``token_ids`` (n,) if there are any.
-        """
+        """The tensors of one part, mapped, not read: each hook point (n, d_in), and ``token_ids`` (n,) if
+        there are any."""
 
     @cached_property
     def part_ends(self) -> NDArray[np.int64]:
@@ -55,10 +53,10 @@ class ActivationSource(ABC):
 
         Args:
             rows: Row numbers, ascending (so that each part is read once, and in order).
-            hook_names: Which hooks.
+            hook_names: Which hook points.
 
         Returns:
-            For each hook a new float32 tensor (len(rows), d_in).
+            For each hook point a new float32 tensor (len(rows), d_in).
         """
         ends = self.part_ends
         first, last = np.searchsorted(ends, rows[[0, -1]], side="right") if len(rows) else (0, -1)

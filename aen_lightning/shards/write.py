@@ -35,7 +35,7 @@ class ShardStream:
     Args:
         folder: Of the set; must exist.
         index: Place of the shard in the set.
-        d_in: Width at each hook, keyed by name.
+        d_in: Width at each hook point, keyed by name.
         dtype: On disk.
         capacity: The most rows that will be appended.
     """
@@ -74,16 +74,18 @@ class ShardStream:
         """Append rows.
 
         Args:
-            activations: For each hook (n, d_in), on any device, cast to the dtype on disk if they have
+            activations: For each hook point (n, d_in), on any device, cast to the dtype on disk if they have
                 another.
             token_ids: (n,).
 
         Raises:
-            ValueError: If shapes or hooks do not fit, or there are more rows than the capacity.
+            ValueError: If shapes or hook points do not fit, or there are more rows than the capacity.
         """
         n = len(token_ids)
         if set(activations) != set(self.d_in):
-            raise ValueError(f"shard {self.index} holds hooks {sorted(self.d_in)}, got {sorted(activations)}")
+            raise ValueError(
+                f"shard {self.index} holds hook points {sorted(self.d_in)}, got {sorted(activations)}"
+            )
         if self.n_tokens + n > self.capacity:
             raise ValueError(
                 f"shard {self.index} has room for {self.capacity} tokens, got {self.n_tokens + n}"

@@ -1,7 +1,5 @@
-"""Reading activations for training.
-
-The order, the split, scaling, resume, several hooks, SAELens's cache, ranks.
-"""
+"""Reading activations for training: the order, the split, scaling, resume, several hooks, SAELens's cache,
+ranks."""
 
 import itertools
 import threading
@@ -40,8 +38,7 @@ def first(data: ActivationsDataModule, n: int) -> list[Any]:
     return batches
 
 
-# --- the order
-# ---------------------------------------------------------------------------------------------------------
+# --- the order ----------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=200, deadline=None)
@@ -114,8 +111,7 @@ def test_order_rejects_nonsense():
         ShuffledOrder(10, seed=0, block_rows=0)
 
 
-# --- batches
-# -----------------------------------------------------------------------------------------------------------
+# --- batches ------------------------------------------------------------------------------------------------
 
 
 def test_an_epoch_of_batches_has_every_row_once(tmp_path: Path):
@@ -150,7 +146,7 @@ def test_several_hooks_stay_aligned(tmp_path: Path):
         for a, b in zip(batch[HOOK], batch["b"], strict=True):
             assert torch.equal(table[tuple(b.tolist())], a)
     assert first(set_up(tmp_path, hook_name="c"), 1)[0].shape == (8, 2)
-    with pytest.raises(ValueError, match="several hooks"):
+    with pytest.raises(ValueError, match="several hook points"):
         set_up(tmp_path)
 
 
@@ -239,8 +235,7 @@ def test_damaged_shard_is_named_before_training(tmp_path: Path):
         set_up(tmp_path)
 
 
-# --- under a Trainer
-# -----------------------------------------------------------------------------------------------------
+# --- under a Trainer ----------------------------------------------------------------------------------------
 
 
 class Recorder(pl.LightningModule):
@@ -265,8 +260,10 @@ class Recorder(pl.LightningModule):
 def fit(path: Path, max_steps: int, *, root: Path, resume: Path | None = None, **kwargs: Any) -> Recorder:
     model = Recorder()
     trainer = pl.Trainer(
-        accelerator="cpu", devices=1, max_steps=max_steps, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=root, callbacks=[ModelCheckpoint(root, filename="{step}", every_n_train_steps=5, save_top_k=-1)], **kwargs,
+        accelerator="cpu", devices=1, max_steps=max_steps, logger=False, enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=root, callbacks=[ModelCheckpoint(root, filename="{step}", every_n_train_steps=5,
+        save_top_k=-1)], **kwargs,
     )  # fmt: skip
     data = ActivationsDataModule(
         str(path), train_batch_size_tokens=8, held_out_fraction=0.1, input_scaling="per_token"

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from aen_lightning.data.options import DatasetOptions, TextOptions
 from aen_lightning.data.text import TextActivationsDataModule
 from aen_lightning.harvest import HarvestDataModule
+from tests.support.tiny_models import BOS, EOS, PAD, tiny_tokenizer
 
 
 def parser(datamodule: type) -> ArgumentParser:
@@ -92,3 +93,14 @@ def test_a_model_and_a_dataset_are_needed():
         TextActivationsDataModule(hook_name="blocks.1.hook_resid_post", dataset_path="text.jsonl")
     with pytest.raises(ValueError, match="dataset_path is missing: give a Hub name, a folder or files"):
         TextActivationsDataModule(hook_name="blocks.1.hook_resid_post", model_name="gpt2")
+
+
+def test_special_tokens_are_those_of_the_tokenizer():
+    assert DatasetOptions(exclude_token_ids=[9, EOS]).excluded_token_ids(tiny_tokenizer()) == (
+        BOS,
+        EOS,
+        PAD,
+        9,
+    )
+    assert DatasetOptions(exclude_special_tokens=False).excluded_token_ids(tiny_tokenizer()) == ()
+    assert DatasetOptions(exclude_token_ids=[9]).excluded_token_ids(None) == (9,)

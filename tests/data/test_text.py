@@ -52,8 +52,7 @@ def take(datamodule: TextActivationsDataModule, n: int) -> list[Any]:
     return list(islice(iter(datamodule.train_dataloader()), n))
 
 
-# --- what a batch holds
-# -----------------------------------------------------------------------------------------
+# --- what a batch holds -------------------------------------------------------------------------------------
 
 
 def test_unshuffled_batches_are_the_whole_models_hidden_states_without_special_tokens(
@@ -101,7 +100,8 @@ def test_norm_outliers_are_left_out_and_counted(tmp_path: Path, text_file: str):
     with torch.no_grad():
         model.transformer.wte.weight[33] *= 1000
     datamodule = make(
-        "", text_file, model=model, tokenizer=tiny_tokenizer(), hook_name="hook_embed", norm_outlier_multiple=5.0,
+        "", text_file, model=model, tokenizer=tiny_tokenizer(), hook_name="hook_embed",
+        norm_outlier_multiple=5.0,
         held_out_documents=0, shuffle_documents=False,
     )  # fmt: skip
     batches = torch.cat(take(datamodule, 30))
@@ -149,8 +149,7 @@ def test_average_scaling_measures_the_beginning_of_the_dataset_and_costs_trainin
     assert raw.token_counts == scaled.token_counts
 
 
-# --- evaluation
-# -------------------------------------------------------------------------------------------------
+# --- evaluation ---------------------------------------------------------------------------------------------
 
 
 def test_evaluation_is_repeatable_shared_by_ranks_and_finite(folder: str, text_file: str, monkeypatch: Any):
@@ -164,7 +163,7 @@ def test_evaluation_is_repeatable_shared_by_ranks_and_finite(folder: str, text_f
     ranks = []
     for rank in range(2):
         monkeypatch.setattr(
-            TextActivationsDataModule, "_rank_and_world_size", lambda self, rank=rank: (rank, 2)
+            "aen_lightning.data.text.rank_and_world_size", lambda trainer, rank=rank: (rank, 2)
         )
         ranks.append(list(make(folder, text_file, held_out_documents=40).val_dataloader()))
     assert len(ranks[0]) == len(ranks[1])
@@ -177,8 +176,7 @@ def test_n_eval_batches_limits_the_batches(folder: str, text_file: str):
     assert len(list(make(folder, text_file, held_out_documents=40, n_eval_batches=2).test_dataloader())) == 2
 
 
-# --- order, randomness, resuming
-# ----------------------------------------------------------------------------------
+# --- order, randomness, resuming ----------------------------------------------------------------------------
 
 
 def test_the_global_generator_is_neither_used_nor_heeded(folder: str, text_file: str):
@@ -194,7 +192,8 @@ def test_the_global_generator_is_neither_used_nor_heeded(folder: str, text_file:
 
 @pytest.mark.parametrize("options", [
     {}, {"activations_mixing_fraction": 0.0}, {"activations_mixing_fraction": 0.9, "buffer_size_tokens": 200},
-    {"hook_name": [HOOK, "blocks.0.attn.hook_z"]}, {"norm_outlier_multiple": 1.3}, {"input_scaling": "average"},
+    {"hook_name": [HOOK, "blocks.0.attn.hook_z"]}, {"norm_outlier_multiple": 1.3},
+    {"input_scaling": "average"},
     {"streaming": True}, {"prefetch": 2},
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:resuming")
@@ -224,8 +223,8 @@ def test_resuming_runs_the_model_for_the_buffer_only(folder: str, text_file: str
     resumed = make(folder, text_file)
     resumed.load_state_dict(first.state_dict())
     model, calls = resumed.language_model, []
-    activations = model.activations
-    model.activations = lambda tokens: calls.append(tokens) or activations(tokens)  # type: ignore[method-assign]
+    run = model.activations
+    model.activations = lambda tokens: calls.append(tokens) or run(tokens)  # type: ignore[method-assign]
     take(resumed, 1)
     assert first.token_counts["seen"] // (4 * 16) > 75  # calls in the first run
     assert len(calls) < 20
@@ -326,15 +325,16 @@ def test_the_model_is_in_no_checkpoint(folder: str, text_file: str, tmp_path: Pa
     assert list(torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]) == ["weight"]
 
 
-# --- errors before any work
-# ---------------------------------------------------------------------------------------
+# --- errors before any work ---------------------------------------------------------------------------------
 
 
 def test_setup_reads_no_weights_and_a_wrong_hook_is_an_error(tmp_path: Path, text_file: str):
     folder = Path(save_tiny_model("llama", tmp_path))
     (folder / "model.safetensors").unlink()
     assert make(str(folder), text_file).d_in == D_MODEL
-    with pytest.raises(ValueError, match=r"hook 'blocks\.1\.hook_resid_pst' does not exist .* Did you mean"):
+    with pytest.raises(
+        ValueError, match=r"hook point 'blocks\.1\.hook_resid_pst' does not exist .* Did you mean"
+    ):
         make(str(folder), text_file, hook_name="blocks.1.hook_resid_pst")
     with pytest.raises(ValueError, match="context_size is 65, but the model has 64 positions"):
         make(str(folder), text_file, context_size=65)

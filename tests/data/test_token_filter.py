@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aen_lightning.data.token_filter import TokenFilter, excluded_token_ids
-from tests.support.tiny_models import BOS, EOS, PAD, tiny_tokenizer
+from aen_lightning.data.token_filter import TokenFilter
 
 
 def test_tokens_are_left_out_by_id():
@@ -38,9 +37,3 @@ def test_nothing_to_filter_keeps_all():
 def test_a_multiple_that_leaves_out_the_median_is_refused(multiple: float):
     with pytest.raises(ValueError, match="norm_outlier_multiple must be above 1 or None, got"):
         TokenFilter(norm_outlier_multiple=multiple)
-
-
-def test_special_tokens_are_those_of_the_tokenizer():
-    assert excluded_token_ids(tiny_tokenizer(), special=True, others=[9, EOS]) == (BOS, EOS, PAD, 9)
-    assert excluded_token_ids(tiny_tokenizer(), special=False, others=[9]) == (9,)
-    assert excluded_token_ids(None, special=True, others=[]) == ()

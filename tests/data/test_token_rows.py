@@ -95,6 +95,11 @@ def test_training_never_sees_a_held_out_document_not_even_a_copy(streaming: bool
     assert all(pair_of[text] in test and pair_of[text] not in validation for text in texts[1:8:2])
 
 
+def test_an_unknown_split_is_an_error():
+    with pytest.raises(ValueError, match="split must be 'validation' or 'test', got 'val'"):
+        token_rows(numbered(5, False), held_out_documents=2).evaluation("val")
+
+
 def test_all_documents_held_out_is_an_error():
     with pytest.raises(ValueError, match=r"no document is left for training .*\(held_out_documents=10\)"):
         next(token_rows(numbered(5, False), held_out_documents=10).training())

@@ -106,6 +106,13 @@ def as_set(path: Path) -> Counter[tuple[int, bytes]]:
     return Counter((int(i), x.numpy().tobytes()) for i, x in zip(ids, activations, strict=True))
 
 
+def saved(model: Any, tmp_path: Path) -> str:
+    """A folder with the model and the tokenizer."""
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
 # --- what is on disk
 # ---------------------------------------------------------------------------------------------------
 
@@ -141,8 +148,7 @@ def test_float16_overflow_is_an_error_and_not_infinity(tmp_path: Path, text: str
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(1e6)
-    tiny_tokenizer().save_pretrained(tmp_path / "tok")
-    module = HarvestModule.from_model(model, [HOOK], model_name=str(tmp_path / "tok"), dtype="float16")
+    module = HarvestModule(saved(model, tmp_path), [HOOK], dtype="float16")
     with pytest.raises(ValueError, match="does not fit float16"):
         harvest(tmp_path / "set", module, text)
 
@@ -204,10 +210,7 @@ def test_norm_outliers_are_left_out_and_counted(tmp_path: Path, text: str, docum
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.embed_tokens.weight[7] *= 1000  # one token far out, as an attention sink is
-    tiny_tokenizer().save_pretrained(tmp_path / "tok")
-    module = HarvestModule.from_model(
-        model, ["hook_embed"], model_name=str(tmp_path / "tok"), norm_outlier_multiple=20.0
-    )
+    module = HarvestModule(saved(model, tmp_path), ["hook_embed"], norm_outlier_multiple=20.0)
     manifest = harvest(tmp_path / "set", module, text)
     ids = ShardSet(tmp_path / "set").token_ids()
     expected = packed(documents).flatten()
@@ -374,7 +377,10 @@ import json, os, sys, time
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import ModelParallelStrategy
 from aen_lightning.harvest import HarvestDataModule, HarvestModule, ShardWriter, run_harvest
-from aen_lightning.language_model.fsdp import parameter_bytes
+
+def parameter_bytes(model):
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    return sum(p.numel() * p.element_size() for p in local)
 
 class Slow(pl.Callback):
     def on_predict_batch_end(self, trainer, module, *args):
@@ -383,7 +389,7 @@ class Slow(pl.Callback):
             f.write(str(parameter_bytes(module.language_model.model)))
         # threads would gather sharded weights in an order of their own, and the ranks wait for each other for
         # ever
-        assert not os.environ.get("FSDP") or module.language_model._rows is None
+        assert not os.environ.get("FSDP") or module.language_model._threads is None
 
 if __name__ == "__main__":
     devices = int(os.environ.get("WORLD_SIZE", 1))

@@ -14,7 +14,8 @@ from tests.support.tiny_models import save_tiny_model, tiny_config, tiny_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 LLAMA_8B = LlamaConfig(
-    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8,
     vocab_size=128256, max_position_embeddings=131072,
 )  # fmt: skip
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aen_lightning.language_model.batch_threads import RowParallel
+from aen_lightning.language_model.batch_threads import BatchThreads
 from aen_lightning.language_model.cut_model import CutModel, cut_model
 from aen_lightning.language_model.hook_points import known_hooks
 from tests.support.tiny_models import FAMILIES, N_LAYERS, tiny_model
@@ -30,7 +30,7 @@ def _two_threads() -> Iterator[None]:
 
 def cut(model: PreTrainedModel, hook_names: list[str], min_tokens: int) -> CutModel:
     found = cut_model(model, hook_names)
-    found._rows = RowParallel(min_tokens=min_tokens)
+    found._threads = BatchThreads(min_tokens=min_tokens)
     return found
 
 
@@ -72,7 +72,7 @@ def test_each_part_has_its_rows_of_the_attention_mask() -> None:
 
 
 def test_parts_run_at_the_same_time_in_order_and_with_their_share_of_the_threads() -> None:
-    together, rows = threading.Barrier(2, timeout=60), RowParallel(min_tokens=1)
+    together, rows = threading.Barrier(2, timeout=60), BatchThreads(min_tokens=1)
 
     def run(part: Tensor, nothing: None) -> tuple[list[int], int, None]:
         together.wait()  # passes only if both are here
@@ -103,11 +103,11 @@ def test_a_batch_is_cut_for_the_threads_there_are_into_parts_worth_it(
     shape: tuple[int, int], n_threads: int, n_parts: int
 ) -> None:
     torch.set_num_threads(n_threads)
-    assert RowParallel(min_tokens=512).n_parts(torch.zeros(shape)) == n_parts
+    assert BatchThreads(min_tokens=512).n_parts(torch.zeros(shape)) == n_parts
 
 
 def test_parts_run_in_the_modes_of_the_caller() -> None:
-    rows = RowParallel(min_tokens=1)
+    rows = BatchThreads(min_tokens=1)
 
     def modes(_: Tensor) -> tuple[Any, ...]:
         return (
@@ -136,13 +136,13 @@ def test_an_error_in_a_part_is_raised_after_all_have_ended() -> None:
         ended.append(int(part.item()))
 
     with pytest.raises(ValueError, match="part 0 failed"):
-        RowParallel(min_tokens=1).map(run, 2, torch.arange(2))
+        BatchThreads(min_tokens=1).map(run, 2, torch.arange(2))
     assert ended == [1]
 
 
 def test_a_model_whose_weights_move_is_run_whole() -> None:
     model: Any = tiny_model("llama").base_model
-    assert CutModel(model, ())._rows is not None
-    assert CutModel(model, (), row_parallel=False)._rows is None
+    assert CutModel(model, ())._threads is not None
+    assert CutModel(model, (), batch_threads=False)._threads is None
     model.hf_device_map = {"": "cpu"}
-    assert CutModel(model, ())._rows is None
+    assert CutModel(model, ())._threads is None

@@ -1,6 +1,5 @@
 """Hooks and cut models against the whole models of transformers, and against TransformerLens's own
-activations.
-"""
+activations."""
 
 from __future__ import annotations
 
@@ -19,7 +18,8 @@ from aen_lightning.language_model.cut_model import (
     load_cut_model,
     resolve_hooks,
 )
-from aen_lightning.language_model.hook_points import cut_config, known_hooks, layers_of, resolve_hook
+from aen_lightning.language_model.families import cut_config, layers_of
+from aen_lightning.language_model.hook_points import known_hooks, resolve_hook
 from tests.support.tiny_models import D_MODEL, FAMILIES, N_LAYERS, save_tiny_model, tiny_config, tiny_model
 
 IDS = torch.tensor([[5, 9, 33, 1, 8, 60, 7, 12, 4], [40, 41, 42, 43, 44, 45, 46, 47, 48]])

@@ -90,7 +90,7 @@ def test_append_rejects_what_does_not_fit(tmp_path: Path):
         stream.append({HOOK: torch.zeros(3, 1)}, torch.zeros(3))
     with pytest.raises(ValueError, match="room for 4 tokens, got 5"):
         stream.append({HOOK: torch.zeros(5, 2)}, torch.zeros(5))
-    with pytest.raises(ValueError, match="holds hooks"):
+    with pytest.raises(ValueError, match="holds hook points"):
         stream.append({"other": torch.zeros(1, 2)}, torch.zeros(1))
     stream.abort()
     assert not list(tmp_path.iterdir())
