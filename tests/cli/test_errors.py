@@ -1,4 +1,4 @@
-"""Every slip ends with one line and code 2: ``wrong_inputs.txt`` is the table, a command and the line it must give.
+"""Every slip ends with one line and code 2: ``wrong_inputs.txt`` has a command and the line it must give.
 
 ``…`` stands for any text, where the words are another room's or another library's.
 """
