@@ -98,6 +98,8 @@ def _world_size(trainer: dict[str, Any]) -> tuple[int, list[str]]:
         return devices * nodes, []
     if isinstance(devices, (list, tuple)):
         return len(devices) * nodes, []
+    if devices not in ("auto", -1, "-1"):
+        raise ValueError(f"trainer.devices must be a positive number, a list or 'auto', got {devices!r}")
     return nodes, [f"devices {devices!r} is taken as one device a node"]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -132,14 +133,21 @@ def load_config(
     revision: str | None = None,
     model_from_pretrained_kwargs: dict[str, Any] | None = None,
 ) -> PretrainedConfig:
-    """The config of a model, with what ``model_from_pretrained_kwargs`` says about where to find it and its
-    attention.
+    """The config of a model, with what ``model_from_pretrained_kwargs`` says of its place and its attention.
+
+    Raises:
+        OSError: If there is no such model, or the Hub cannot be reached; the message names the model.
     """
     passed = (
         "gguf_file", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code", "attn_implementation",
     )  # fmt: skip
     kwargs = {k: v for k, v in (model_from_pretrained_kwargs or {}).items() if k in passed}
-    return AutoConfig.from_pretrained(model_name, revision=revision or "main", **kwargs)
+    try:
+        return AutoConfig.from_pretrained(model_name, revision=revision or "main", **kwargs)
+    except OSError as error:
+        kind = "no such folder, and on the Hub" if not Path(model_name).exists() else "in that folder"
+        reason = " ".join(str(error).split())
+        raise OSError(f"the language model {model_name!r} cannot be read ({kind}: {reason})") from error
 
 
 def resolve_hooks(config: PretrainedConfig, hook_names: Sequence[str]) -> tuple[Hook, ...]:

@@ -1,19 +1,19 @@
 """The exact training step of an SAE, computed on the non-zeros of its code.
 
-After a few hundred steps about 99 % of the feature activations are zero, and every product of the step but
-the encoder's can skip them without changing a single number beyond rounding. A step has two stages, because
-an adaptive penalty needs the code's statistics before it can weigh the code::
+After a few hundred steps about 99 % of the feature activations are zero, and every product of the step but the
+encoder's can skip them without changing a single number beyond rounding. A step has two stages, because an adaptive
+penalty needs the code's statistics before it can weigh the code::
 
     code = sparse.encode(x, W_enc, b_enc, b_dec)              # no autograd graph
     ...  code.feature_sums, code.feature_counts, code.l0      # statistics: EMA, weights, dead features
     out = sparse.loss(x, code, W_enc, b_enc, W_dec, b_dec, l1_weights=l1 * u, l2_coefficient=l2)
     out.loss.backward()                                       # exact gradients of all four parameters
 
-:func:`encode` makes the code of a ReLU or JumpReLU SAE, :func:`encode_topk` and :func:`encode_batch_topk`
-that of a TopK and a BatchTopK one, and :func:`encode_dense` a dense one, for the first steps, when most
-features still fire: :func:`loss` takes them all. :func:`gated_loss` is the objective of a gated SAE.
-:class:`DensitySwitch` chooses between dense and sparse by the measured density. For an objective of your own,
-:func:`activations`, :func:`decode` and :func:`per_entry` are the differentiable parts that these are made of.
+:func:`encode` makes the code of a ReLU or JumpReLU SAE, :func:`encode_topk` and :func:`encode_batch_topk` that of a
+TopK and a BatchTopK one, and :func:`encode_dense` a dense one, for the first steps, when most features still fire:
+:func:`loss` takes them all. :func:`gated_loss` is the objective of a gated SAE. :class:`DensitySwitch` chooses between
+dense and sparse by the measured density. For an objective of your own, :func:`activations`, :func:`decode` and
+:func:`per_entry` are the differentiable parts that these are made of.
 Nothing here knows SAELens, Lightning or the penalty's formula: the functions take tensors.
 """
 

@@ -19,10 +19,7 @@ def _beta_notice_given() -> None:
 
 
 def csr(crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A PyTorch CSR tensor over the given buffers.
-
-    No copy, no invariant checks (each is a synchronisation).
-    """
+    """A PyTorch CSR tensor over the given buffers: no copy, no invariant checks (each is a synchronisation)."""
     _beta_notice_given()
     return torch.sparse_csr_tensor(crow, col, values, shape, check_invariants=False)
 
@@ -105,13 +102,12 @@ class SparseCode:
 class DenseCode:
     """Feature activations of a batch as one (batch, d_sae) tensor, for codes too dense to gain from sparsity.
 
-    It answers to the same statistics as :class:`SparseCode`, so that a caller need not ask which one it
-    holds. ``values`` may have half precision (an encoder under autocast); sums are then taken in float32.
+    It answers to the same statistics as :class:`SparseCode`, so that a caller need not ask which one it holds.
+    ``values`` may have half precision (an encoder under autocast); sums are then taken in float32.
 
     Args:
         values: (batch, d_sae) activations. No autograd graph.
-        encoder_input: (batch, d_in), what the encoder multiplied, for the backward pass; None: computed there
-            anew.
+        encoder_input: (batch, d_in), what the encoder multiplied, for the backward pass; None: computed there anew.
     """
 
     values: Tensor
@@ -155,8 +151,5 @@ def offsets_of(index: Tensor, size: int) -> Tensor:
 
 
 def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
-    """Sum of ``values`` (nnz,) in each run that ``offsets`` (n + 1,) marks, 0 where it is empty.
-
-    Shape (n,).
-    """
+    """Sum of ``values`` (nnz,) in each run that ``offsets`` (n + 1,) marks, 0 where it is empty; shape (n,)."""
     return torch.segment_reduce(values, "sum", offsets=offsets, initial=0.0)

@@ -1,7 +1,4 @@
-"""The step of a code too dense to gain from sparsity.
-
-Five products, and no tensor of the code's size for the loss.
-"""
+"""The step of a code too dense to gain from sparsity: five products, and no tensor of the code's size for the loss."""
 
 from __future__ import annotations
 
@@ -18,8 +15,7 @@ from aen_lightning.sparse.encoding import check_shapes, encoder_input, product_d
 @torch.compiler.disable
 @torch.no_grad()
 def encode_dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None = None) -> DenseCode:
-    """The code of :func:`~aen_lightning.sparse.encode` as one dense tensor, for batches in which many
-    features fire.
+    """The code of :func:`~aen_lightning.sparse.encode` as one dense tensor, for batches in which many features fire.
 
     Under autocast the product, the bias and the code have autocast's dtype: half of what is read and written.
 
@@ -149,10 +145,7 @@ def dense_terms(
     l2_coefficient: float,
     apply_b_dec_to_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(mse_loss, l1_loss, l2_loss, sae_out)`` of a dense code.
-
-    Arguments as for :func:`~aen_lightning.sparse.loss`.
-    """
+    """``(mse_loss, l1_loss, l2_loss, sae_out)`` of a dense code; arguments as for :func:`~aen_lightning.sparse.loss`."""
     return _DenseTerms.apply(
         x, W_enc, b_enc, W_dec, b_dec, l1_weights, slopes, code, l2_coefficient, apply_b_dec_to_input
     )

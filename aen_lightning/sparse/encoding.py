@@ -1,7 +1,4 @@
-"""From activations to a code.
-
-The encoder product in blocks that fit the cache, and what is kept of each block.
-"""
+"""From activations to a code: the encoder product in blocks that fit the cache, and what is kept of each block."""
 
 from __future__ import annotations
 
@@ -11,14 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from aen_lightning.sparse.codes import SparseCode, csr, offsets_of
+from aen_lightning.sparse.products import triton_serves
 from aen_lightning.sparse.screening import screen_features, screen_tokens, screening_pays
 
-# One block of pre-activations: 16 MiB in float32. Larger blocks leave the cache (and glibc maps them anew
-# each time), smaller ones waste the packing that BLAS does for every product.
+# One block of pre-activations: 16 MiB in float32. Larger blocks leave the cache (and glibc maps them anew each
+# time), smaller ones waste the packing that BLAS does for every product.
 BLOCK_ELEMENTS = 2**22
 _MIN_FEATURES = 256
-# Above this share of candidates in a block, the full-precision product of the block is cheaper than its
-# samples.
+# Room for one activation in 64: by arithmetic twice the density up to which a GPU gains (not measured).
+_CAPACITY_SHARE = 64
+_MIN_CAPACITY = 2**12
+_KERNEL_BLOCK_ELEMENTS = 2**24  # 4096 features of 4096 tokens: meant to fit a GPU's cache (not measured)
+# Above this share of candidates in a block, the full-precision product of the block is cheaper than its samples.
 _MAX_CANDIDATES = 0.02
 _ALL_TRUE = 0x0101010101010101  # eight True bytes, in either byte order
 
@@ -62,8 +63,7 @@ def product_dtype(W_enc: Tensor) -> torch.dtype:
 
 
 class EncoderBlocks:
-    """The encoder product of one batch, a block of features at a time; iterates over each block's first
-    feature.
+    """The encoder product of one batch, a block of features at a time; iterates over each block's first feature.
 
     Args:
         x: (batch, d_in).
@@ -123,6 +123,31 @@ class EncoderBlocks:
             )
         return tokens, features + start, values
 
+    def code_by_kernels(self, floor: Tensor | None, capacity: int | None = None) -> SparseCode:
+        """The code of all blocks by the Triton kernels, with one synchronisation at the end, to learn its size.
+
+        Args:
+            floor: (d_sae,), at least 0, in the parameters' dtype; None for 0.
+            capacity: Entries to make room for at first; a code that needs more is made a second time.
+        """
+        from aen_lightning.sparse import triton_kernels
+
+        bias = self._bias.contiguous()
+        floor = torch.zeros_like(bias) if floor is None else floor.contiguous()
+        room = capacity or max(_MIN_CAPACITY, self.batch * self.d_sae // _CAPACITY_SHARE)
+        offsets = torch.zeros(self.d_sae + 1, dtype=torch.int64, device=bias.device)
+        tokens, features = (torch.empty(room, dtype=torch.int64, device=bias.device) for _ in range(2))
+        values = torch.empty(room, dtype=bias.dtype, device=bias.device)
+        for start in self:
+            block = slice(start, start + self._step)
+            weight = self._weight[block].to(self._inputs.dtype)
+            z = torch.mm(weight, self._inputs.t(), out=self._buffer[: weight.shape[0]])
+            triton_kernels.compact(z, bias[block], floor[block], start, offsets, tokens, features, values)
+        nnz = int(offsets[-1])
+        if nnz > room:
+            return self.code_by_kernels(floor, nnz)
+        return SparseCode(offsets, tokens[:nnz], features[:nnz], values[:nnz], (self.batch, self.d_sae))
+
     def code(self, parts: list[Entries]) -> SparseCode:
         """The code of all entries kept; they lie in feature order."""
         tokens, features, values = joined(parts)
@@ -147,12 +172,12 @@ def encode(
     *,
     threshold: Tensor | None = None,
     screen: bool | None = None,
-    block_elements: int = BLOCK_ELEMENTS,
+    block_elements: int | None = None,
 ) -> SparseCode:
     """Code of a ReLU SAE, ``relu((x - b_dec) @ W_enc + b_enc)``, or of a JumpReLU SAE, as its non-zeros.
 
-    The product runs in blocks of features, so that no (batch, d_sae) tensor ever exists. Under autocast it
-    runs in autocast's dtype, like the dense product; the bias is added in the parameters' dtype.
+    The product runs in blocks of features, so that no (batch, d_sae) tensor ever exists. Under autocast it runs in
+    autocast's dtype, like the dense product; the bias is added in the parameters' dtype.
 
     Args:
         x: (batch, d_in) activations, as the loss will see them. Cast to the parameters' dtype.
@@ -161,15 +186,13 @@ def encode(
         b_dec: (d_in,), subtracted from ``x`` first; None for ``apply_b_dec_to_input=False``.
         threshold: (d_sae,) of a JumpReLU SAE: a positive pre-activation is kept, whole, where it is above its
             feature's threshold. No gradient reaches it. None for ReLU.
-        screen: Rule out negative pre-activations with a certified bfloat16 product and compute the rest in
-            full precision (:mod:`aen_lightning.sparse.screening`). The same code to rounding. None: where it
-            pays.
-        block_elements: Pre-activations in memory at a time; rounded to whole features.
+        screen: Rule out negative pre-activations with a certified bfloat16 product and compute the rest in full
+            precision (:mod:`aen_lightning.sparse.screening`). The same code to rounding. None: where it pays.
+        block_elements: Pre-activations in memory at a time, rounded to whole features; None: by device.
     Returns:
         The code, without autograd graph: :func:`~aen_lightning.sparse.loss` knows its derivative.
     Raises:
-        ValueError: If shapes disagree, or ``screen`` is asked for in another dtype than float32 or under
-            autocast.
+        ValueError: If shapes disagree, or ``screen`` is asked for in another dtype than float32 or under autocast.
         TypeError: If the parameters are neither float32 nor float64.
     """
     if threshold is not None:
@@ -179,8 +202,13 @@ def encode(
                 "expand one threshold for all features"
             )
         threshold = threshold.detach().to(b_enc.dtype).clamp_min(0)
-    blocks = EncoderBlocks(x, W_enc, b_enc, b_dec, screen, block_elements)
+    kernels = not screen and triton_serves(x.device)  # they read a block twice at most: nothing to screen
+    if block_elements is None:
+        block_elements = _KERNEL_BLOCK_ELEMENTS if kernels else BLOCK_ELEMENTS
+    blocks = EncoderBlocks(x, W_enc, b_enc, b_dec, False if kernels else screen, block_elements)
     with torch.autocast(x.device.type, enabled=False):
+        if kernels:
+            return blocks.code_by_kernels(threshold)
         return blocks.code([blocks.entries(start, threshold) for start in blocks])
 
 
@@ -189,8 +217,7 @@ def nonzero_flat(negative: Tensor) -> Tensor:
     flat = negative.view(-1)
     if flat.device.type != "cpu" or flat.numel() % 8:
         return flat.logical_not().nonzero().squeeze(1)
-    # CPU nonzero() goes element by element; with 99 % True, looking at eight at a time is about four times
-    # faster.
+    # CPU nonzero() goes element by element; with 99 % True, looking at eight at a time is about four times faster.
     words = (flat.view(torch.int64) != _ALL_TRUE).nonzero().squeeze(1)
     inside = flat.view(-1, 8).index_select(0, words).logical_not_().view(-1).nonzero().squeeze(1)
     return words.index_select(0, inside >> 3).mul_(8).add_(inside & 7)
@@ -216,10 +243,7 @@ def _above(bias: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _lowered(bias: Tensor, floor: Tensor | None) -> Tensor:
-    """A bias with which every pre-activation above the floor is positive.
-
-    Some that are just below it, too.
-    """
+    """A bias with which every pre-activation above the floor is positive; some that are just below it, too."""
     if floor is None:
         return bias
     return bias - floor + (bias.abs() + floor) * (8 * torch.finfo(bias.dtype).eps)
@@ -255,8 +279,8 @@ def _screened_block(
     norm = torch.linalg.vector_norm(rows, dim=1)
     side = screen_features(rows, norm, _lowered(bias, floor))
     upper = torch.mm(side, tokens_side, out=buffer[: rows.shape[0]])
-    # The sign bit of a bfloat16 is that of its bits as an int16, which is read several times faster than
-    # comparing. A bound of exactly 0 counts as a candidate, which is safe.
+    # The sign bit of a bfloat16 is that of its bits as an int16, which is read several times faster than comparing.
+    # A bound of exactly 0 counts as a candidate, which is safe.
     at = nonzero_flat(torch.signbit(upper.view(torch.int16)))
     # The sign bit of a NaN is arbitrary, so a diverged encoder takes the plain product, which keeps it.
     if at.numel() > _MAX_CANDIDATES * upper.numel() or not bool(torch.isfinite(norm).all()):
@@ -273,12 +297,11 @@ def _screened_block(
 
 @torch.no_grad()
 def feature_major_(W_enc: nn.Parameter) -> None:
-    """Store an encoder weight feature by feature, in place: same shape, values and state dict key, strides
-    (1, d_in).
+    """Store an encoder weight feature by feature, in place: same shape, values and state dict key, strides (1, d_in).
 
-    Every product of the sparse step reads or writes whole features. In this layout the weight's gradient is
-    born in place, and neither the weight nor the gradient is transposed at each step. Autograd, the
-    optimizers and checkpoints keep the layout. safetensors does not store strided tensors: call
-    ``.contiguous()`` when saving. FSDP shards contiguous parameters only.
+    Every product of the sparse step reads or writes whole features. In this layout the weight's gradient is born in
+    place, and neither the weight nor the gradient is transposed at each step. Autograd, the optimizers and
+    checkpoints keep the layout. safetensors does not store strided tensors: call ``.contiguous()`` when saving. FSDP
+    shards contiguous parameters only.
     """
     W_enc.data = W_enc.data.t().contiguous().t()

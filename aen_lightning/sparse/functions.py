@@ -1,7 +1,7 @@
 """The differentiable steps that an objective on the non-zeros is made of.
 
-Each takes and gives plain tensors, with one number per entry of a code, in the code's order, for what is
-sparse. Between them an objective may do whatever PyTorch can do with such a vector; autograd joins the parts.
+Each takes and gives plain tensors, with one number per entry of a code, in the code's order, for what is sparse.
+Between them an objective may do whatever PyTorch can do with such a vector; autograd joins the parts.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ _TRANSPOSE_BLOCK = 512
 
 
 def in_layout_of(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """``gradient`` (d_sae, d_in) as (d_in, d_sae) in the parameter's memory layout.
-
-    No copy if feature-major.
-    """
+    """``gradient`` (d_sae, d_in) as (d_in, d_sae) in the parameter's memory layout; no copy if feature-major."""
     if not parameter.is_contiguous():
         return gradient.t()
     out = torch.empty_like(parameter, memory_format=torch.contiguous_format)
@@ -55,8 +52,7 @@ class _Activations(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             grad_W_enc = in_layout_of(W_enc, by_feature_mm(code, grad, encoder_input(x, W_enc, b_dec)))
             grad_b_enc = segment_sums(grad, code.feature_offsets)
-            # sum_b dL/dpre @ W_enc.T, with the sum taken first: one vector instead of a product over the
-            # batch.
+            # sum_b dL/dpre @ W_enc.T, with the sum taken first: one vector instead of a product over the batch.
             grad_b_dec = None if b_dec is None else -(W_enc @ grad_b_enc)
             grad_x = None
             if ctx.needs_input_grad[0]:
@@ -100,8 +96,8 @@ class _PerEntry(torch.autograd.Function):
 def activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, code: SparseCode) -> Tensor:
     """The code's values, differentiable with respect to what they were computed from.
 
-    An entry has the derivative of its pre-activation, ``(x - b_dec) @ W_enc + b_enc``; where the code has no
-    entry the derivative is zero. ``code`` must have been made from the same, unchanged tensors.
+    An entry has the derivative of its pre-activation, ``(x - b_dec) @ W_enc + b_enc``; where the code has no entry
+    the derivative is zero. ``code`` must have been made from the same, unchanged tensors.
 
     Returns:
         (nnz,).
@@ -121,8 +117,5 @@ def decode(values: Tensor, W_dec: Tensor, b_dec: Tensor, code: SparseCode) -> Te
 
 
 def per_entry(per_feature: Tensor, code: SparseCode) -> Tensor:
-    """(nnz,).
-
-    Of (d_sae,) numbers that of each entry's feature. The gradient is summed without atomic additions.
-    """
+    """(nnz,): of (d_sae,) numbers that of each entry's feature. The gradient is summed without atomic additions."""
     return _PerEntry.apply(per_feature, code)

@@ -1,7 +1,4 @@
-"""The loss of a gated SAE.
-
-A penalised gate chooses the features, a second head measures them without shrinkage.
-"""
+"""The loss of a gated SAE: a penalised gate chooses the features, a second head measures them without shrinkage."""
 
 from __future__ import annotations
 
@@ -19,9 +16,8 @@ from aen_lightning.sparse.objective import mean_squared_error, penalty_terms
 class GatedLoss(NamedTuple):
     """The terms of the gated objective, scalars of the parameters' dtype, and what the SAE gives.
 
-    ``mse_loss`` and ``gate_mse_loss`` are summed over d_in and averaged over the batch; ``l1_loss`` and
-    ``l2_loss`` are already weighted. ``sae_out`` is (batch, d_in). ``code`` holds the activations h, without
-    graph.
+    ``mse_loss`` and ``gate_mse_loss`` are summed over d_in and averaged over the batch; ``l1_loss`` and ``l2_loss``
+    are already weighted. ``sae_out`` is (batch, d_in). ``code`` holds the activations h, without graph.
     """
 
     mse_loss: Tensor
@@ -55,8 +51,8 @@ def gated_loss(
 ) -> GatedLoss:
     r"""Loss of a gated SAE with exact gradients, given the code of its gate.
 
-    With :math:`u = (x - b_{dec}) W_{enc}`, the gate :math:`s = \mathrm{relu}(u + b_{gate})` and the
-    activations :math:`h = 1[u + b_{gate} > 0] \, \mathrm{relu}(e^{r_{mag}} u + b_{mag})`,
+    With :math:`u = (x - b_{dec}) W_{enc}`, the gate :math:`s = \mathrm{relu}(u + b_{gate})` and the activations
+    :math:`h = 1[u + b_{gate} > 0] \, \mathrm{relu}(e^{r_{mag}} u + b_{mag})`,
 
     .. math::
         \frac1B \sum_b \|h_b W_{dec} + b_{dec} - x_b\|^2 + \|s_b \bar W_{dec} + \bar b_{dec} - x_b\|^2

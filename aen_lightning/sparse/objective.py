@@ -16,9 +16,8 @@ from aen_lightning.sparse.functions import activations, decode, per_entry
 class SparseLoss(NamedTuple):
     """The terms of the objective, scalars of the parameters' dtype, and the reconstruction.
 
-    ``mse_loss`` is summed over d_in and averaged over the batch, as SAELens reports it; ``l1_loss`` and
-    ``l2_loss`` are already weighted, as SAELens wants auxiliary losses. ``sae_out`` is (batch, d_in) and
-    differentiable too.
+    ``mse_loss`` is summed over d_in and averaged over the batch, as SAELens reports it; ``l1_loss`` and ``l2_loss``
+    are already weighted, as SAELens wants auxiliary losses. ``sae_out`` is (batch, d_in) and differentiable too.
     """
 
     mse_loss: Tensor
@@ -46,18 +45,15 @@ def loss(
     l2_coefficient: float = 0.0,
     apply_b_dec_to_input: bool = True,
 ) -> SparseLoss:
-    r"""Loss of a batch given its code, with exact gradients of every parameter through an ordinary
-    ``backward()``.
+    r"""Loss of a batch given its code, with exact gradients of every parameter through an ordinary ``backward()``.
 
     .. math::
         \frac1B \sum_b \|\hat x_b - x_b\|^2
-        + \frac1B \sum_{bj} \mathtt{l1\_weights}_j \, \mathtt{slopes}_{bj} \, h_{bj} + \frac{l_2}{B} \sum_{bj}
-        h_{bj}^2
+        + \frac1B \sum_{bj} \mathtt{l1\_weights}_j \, \mathtt{slopes}_{bj} \, h_{bj} + \frac{l_2}{B} \sum_{bj} h_{bj}^2
 
-    ``code`` must come from the same ``x`` and the same, unchanged parameters: the gradients of ``W_enc``,
-    ``b_enc`` and ``b_dec`` (and of ``x``, if it asks for one) go through the encoder as though it had been
-    computed here. Activations that the code left out (zero, or not among the k largest, or under a threshold)
-    have no gradient.
+    ``code`` must come from the same ``x`` and the same, unchanged parameters: the gradients of ``W_enc``, ``b_enc``
+    and ``b_dec`` (and of ``x``, if it asks for one) go through the encoder as though it had been computed here.
+    Activations that the code left out (zero, or not among the k largest, or under a threshold) have no gradient.
 
     Args:
         x: (batch, d_in) activations; the target of the reconstruction and the input of the encoder.
@@ -66,18 +62,16 @@ def loss(
         b_enc: (d_sae,).
         W_dec: (d_sae, d_in).
         b_dec: (d_in,).
-        l1_weights: (d_sae,) cost of one unit of each feature's activation, coefficient included; None for no
-            L1 term. For the adaptive penalty ``l1 * u``, detached. It may carry a graph: SAELens's standard
-            SAE is ``l1 * W_dec.norm(dim=1)``, whose gradient then reaches ``W_dec``.
-        slopes: Factor on the cost of each activation, of the shape of ``code.values``; None for 1. Constant
-            in the gradient. With the slope :math:`\varphi'(h)` of a concave penalty this is its local linear
-            approximation (Zou and Li 2008): the gradient is that of :math:`\varphi`, the term that is
-            reported is not.
+        l1_weights: (d_sae,) cost of one unit of each feature's activation, coefficient included; None for no L1
+            term. For the adaptive penalty ``l1 * u``, detached. It may carry a graph: SAELens's standard SAE is
+            ``l1 * W_dec.norm(dim=1)``, whose gradient then reaches ``W_dec``.
+        slopes: Factor on the cost of each activation, of the shape of ``code.values``; None for 1. Constant in the
+            gradient. With the slope :math:`\varphi'(h)` of a concave penalty this is its local linear approximation
+            (Zou and Li 2008): the gradient is that of :math:`\varphi`, the term that is reported is not.
         l2_coefficient: Of the squared activations; 0 for none.
         apply_b_dec_to_input: Whether the code was made with ``b_dec`` subtracted from ``x``.
     Raises:
-        ValueError: If the code belongs to another batch or dictionary size, or the weights or slopes to
-            another code.
+        ValueError: If the code belongs to another batch or dictionary size, or the weights or slopes to another code.
     """
     expected = (x.shape[0], W_dec.shape[0])
     if code.shape != expected:

@@ -13,10 +13,9 @@ from aen_lightning import compat
 class FusedAdam(torch.optim.Adam):
     """``torch.optim.Adam(fused=True)`` that does not copy a transposed parameter to update it.
 
-    PyTorch's fused kernel on CPU takes contiguous memory: it copies a feature-major ``W_enc``, its gradient
-    and both moments at every step, which makes the step several times slower. Adam works element by element,
-    so the kernel gets the transposed views, which are contiguous. Same numbers, same arguments, same state
-    dict.
+    PyTorch's fused kernel on CPU takes contiguous memory: it copies a feature-major ``W_enc``, its gradient and
+    both moments at every step, which makes the step several times slower. Adam works element by element, so the
+    kernel gets the transposed views, which are contiguous. Same numbers, same arguments, same state dict.
 
     Args:
         params: As for ``torch.optim.Adam``.
@@ -50,8 +49,7 @@ class FusedAdam(torch.optim.Adam):
 
 
 def _contiguous(lists: tuple[list[Tensor], ...]) -> None:
-    """Put the transposed views in the place of matrices that are stored transposed, all of a parameter's or
-    none:
+    """Put the transposed views in the place of matrices that are stored transposed, all of a parameter's or none:
     the kernel walks parameter, gradient and moments side by side."""
     for i, param in enumerate(lists[0]):
         together = [tensors[i] for tensors in lists if tensors]

@@ -19,10 +19,7 @@ VIEWS = {"t", "detach", "alias", "view", "expand", "unsqueeze", "transpose", "_u
 
 
 class Operations(TorchDispatchMode):
-    """Counts what runs.
-
-    All operations but views, and those that read or write a tensor of the code's size.
-    """
+    """Counts what runs: all operations but views, and those that read or write a tensor of the code's size."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

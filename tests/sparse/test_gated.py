@@ -1,4 +1,4 @@
-"""The gated objective against its formula in dense autograd, float64, and against SAELens's gated SAE."""
+"""The gated objective against its formula in dense autograd, float64."""
 
 from __future__ import annotations
 

@@ -75,8 +75,7 @@ def test_loss_and_gradients_equal_dense_autograd(
     with torch.no_grad():
         p["b_enc"][::3] = -100.0  # dead features
     x = make_batch(batch, d_in, seed + 1)
-    # Tokens at the origin of the code: empty rows wherever the bias is negative. Equal tokens tie in a
-    # batch's top k.
+    # Tokens at the origin of the code: empty rows wherever the bias is negative. Equal tokens tie in a batch's top k.
     x[:: 4 if kind != "batch_topk" else batch] = p["b_dec"].detach()
     generator = torch.Generator().manual_seed(seed)
     weights = torch.rand(d_sae, dtype=F64, generator=generator, requires_grad=True)
@@ -126,8 +125,7 @@ def test_loss_and_gradients_equal_dense_autograd(
 
 @pytest.mark.parametrize("dense", [True, False])
 def test_slopes_give_the_gradient_of_the_concave_penalty(dense: bool) -> None:
-    # MCP: phi(h) = h - h^2 / (2 a tau) up to a tau, then constant. Its slope, held constant, gives its
-    # gradient.
+    # MCP: phi(h) = h - h^2 / (2 a tau) up to a tau, then constant. Its slope, held constant, gives its gradient.
     p = make_parameters(8, 30)
     x, bend = make_batch(25, 8), torch.tensor(1.3, dtype=F64)
     h = torch.relu((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"])

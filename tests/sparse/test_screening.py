@@ -37,8 +37,7 @@ def test_screening_bound_is_never_below_the_pre_activation(
 
 
 def test_screening_bound_holds_where_rounding_is_worst() -> None:
-    # Every entry halfway between two bfloat16 numbers, all errors with one sign: the bound must be tight and
-    # safe.
+    # Every entry halfway between two bfloat16 numbers, all errors with one sign: the bound must be tight and safe.
     d_in = 64
     x = torch.full((1, d_in), 1 + 2.0**-8 + 2.0**-20)  # rounds up by almost half a unit in the last place
     weight = torch.full((1, d_in), -(1 + 2.0**-8 + 2.0**-20))

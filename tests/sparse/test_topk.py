@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sae_lens import (
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
@@ -13,6 +15,7 @@ from sae_lens import (
 from torch.testing import assert_close
 
 from aen_lightning import sparse
+from aen_lightning.sparse.topk import largest_columns
 from tests.support.sparse_problem import gradients, make_batch, make_parameters
 from tests.support.training import step_input
 
@@ -101,3 +104,11 @@ def test_errors_name_what_is_wrong() -> None:
             ValueError, match=f"k must be above 0, at most d_sae = 8, and keep .* batch of 3, got {k}"
         ):
             sparse.encode_batch_topk(x, p["W_enc"], p["b_enc"], k=k)
+
+
+@settings(max_examples=30, deadline=None)
+@given(k=st.integers(1, 9), columns=st.sampled_from([64, 1024, 1600, 1601]), seed=st.integers(0, 2**16))
+def test_largest_columns_are_those_of_torch_topk(k: int, columns: int, seed: int) -> None:
+    matrix = make_batch(7, columns, seed)
+    ours = largest_columns(matrix, k).sort(dim=1).values
+    assert torch.equal(ours, matrix.topk(k, dim=1).indices.sort(dim=1).values)

@@ -1,0 +1,173 @@
+"""The Triton kernels, under Triton's interpreter or on a GPU, against dense float64.
+
+They need Triton, which is no dependency of the tests yet, so continuous integration skips them. Without a GPU set
+``TRITON_INTERPRET=1``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+pytest.importorskip("triton", reason="the Triton kernels need triton, which is not installed")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("no GPU: set TRITON_INTERPRET=1 to run the kernels interpreted", allow_module_level=True)
+
+from aen_lightning import sparse  # noqa: E402
+from aen_lightning.sparse import triton_kernels  # noqa: E402
+from tests.support.sparse_problem import dense_terms, gradients, make_batch, make_parameters  # noqa: E402
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float32, torch.float64]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    # In this mode PyTorch fills what torch.empty gives with NaN: what a kernel forgets to write shows.
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("products", "encoding"):
+        monkeypatch.setattr(f"aen_lightning.sparse.{module}.triton_serves", lambda device: True)
+
+
+def pattern(batch: int, d_sae: int, dtype: torch.dtype) -> Tensor:
+    """(d_sae, batch): about a tenth non-zero, with empty features, and one feature that fires on every token."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(d_sae, batch, generator=generator, dtype=torch.float64)
+    h = h.abs() * (torch.rand(d_sae, batch, generator=generator) < 0.1)
+    h[::3] = 0
+    h[d_sae // 2] = 1.5
+    return h.to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 50])
+def test_products(dtype: torch.dtype, batch: int) -> None:
+    h, d_in = pattern(batch, 16, dtype), 37
+    x = make_batch(batch, d_in).to(DEVICE, dtype)
+    W_dec = make_batch(16, d_in, seed=2).to(DEVICE, dtype)
+    rows = h.to_sparse_csr()
+    offsets, tokens = rows.crow_indices(), rows.col_indices()
+    product = triton_kernels.csr_mm(offsets, tokens, rows.values(), x)
+    assert_close(product.double(), h.double() @ x.double(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(product, triton_kernels.csr_mm(offsets, tokens, rows.values(), x))
+    dots = triton_kernels.at_entries(offsets, tokens, W_dec, x)
+    expected = (W_dec.double() @ x.double().t())[h != 0]
+    assert_close(dots.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 50, 64])
+@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("capacity", [10**4, 20])
+def test_compaction_fills_what_fits_and_counts_what_does_not(
+    batch: int, low: torch.dtype, capacity: int
+) -> None:
+    z = (pattern(batch, 16, torch.float32) - 0.25).to(low)
+    bias = torch.linspace(-0.5, 0.25, 16, device=DEVICE)
+    floor = torch.linspace(0, 0.5, 16, device=DEVICE)
+    z[1, 0] = float("nan")
+    pre = z.float() + bias[:, None]
+    kept = ~(pre <= floor[:, None])
+    offsets = torch.full((17,), 10**6, device=DEVICE)
+    offsets[0] = 0
+    tokens, features = (torch.full((capacity + 5,), -1, device=DEVICE) for _ in range(2))
+    values = torch.full((capacity + 5,), -1.0, device=DEVICE)
+    for start in (0, 6):  # two unequal blocks
+        block = slice(start, 6 if start == 0 else 16)
+        triton_kernels.compact(
+            z[block].contiguous(),
+            bias[block],
+            floor[block],
+            start,
+            offsets,
+            tokens,
+            features,
+            values[:capacity],
+        )
+    assert torch.equal(offsets.diff(), kept.sum(dim=1))
+    feature, token = kept.nonzero(as_tuple=True)
+    n = min(capacity, len(feature))
+    assert torch.equal(features[:n], feature[:n])
+    assert torch.equal(tokens[:n], token[:n])
+    assert_close(values[:n], pre[kept][:n], equal_nan=True, rtol=0, atol=0)
+    assert (tokens[n:] == -1).all()  # nothing beyond the entries, nor beyond the capacity
+    assert (features[n:] == -1).all()
+    assert (values[n:] == -1).all()
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "topk", "batch_topk"])
+@pytest.mark.parametrize("batch", [1, 24])
+def test_a_step_by_kernels_equals_dense_autograd(kind: str, batch: int, dtype: torch.dtype) -> None:
+    exact = make_parameters(9, 40, bias=-0.5)
+    with torch.no_grad():
+        exact["b_enc"][::3] = -100.0  # never fires
+        exact["b_enc"][1] = 100.0  # fires on every token
+    p = {name: torch.nn.Parameter(value.detach().to(DEVICE, dtype)) for name, value in exact.items()}
+    x = make_batch(batch, 9)
+    weights, threshold = torch.linspace(0.1, 1, 40).double(), torch.full((40,), 0.4).double()
+
+    def keep(z: Tensor, k: int, dim: int) -> Tensor:
+        return torch.zeros_like(z).scatter(dim, z.topk(k, dim=dim).indices, 1.0) * torch.relu(z)
+
+    activation: Any = {
+        "relu": torch.relu,
+        "jumprelu": lambda z: torch.relu(z) * (z > threshold),
+        "topk": lambda z: keep(z, 3, 1),
+        "batch_topk": lambda z: keep(z.flatten(), 3 * batch, 0).view_as(z),
+    }[kind]
+    mcp: Any = lambda h: (1 - h / 3).clamp_min(0)  # noqa: E731
+    expected = dense_terms(x, exact, weights, 0.2, activation=activation, slope=mcp)
+    expected_grads = gradients(sum(expected[:3]), exact)
+    encode, extra = {
+        "relu": (sparse.encode, {"block_elements": 64}),
+        "jumprelu": (sparse.encode, {"threshold": threshold.to(DEVICE)}),
+        "topk": (sparse.encode_topk, {"k": 3}),
+        "batch_topk": (sparse.encode_batch_topk, {"k": 3}),
+    }[kind]
+    on_device = x.to(DEVICE, dtype)
+    code: Any = encode(on_device, p["W_enc"], p["b_enc"], p["b_dec"], **extra)
+    l1_weights = weights.to(DEVICE, dtype)
+    out = sparse.loss(
+        on_device, code, **p, l1_weights=l1_weights, slopes=mcp(code.values), l2_coefficient=0.2
+    )
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-5
+    for actual, want in zip(out, expected, strict=True):
+        assert_close(actual.double().cpu(), want, rtol=tolerance, atol=tolerance)
+    for name, grad in gradients(out.loss, p).items():
+        scale = expected_grads[name].abs().max().item() + 1
+        assert_close(grad.double().cpu(), expected_grads[name], rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+def test_a_code_that_overflows_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, x = make_parameters(8, 100, dtype=torch.float32), make_batch(30, 8, dtype=torch.float32)
+    on_device = [t.detach().to(DEVICE) for t in (x, p["W_enc"], p["b_enc"], p["b_dec"])]
+    roomy = sparse.encode(*on_device)
+    monkeypatch.setattr("aen_lightning.sparse.encoding._MIN_CAPACITY", 1)
+    cramped = sparse.encode(*on_device)
+    assert cramped.nnz == roomy.nnz > 30 * 100 // 64
+    for name in ("feature_offsets", "tokens", "features", "values"):
+        assert torch.equal(getattr(cramped, name), getattr(roomy, name))
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+def test_no_activation_at_all() -> None:
+    p, x = make_parameters(8, 20, bias=-1e3, dtype=torch.float32), make_batch(5, 8, dtype=torch.float32)
+    code = sparse.encode(*(t.detach().to(DEVICE) for t in (x, p["W_enc"], p["b_enc"], p["b_dec"])))
+    assert code.nnz == 0
+    assert not code.feature_counts.any()
