@@ -6,10 +6,11 @@ What jsonargparse, Lightning and our own checks say of it, in the words of the c
 from __future__ import annotations
 
 import importlib
-import inspect
 import re
 from collections.abc import Iterable, Iterator
 from textwrap import dedent, shorten
+
+from jsonargparse import ArgumentParser
 
 from aen_lightning.spelling import nearest, suggest
 
@@ -153,8 +154,12 @@ def _resolve(class_path: str) -> type | None:
 
 
 def _parameters(class_path: str) -> list[str]:
-    cls = _resolve(class_path)
-    return list(inspect.signature(cls).parameters) if cls is not None else []
+    """Also those that its constructor passes on to another's."""
+    if (cls := _resolve(class_path)) is None:
+        return []
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, fail_untyped=False)
+    return list(parser.get_defaults().keys())
 
 
 def _subclasses(types: str) -> list[str]:

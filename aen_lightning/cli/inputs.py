@@ -1,4 +1,4 @@
-"""The options that say what to evaluate on, shared by ``aen evaluate``, ``aen diagnose`` and ``aen report``."""
+"""The options that say what to evaluate on: of ``aen evaluate``, ``aen diagnose`` and ``aen report``."""
 
 from __future__ import annotations
 

@@ -65,9 +65,8 @@ def run_function(function: Callable[..., None], args: Sequence[str], *, prog: st
     """
     parser = make_parser(function, prog)
     values = parser.parse_args(normalized(args, _flags(function))).as_dict()
-    for name, hint in _hints(function).items():
-        if dataclasses.is_dataclass(hint):
-            values[name] = hint(**{f.name: values.pop(f.name) for f in dataclasses.fields(hint)})  # type: ignore[operator]
+    for name, group in _groups(function).items():
+        values[name] = group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group)})
     try:
         function(**values)
     except (ValueError, TypeError, OSError) as error:
@@ -78,33 +77,27 @@ def make_parser(function: Callable[..., None], prog: str) -> CommandParser:
     """The parser of a command; ``prog`` is how it is called, as ``aen shards verify``."""
     parser = CommandParser(prog=prog, allow_abbrev=False)
     parser.usage_line, parser.page = _usage_and_help(function, prog)
-    _add_arguments(parser, function)
-    for hint in _hints(function).values():
-        if dataclasses.is_dataclass(hint):
-            _add_arguments(parser, hint)
+    for source in (function, *_groups(function).values()):
+        _add_arguments(parser, source)
     return parser
 
 
 def _usage_and_help(function: Callable[..., None], prog: str) -> tuple[str, str]:
-    hints, parameters = _hints(function), inspect.signature(function).parameters
-    groups = [hint for hint in hints.values() if dataclasses.is_dataclass(hint)]
+    hints, groups, parameters = _hints(function), _groups(function), inspect.signature(function).parameters
     words, positionals, options = [prog], [], []
     for option in options_of(function):
         if _is_positional(parameters[option.name]):
             word = option.name.upper() + ("..." if _element(hints[option.name]) else "")
             words.append(word if option.default is None else f"[{word}]")
             positionals.append(dataclasses.replace(option, name=word, type=""))
-        elif hints[option.name] not in groups:
+        elif option.name not in groups:
             options.append(_dashed(option))
     usage = " ".join([*words, "[options]"] if options or groups else words)
     sections = [("", positionals), ("[value]: default. A flag is --FLAG or --no_FLAG.", options)]
-    sections += [
-        (_docs(group).short_description or "", [_dashed(o) for o in options_of(group)]) for group in groups
-    ]
-    text = page(
-        usage, plain(_docs(function).description or ""), [section for section in sections if section[1]]
-    )
-    return usage, text
+    for group in groups.values():
+        sections.append((_docs(group).short_description or "", [_dashed(o) for o in options_of(group)]))
+    description = plain(_docs(function).description or "")
+    return usage, page(usage, description, [section for section in sections if section[1]])
 
 
 def _docs(source: Any) -> docstring_parser.Docstring:
@@ -120,31 +113,28 @@ def _is_positional(parameter: inspect.Parameter) -> bool:
 
 
 def _add_arguments(parser: CommandParser, source: Any) -> None:
-    """All parameters of a function, or fields of a dataclass."""
+    """All parameters of a function but its groups, or fields of a dataclass, which are all options."""
     hints, of_function = _hints(source), not isinstance(source, type)
     own: dict[
         str, inspect.Parameter
-    ] = {}  # what jsonargparse does not take as words: lists, positionals with a default
+    ] = {}  # jsonargparse takes a list as one word, and no positional by default
     for name, p in inspect.signature(source).parameters.items():
-        optional_positional = of_function and _is_positional(p) and p.default is not p.empty
-        if dataclasses.is_dataclass(hints[name]) or _element(hints[name]) or optional_positional:
+        if _element(hints[name]) or (of_function and _is_positional(p) and p.default is not p.empty):
             own[name] = p
+    skip: set[str | int] = {*own, *_groups(source)}
     if of_function:
-        parser.add_function_arguments(source, as_group=False, as_positional=True, skip=set(own))
+        parser.add_function_arguments(source, as_group=False, as_positional=True, skip=skip)
     else:
-        parser.add_class_arguments(source, as_group=False, skip=set(own))
+        parser.add_class_arguments(source, as_group=False, skip=skip)
     for name, p in own.items():
         element = _element(hints[name])
-        if dataclasses.is_dataclass(hints[name]):
-            continue
         if not (of_function and _is_positional(p)):
             parser.add_argument(f"--{name}", type=element, nargs="+", default=p.default)
         elif p.default is p.empty:
             parser.add_argument(name, type=element, nargs="+")
         else:
-            parser.add_argument(
-                name, type=element or hints[name], nargs="*" if element else "?", default=p.default
-            )
+            nargs = "*" if element else "?"
+            parser.add_argument(name, type=element or hints[name], nargs=nargs, default=p.default)
 
 
 def normalized(args: Sequence[str], flags: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
@@ -175,12 +165,16 @@ def _hints(source: Any) -> dict[str, Any]:
     return hints
 
 
+def _groups(source: Any) -> dict[str, Any]:
+    """The parameters that are dataclasses, with their classes."""
+    return {name: hint for name, hint in _hints(source).items() if dataclasses.is_dataclass(hint)}
+
+
 def _flags(function: Callable[..., None]) -> set[str]:
-    hints = _hints(function)
-    for hint in list(hints.values()):
-        if dataclasses.is_dataclass(hint):
-            hints |= _hints(hint)
-    return {name for name, hint in hints.items() if _without_none(hint) is bool}
+    sources = (function, *_groups(function).values())
+    return {
+        name for source in sources for name, hint in _hints(source).items() if _without_none(hint) is bool
+    }
 
 
 def _without_none(hint: Any) -> Any:

@@ -106,7 +106,8 @@ class AENCLI(OneLineCLI):
             "--num_threads",
             type=int | None,
             default=None,
-            help="CPU threads torch uses in this process. null: torch's default. One is often faster on shared cores.",
+            help="CPU threads of torch in this process. null: torch's default. One is often faster on shared "
+            "cores.",
         )
 
     def _setting(self, config: Any, key: str) -> Any:
@@ -146,7 +147,8 @@ def fit(args: Sequence[str]) -> None:
 
 
 def _check_checkpoint(path: str | None) -> None:
-    """Refuse before any work what Lightning would stumble over when it restores; its words (best, last, ...) are its own."""
+    """Refuse before any work what Lightning would stumble over when it restores."""
+    # best, last, ... are words of Lightning's
     if path is None or "://" in path or path in ("best", "last", "hpc") or path.startswith("registry"):
         return
     if not Path(path).exists():

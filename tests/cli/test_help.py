@@ -22,7 +22,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def options_of(command: str) -> set[str]:
-    """Full names of the options on the page: what the section's title says before KEY, and the name of each line."""
+    """Full names of the options on the page: what the section's title says before KEY, and what is below."""
     found, prefix = set(), ""
     for line in training_help(command).splitlines():
         if m := re.search(r"(--[\w.]+\.)KEY", line):

@@ -14,8 +14,8 @@ from aen_lightning.cli.inputs import EvaluationInputs
 from aen_lightning.cli.report import FeaturePages
 from aen_lightning.cli.shards import convert
 from aen_lightning.diagnostics.diagnose import SECTIONS
+from aen_lightning.hub import AUTHORS_REPO
 from aen_lightning.hub.checkpoint import KINDS
-from aen_lightning.hub.imports import AUTHORS_REPO
 from aen_lightning.language_model.cut_model import DTYPES
 
 
