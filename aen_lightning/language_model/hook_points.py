@@ -172,7 +172,8 @@ def _no_such_hook(config: PretrainedConfig, asked: str, canonical: str, known: d
     if (match := re.match(r"blocks\.(\d+)\.(.+)$", canonical)) and match.group(2) in _BLOCK_HOOKS:
         if int(match.group(1)) >= n:
             return (
-                f"hook point {asked!r} does not exist: the model has {n} layers, blocks.0 to blocks.{n - 1}"
+                f"hook point {asked!r} does not exist: the model has {n} layers, so blocks.0 to "
+                f"blocks.{n - 1}"
             )
         why = _refusal(config, match.group(2))
         return f"hook point {asked!r} does not exist in a {config.model_type} model: {why}"
