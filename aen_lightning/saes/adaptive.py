@@ -186,9 +186,7 @@ class AdaptiveState(FullPrecisionBuffers):
         state = {name: getattr(self, name) for name in STATE_BUFFERS if name != "decoder_norm"}
         return {name: value.detach().cpu().clone() for name, value in state.items() if value is not None}
 
-    # --- decoder rows of fixed norm
-    # -------------------------------------------------------------------------------
-
+    # --- decoder rows of fixed norm ------------------------------------------------------------------------
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Project the decoder rows back to their norm (1 until a scaling is folded in)."""
@@ -224,9 +222,7 @@ class AdaptiveState(FullPrecisionBuffers):
         }
         return {name: value.to(W_dec.dtype).contiguous() for name, value in folded.items()}, 1 / scale
 
-    # --- loading
-    # --------------------------------------------------------------------------------------------------
-
+    # --- loading -------------------------------------------------------------------------------------------
     def complete_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Cast the state back to its precision, which SAELens's loader took, and add what an older or an
         inference folder lacks.

@@ -75,9 +75,7 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
         with torch.no_grad():
             self.W_dec.div_(self.get_W_dec_norm().unsqueeze(1))
 
-    # --- training
-    # -------------------------------------------------------------------------------------------------
-
+    # --- training ------------------------------------------------------------------------------------------
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         return {
@@ -290,9 +288,7 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
 
         return {"coding_convexity": convexity}
 
-    # --- saving, loading, folding
-    # ---------------------------------------------------------------------------------
-
+    # --- saving, loading, folding --------------------------------------------------------------------------
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         state_dict["W_enc"] = state_dict["W_enc"].contiguous()  # while training it may lie feature by feature

@@ -80,9 +80,7 @@ class SAETrainingModule(pl.LightningModule):
         """
         return {tracked.name: tracked.sparsity_multiplier for tracked in self.tracked}
 
-    # --- wiring
-    # ---------------------------------------------------------------------------------------------------
-
+    # --- wiring --------------------------------------------------------------------------------------------
     def configure_callbacks(self) -> list[pl.Callback]:
         """The callbacks training needs.
 
@@ -204,9 +202,7 @@ class SAETrainingModule(pl.LightningModule):
         for sae in self._adaptive_saes():
             sae.normalize_decoder()
 
-    # --- steps
-    # ----------------------------------------------------------------------------------------------------
-
+    # --- steps ---------------------------------------------------------------------------------------------
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
         """A SAELens training forward pass of every SAE on the same batch (batch, d_in).
 
@@ -297,9 +293,7 @@ class SAETrainingModule(pl.LightningModule):
             )
             metrics.reset()
 
-    # --- saving
-    # ---------------------------------------------------------------------------------------------------
-
+    # --- saving --------------------------------------------------------------------------------------------
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the weights alone do not say, as plain values."""
         checkpoint["aen_lightning"] = {

@@ -75,10 +75,7 @@ def relu_dictionary(
     return sae.requires_grad_(False)
 
 
-# --- the exact coding problem
-# -------------------------------------------------------------------------------------
-
-
+# --- the exact coding problem -----------------------------------------------------------------------------
 @pytest.mark.parametrize("l2", [0.0, 0.3])
 def test_coding_on_an_orthonormal_dictionary_is_the_soft_threshold(l2: float):
     W = orthonormal(12, 16)
@@ -223,10 +220,7 @@ def test_a_folded_average_scale_leaves_the_coding_gap_as_it_is():
             assert gaps[1][key][name] == pytest.approx(value, rel=1e-5)
 
 
-# --- Lipschitz
-# ----------------------------------------------------------------------------------------------------
-
-
+# --- Lipschitz --------------------------------------------------------------------------------------------
 def test_coding_map_never_moves_more_than_the_bound_and_an_adversary_reaches_it():
     W = normalize(torch.randn(40, 8, dtype=F64, generator=generator(0)), dim=-1)
     x = 2 * torch.randn(20, 8, dtype=F64, generator=generator(1))
@@ -268,10 +262,7 @@ def test_spectral_norm_is_that_of_torch():
     assert spectral_norm(W.T) == pytest.approx(spectral_norm(W))
 
 
-# --- geometry
-# -----------------------------------------------------------------------------------------------------
-
-
+# --- geometry ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("chunk_size", [1, 7, 64, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_coherence_in_chunks_is_that_of_the_whole_matrix(chunk_size: int, dtype: torch.dtype):
@@ -330,10 +321,7 @@ def test_active_gram_agrees_with_the_definitions_and_reports_dependent_atoms():
     assert more_than_dimensions["condition_number"]["mean"] is None
 
 
-# --- composition
-# --------------------------------------------------------------------------------------------------
-
-
+# --- composition ------------------------------------------------------------------------------------------
 def test_composition_of_an_orthonormal_dictionary_loses_nothing_and_a_coherent_one_collapses():
     sae = relu_dictionary(16, 16)
     W = orthonormal(16, 16).float()
@@ -377,10 +365,7 @@ def test_composition_counts_spurious_features_and_leaves_dead_ones_out():
         composition(sae, torch.zeros(3), torch.ones(3))
 
 
-# --- stability
-# ----------------------------------------------------------------------------------------------------
-
-
+# --- stability --------------------------------------------------------------------------------------------
 def test_matching_is_the_best_assignment_and_the_sparse_one_agrees_where_it_must():
     W = torch.randn(60, 20, generator=generator(0))
     other = torch.cat(
@@ -428,10 +413,7 @@ def test_chance_is_not_fooled_by_a_dictionary_made_from_a_small_seed():
         assert compare_dictionaries({"a": W, "b": W})["random_baseline"]["a"]["cosine"]["max"] < 0.95
 
 
-# --- the commands
-# -------------------------------------------------------------------------------------------------
-
-
+# --- the commands -----------------------------------------------------------------------------------------
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:
     """A dictionary exported from a training SAE on spiked data, after a few steps of its own forward pass."""

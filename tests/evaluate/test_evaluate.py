@@ -123,10 +123,7 @@ def identity_dictionary(normalize_activations: str) -> SAE[Any]:
     return sae.requires_grad_(False)
 
 
-# --- formulas by hand
-# ---------------------------------------------------------------------------------------------
-
-
+# --- formulas by hand -------------------------------------------------------------------------------------
 def test_metrics_by_hand():
     x, x_hat = torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]])
     expected = {
@@ -211,10 +208,7 @@ def test_jackknife_of_metrics_pools_groups_and_estimates_their_spread():
     assert jackknife_metric([MSE(), groups[0]])["value"] == pytest.approx(groups[0].compute().item())
 
 
-# --- the whole of it against SAELens
-# ------------------------------------------------------------------------------
-
-
+# --- the whole of it against SAELens ----------------------------------------------------------------------
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])
 @pytest.mark.parametrize("normalize_activations", ["none", "constant_norm_rescale"])
 def test_agrees_with_run_evals_on_the_same_tokens(
@@ -364,10 +358,7 @@ def test_transcoders_are_refused(tmp_path: Path):
         load_dictionary(tmp_path)
 
 
-# --- splicing
-# -----------------------------------------------------------------------------------------------------
-
-
+# --- splicing ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "gemma2", "opt"])
 @pytest.mark.parametrize(
     "kind",
@@ -415,10 +406,7 @@ def test_a_hook_beside_the_stream_is_refused():
         splice.__enter__()
 
 
-# --- inputs
-# -------------------------------------------------------------------------------------------------------
-
-
+# --- inputs -----------------------------------------------------------------------------------------------
 def test_text_inputs_are_the_test_batches_of_training(model_path: str, rows: list[list[int]]):
     """The same activations, in the same order, that `aen test` sees; norm outliers left out alike."""
     lm = AutoModelForCausalLM.from_pretrained(model_path)
@@ -496,10 +484,7 @@ def test_nothing_left_to_evaluate_is_said():
         evaluate_reconstruction(dictionary("standard"), Nothing())
 
 
-# --- through Lightning
-# --------------------------------------------------------------------------------------------
-
-
+# --- through Lightning ------------------------------------------------------------------------------------
 def lightning_test(
     data: pl.LightningDataModule, tmp_path: Path, sae: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, float]]:
@@ -537,10 +522,7 @@ def test_the_callback_on_synthetic_data_and_on_data_it_does_not_know(tmp_path: P
         EvaluateDictionaries(n_rows=0)
 
 
-# --- loading and the command
-# --------------------------------------------------------------------------------------
-
-
+# --- loading and the command ------------------------------------------------------------------------------
 def test_load_dictionary_says_what_is_wrong(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"expected a folder with cfg\.json"):
         load_dictionary(tmp_path / "nowhere")

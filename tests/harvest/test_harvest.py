@@ -113,10 +113,7 @@ def saved(model: Any, tmp_path: Path) -> str:
     return str(tmp_path / "model")
 
 
-# --- what is on disk
-# ---------------------------------------------------------------------------------------------------
-
-
+# --- what is on disk --------------------------------------------------------------------------------------
 def test_rows_are_the_full_models_activations(
     tmp_path: Path, llama: str, text: str, documents: list[list[int]]
 ):
@@ -282,10 +279,7 @@ def test_a_bos_separator_opens_the_document_it_precedes():
     assert starts.tolist() == [True, False, False, False, True, False]
 
 
-# --- errors, and runs that are cut off
-# -----------------------------------------------------------------------------------
-
-
+# --- errors, and runs that are cut off --------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("module_kwargs", "data_kwargs", "message"),
     [
@@ -521,10 +515,7 @@ def test_two_ranks_of_fsdp2_equal_one_process_and_hold_half_the_parameters(
     assert max(sharded) < 0.55 * total
 
 
-# --- the whole way, and the command line
-# -------------------------------------------------------------------------------
-
-
+# --- the whole way, and the command line ------------------------------------------------------------------
 def test_an_activations_data_module_reads_a_harvest(tmp_path: Path, llama: str, text: str):
     harvest(tmp_path / "set", llama, text)
     data = ActivationsDataModule(str(tmp_path / "set"), train_batch_size_tokens=32, input_scaling="per_token")

@@ -30,10 +30,7 @@ def make_sae(**overrides: Any) -> AENTrainingSAE:
     return AENTrainingSAE(AENTrainingSAEConfig(**{**fields, **overrides}))
 
 
-# --- the method
-# ----------------------------------------------------------------------------------------------------
-
-
+# --- the method -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
 @pytest.mark.parametrize(
     "options",
@@ -202,10 +199,7 @@ def test_micro_batches_keep_the_half_life_in_training_steps():
     assert_close(parts.firing_rate_ema, whole.firing_rate_ema)
 
 
-# --- precision
-# -----------------------------------------------------------------------------------------------------
-
-
+# --- precision --------------------------------------------------------------------------------------------
 def test_statistics_stay_in_float32_when_the_sae_is_half_precision():
     sae = make_sae()
     sae.feature_acts_ema.fill_(1.0001)  # not a bfloat16 number
@@ -223,10 +217,7 @@ def test_float64_sae_keeps_float64_statistics():
     assert sae.feature_acts_ema.dtype == sae.l1_weights.dtype == torch.float64
 
 
-# --- doors of SAELens
-# ----------------------------------------------------------------------------------------------
-
-
+# --- doors of SAELens -------------------------------------------------------------------------------------
 def test_registered_under_its_string():
     assert isinstance(TrainingSAE.from_dict({"architecture": "aen", "d_in": 4, "d_sae": 8}), AENTrainingSAE)
     assert isinstance(SAE.from_dict({"architecture": "aen", "d_in": 4, "d_sae": 8}), AENSAE)
@@ -355,10 +346,7 @@ def test_without_a_coefficient_for_l2_the_configs_counts():
     assert torch.equal(sae.training_forward_pass(given).loss, sae.training_forward_pass(left_out).loss)
 
 
-# --- config
-# --------------------------------------------------------------------------------------------------------
-
-
+# --- config -----------------------------------------------------------------------------------------------
 def test_defaults_are_those_published_for_pythia():
     cfg = AENTrainingSAEConfig.from_paper(d_in=512, d_sae=4096, lambda_1=1e-3, lambda_2=5e-4)
     assert cfg == replace(AENTrainingSAEConfig(d_in=512, d_sae=4096), metadata=cfg.metadata)
@@ -407,10 +395,7 @@ def test_every_value_is_validated_by_name(name: str, value: Any, expected: str):
         AENTrainingSAEConfig(**fields)
 
 
-# --- the step on the non-zeros
-# -----------------------------------------------------------------------------------------
-
-
+# --- the step on the non-zeros ----------------------------------------------------------------------------
 def sparse_and_dense(**overrides: Any) -> tuple[AENTrainingSAE, AENTrainingSAE]:
     fields: dict[str, Any] = {"d_in": 16, "d_sae": 400, "dtype": "float64", **overrides}
     dense, quick = make_sae(**fields, sparse_step="off"), make_sae(**fields, sparse_step="on")

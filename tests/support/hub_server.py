@@ -146,9 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         pass
 
-    # --- one request
-    # ----------------------------------------------------------------------------------------------
-
+    # --- one request ---------------------------------------------------------------------------------------
     def _handle(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
         self.body = (
@@ -248,9 +246,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "RevisionNotFound", "Invalid rev id")
         return commit
 
-    # --- the API
-    # --------------------------------------------------------------------------------------------------
-
+    # --- the API -------------------------------------------------------------------------------------------
     def whoami(self) -> None:
         if not self._logged_in:
             return self._refuse(401, "", "Invalid credentials in Authorization header")
