@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from aen_lightning.redaction import without_secrets
 from aen_lightning.runs.curves import read_curves
 from aen_lightning.runs.dictionary import Dictionary
 from aen_lightning.runs.layout import CONFIG_FILE
@@ -21,12 +22,6 @@ COEFFICIENTS = {"l1_coefficient": "lambda_1", "l2_coefficient": "lambda_2"}
 """SAELens's names of an AEN-SAE's coefficients, which sum over ``d_in``, and the paper's, which average."""
 
 _PACKAGES = ("aen-lightning", "sae-lens", "torch", "lightning", "transformers", "datasets", "huggingface-hub")
-_SECRET_KEY = re.compile(
-    r"(^|_)(token|tokens?_?secret|api_?key|password|passwd|secret|credentials?|authorization)$", re.IGNORECASE
-)
-_SECRET_VALUE = re.compile(
-    r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9]{16,}|\bgh[pousr]_[A-Za-z0-9]{16,}|://[^/\s@]+:[^/\s@]+@"
-)
 _TRAINER_KEYS = (
     "max_steps",
     "precision",
@@ -115,26 +110,20 @@ def git_commit(folder: Path | None = None) -> str | None:
 
 
 def scrub(value: Any) -> Any:
-    """A copy without secrets, and with local paths cut to their last part.
+    """A copy without secrets (:func:`~aen_lightning.redaction.without_secrets`), and with local paths cut to
+    their last part: an absolute one, or one that leads out of the working directory."""
+    return _without_local_paths(without_secrets(value))
 
-    Entries under keys such as ``token`` or ``password`` are left out; strings that look like an access token,
-    or hold a password in an address, become ``"(removed)"``; an absolute path, or one that leads out of the
-    working directory, keeps its name only.
-    """
-    if isinstance(value, Mapping):
-        return {
-            str(k): scrub(v)
-            for k, v in value.items()
-            if not (_SECRET_KEY.search(str(k)) and isinstance(v, str))
-        }
+
+def _without_local_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_local_paths(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return [scrub(v) for v in value]
+        return [_without_local_paths(v) for v in value]
     if isinstance(value, Path):
-        return scrub(str(value))
-    if isinstance(value, str):
-        if _SECRET_VALUE.search(value):
-            return "(removed)"
-        return value.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1] if is_local_path(value) else value
+        return _without_local_paths(str(value))
+    if isinstance(value, str) and is_local_path(value):
+        return value.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
     return value
 
 
