@@ -14,6 +14,7 @@ PACKAGE = Path(aen_lightning.__file__).parent
 # from the bottom up; rooms of one line do not know each other
 LAYERS = [
     {"spelling", "files", "redaction", "retry", "compat", "registration"},
+    {"checked"},
     {"sparse", "metrics"},
     {"saes"},
     {"shards", "language_model"},
