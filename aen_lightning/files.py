@@ -105,7 +105,9 @@ def write_json(path: str | Path, content: Any) -> Path:
     try:
         text = json.dumps(content, indent=1, allow_nan=False)
     except ValueError as error:
-        raise ValueError(f"{path} is not written: it would hold a nan or an infinity, which JSON has not") from error
+        raise ValueError(
+            f"{path} is not written: it would hold a nan or an infinity, which JSON has not"
+        ) from error
     return write_text(path, text + "\n")
 
 

@@ -10,7 +10,19 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field
 
-from aen_lightning.checked import OUR_RECORD, Count, FileName, Foreign, Ours, Share, Size, Text, check, read_checked, read_yaml
+from aen_lightning.checked import (
+    OUR_RECORD,
+    Count,
+    FileName,
+    Foreign,
+    Ours,
+    Share,
+    Size,
+    Text,
+    check,
+    read_checked,
+    read_yaml,
+)
 
 
 class Part(Ours):
@@ -22,7 +34,7 @@ class Whole(Ours):
     size: Size
     share: Share = 0.5
     names: str | list[str] | None = None
-    parts: list[Part] = []
+    parts: list[Part] = Field(default_factory=list)
 
 
 class Other(Foreign):
@@ -57,7 +69,7 @@ class Record:
     ],
 )  # fmt: skip
 def test_the_line_says_file_field_expected_and_found(content: Any, message: str):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"^f\.json: ") as caught:
         check(Whole, content, "f.json")
     assert str(caught.value) == f"f.json: {message}"
 
@@ -78,13 +90,16 @@ def test_foreign_keys_stay_and_known_ones_are_checked():
 
 def test_a_dataclass_is_a_form_too():
     assert check(Record, {"index": 1}, "f") == Record(1, "a")
-    for content, message in (({"index": -1}, "index: expected"), ({"index": 1, "x": 1}, "there is no key 'x'")):
+    for content, message in (
+        ({"index": -1}, "index: expected"),
+        ({"index": 1, "x": 1}, "there is no key 'x'"),
+    ):
         with pytest.raises(ValueError, match=message):
             check(Record, content, "f")
 
 
 def test_what_a_terminal_would_obey_is_spelt_out():
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="there is no key") as caught:
         check(Whole, {"size": 1, "\x1b[2J": 1}, "f")
     assert "\x1b" not in str(caught.value)
 

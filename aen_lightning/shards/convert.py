@@ -12,7 +12,7 @@ from torch import Tensor
 from aen_lightning.compat import consolidate_saelens_shards
 from aen_lightning.files import DTYPES
 from aen_lightning.shards.manifest import Manifest, ShardError, require_disk
-from aen_lightning.shards.read import ShardSet, open_activations, write_stamps
+from aen_lightning.shards.read import ShardSet, open_activations
 from aen_lightning.shards.saelens_cache import SAELensCache
 from aen_lightning.shards.source import ActivationSource
 from aen_lightning.shards.write import ShardFolder, ShardStream
@@ -202,7 +202,6 @@ def from_saelens(
         stream.append({h: _fit(x, dtype, f"{source.path}, {h}") for h, x in piece.items()}, ids)
         stream.close()
     manifest = folder.collect(complete=True)
-    write_stamps(folder.path, manifest.shards)
     return Conversion(folder.path, manifest.n_tokens, 0, dtype, tuple(notes))
 
 
