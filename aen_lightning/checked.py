@@ -55,6 +55,8 @@ Word = Annotated[str, Field(min_length=1, max_length=1000, strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(ge=0, le=2**50, strict=True)]
 Size = Annotated[int, Field(ge=1, le=2**31, strict=True)]
+Number = Annotated[float, Field(strict=True)]
+"""A whole number or any other, finite; no flag."""
 Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 
 

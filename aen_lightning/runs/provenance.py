@@ -10,8 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from aen_lightning.checked import read_yaml
 from aen_lightning.redaction import without_secrets
 from aen_lightning.runs.curves import read_curves
 from aen_lightning.runs.dictionary import Dictionary
@@ -137,12 +136,11 @@ def _recipe(run: Path) -> dict[str, Any]:
     if not config_file.is_file():
         return {}
     try:
-        config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
-    except yaml.YAMLError:  # a hand-edited or foreign file: the dictionary is as good without it
+        config = read_yaml(config_file)
+    except ValueError:  # a hand-edited or foreign file: the dictionary is as good without it
         return {}
-    if not isinstance(config, dict):
-        return {}
-    trainer = config.get("trainer") or {}
+    trainer = config.get("trainer")
+    trainer = trainer if isinstance(trainer, dict) else {}
     recipe = {
         "seed_everything": config.get("seed_everything"),
         "model": config.get("model"),

@@ -13,6 +13,18 @@ from aen_lightning.checked import Count, Flag, Foreign, Size, Text
 _TEMPLATE = SAEMetadata()
 
 
+class Provenance(Foreign):
+    """What ``aen push`` collected of the training, as far as a model card shows it."""
+
+    evaluation: dict[str, float | None] | None = None
+    training_metrics: dict[str, float | None] | None = None
+    n_training_samples: Count | None = None
+    n_training_steps: Count | None = None
+    environment_at_publishing: dict[str, Text] | None = None
+    git_commit_at_publishing: Text | None = None
+    recipe: dict[str, Any] | None = None
+
+
 class Metadata(Foreign):
     """What ``cfg.json`` keeps under ``metadata``, and a set of shards too. Other keys are free.
 
@@ -41,7 +53,7 @@ class Metadata(Foreign):
     synthetic_data: dict[str, Any] | None = None
     training_architecture: Text | None = None
     training_architecture_details: dict[str, Any] | None = None
-    provenance: dict[str, Any] | None = None
+    provenance: Provenance | None = None
 
     @field_validator("sae_lens_version")
     @classmethod

@@ -34,7 +34,9 @@ def test_a_file_outside_of_the_checkpoint_leaves_no_link_behind(
     (model / INDEX).write_text(json.dumps(index))
     config = load_config(str(model))
     with (
-        pytest.raises(ValueError, match=r"weight_map\.h\.0\.more: expected the name of a file in this folder"),
+        pytest.raises(
+            ValueError, match=r"weight_map\.h\.0\.more: expected the name of a file in this folder"
+        ),
         without_upper_layers(str(model), config, 1, revision="main", kwargs={}),
     ):
         pass
