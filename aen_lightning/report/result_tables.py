@@ -89,11 +89,12 @@ def _result_table(
     for path, heading, meaning in rows:
         values = [_at(result, path.split("/")) for result in results]
         if any(value is not None for value in values):
-            body.append([Cell(heading, hint=meaning), *(Cell(_plain(value, path)) for value in values)])
+            cells = [Cell(_plain(v, f"{d.folder}: {path}")) for v, d in zip(values, saes, strict=True)]
+            body.append([Cell(heading, hint=meaning), *cells])
     return Table([Cell(""), *(Cell(d.label, label=d.label) for d in saes)], body, sortable=False)
 
 
-def _plain(value: Any, path: str) -> str:
+def _plain(value: Any, where: str) -> str:
     """A number or an estimate of :mod:`aen_lightning.evaluate`, for people.
 
     Raises:
@@ -101,7 +102,7 @@ def _plain(value: Any, path: str) -> str:
     """
     parts = [value.get("value"), value.get("se")] if isinstance(value, dict) else [value]
     if not all(part is None or isinstance(part, int | float) for part in parts):
-        raise ValueError(f"expected a number or an estimate as {path} of a result, got {shortened(value)}")
+        raise ValueError(f"{where}: expected a number or an estimate, got {shortened(value)}")
     if isinstance(value, dict):
         return number(*parts)
     return f"{value:,}" if isinstance(value, int) else number(value)
