@@ -15,6 +15,13 @@ from pydantic import Field
 from aen_lightning.checked import FOREIGN, Count, Foreign, Word, check, shortened
 from aen_lightning.spelling import printable
 
+DAMAGED = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile,
+)  # fmt: skip
+"""What ``torch.load`` raises for a file that is damaged, beside a ``pickle.UnpicklingError`` that says what the
+file would run."""
+
 
 class _Checkpoint(Foreign):
     """What Lightning reads of a checkpoint; callbacks and loops check what is theirs."""
@@ -48,10 +55,7 @@ def require_checkpoint(path: str | Path) -> None:
             f"{path} is refused: its pickle holds more than tensors and settings, and would run code; nothing of "
             "it was run"
         ) from error
-    except (
-        ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError,
-        struct.error, zipfile.BadZipFile,
-    ) as error:  # fmt: skip
+    except DAMAGED as error:
         reason = " ".join(printable(str(error)).split())[:200]
         raise ValueError(f"{path} is damaged, or no PyTorch checkpoint: {reason}") from error
     if not isinstance(content, dict) or "state_dict" not in content:

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import unicodedata
 import warnings
@@ -436,16 +435,18 @@ def _complaint(error: Exception, case: Path) -> str | None:
     line, cause = str(error), error.__cause__
     if isinstance(error, UsageError):
         line = one_line(error)
-        if isinstance(cause, TypeError | AttributeError | LookupError) and str(cause) == str(error):
+        raw = (
+            isinstance(cause, TypeError | AttributeError | LookupError)
+            and type(cause).__name__ != "NSKeyError"
+        )
+        if raw and str(cause) == str(error):
             return f"obscure {type(cause).__name__}: {cause}"
     elif not isinstance(error, ValueError | OSError):
         return f"raw {type(error).__name__}: {error}"
-    words = (str(case), "adaptive_elastic_net.pt", "in the config", "needs --config")
-    options = re.match(
-        r"(missing |data|trainer|model|seed_everything|sae|num_threads|\w+ must be |.*\b(k|d_in|d_sae)=)",
-        line,
-    )
-    if not any(word in line for word in words) and not (options and isinstance(error, UsageError)):
+    named = str(case) in line or "adaptive_elastic_net.pt" in line
+    if not named and not (
+        isinstance(error, UsageError) and (case / "config.yaml").is_file()
+    ):  # there, the option
         return f"names no file: {line}"
     if len(line) > LONGEST_LINE:
         return f"{len(line)} characters: {line[:200]}"
