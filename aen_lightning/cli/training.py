@@ -22,6 +22,7 @@ import aen_lightning.data  # noqa: F401  # lets a config name our data modules b
 from aen_lightning.cli.config import with_configs_found
 from aen_lightning.cli.errors import UsageError, explain
 from aen_lightning.cli.parser import OneLineErrors, normalized
+from aen_lightning.cli.saved_config import SaveConfigWithoutSecrets
 from aen_lightning.saes.aen_config import AENTrainingSAEConfig
 from aen_lightning.training.module import SAEModule
 
@@ -95,6 +96,7 @@ class AENCLI(OneLineCLI):
             pl.LightningDataModule,
             subclass_mode_data=True,
             seed_everything_default=0,
+            save_config_callback=SaveConfigWithoutSecrets,
             save_config_kwargs={"overwrite": True},
             args=args,
             run=run,
