@@ -24,6 +24,7 @@ LAYERS = [
     {"diagnostics"},
     {"callbacks"},
     {"training"},
+    {"presets"},
     {"report"},
     {"cli"},
 ]
