@@ -122,10 +122,7 @@ def recommended(
     chosen = preset("recommended", architecture=architecture, l0=l0)
     given = dict(sae or {})
     fields = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae, **without_rivals(chosen.sae, given)}
-    settings = {**chosen.training, **training}
-    if isinstance(settings["lr_decay_steps"], float):  # a share of the run
-        settings["lr_decay_steps"] = round(settings["lr_decay_steps"] * max_steps)
-    module = SAEModule({**fields, **given}, seed=seed, **settings)
+    module = SAEModule({**fields, **given}, seed=seed, **{**chosen.training, **training})
     return Recommended(module, [make(**kwargs) for make, kwargs in chosen.callbacks.items()])
 
 

@@ -15,7 +15,7 @@ def test_recommended_ends_at_its_l0_as_a_dictionary_that_saelens_loads(tmp_path:
     module, callbacks = recommended(d_in=16, d_sae=48, l0=4, max_steps=60, seed=0)
     make_trainer(tmp_path, 60, callbacks=callbacks).fit(module, loader())
     assert module.sae.cfg.hard_k == 4
-    assert module.optimizer_settings.lr_decay_steps == 12  # the last fifth
+    assert module.optimizer_settings.lr_decay_steps == 0.2
     read = SAE.load_from_disk(module.export(tmp_path / "sae"))
     assert type(read) is JumpReLUSAE
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from aen_lightning.compat import FullPrecisionBuffers
 from aen_lightning.saes.aen_config import AENTrainingSAEConfig
+from aen_lightning.saes.lengths import in_steps
 from aen_lightning.saes.penalty import adaptive_weights, starvation_guard, warmup_ramp
 from aen_lightning.saes.step_schedule import StepSchedule
 
@@ -162,9 +163,16 @@ class AdaptiveState(FullPrecisionBuffers):
         self.ramp.fill_(ramp)
 
     def scheduled_ramp(self, n_steps: int) -> float:
-        """The ramp that the config asks for at training step ``n_steps``, the first being 1."""
+        """The ramp that the config asks for at training step ``n_steps``, the first being 1.
+
+        Raises:
+            ValueError: For a length that is a share: a trainer without hooks does not say how long a run is.
+        """
+        in_steps(self.cfg.l1_warmup_steps, None, "l1_warmup_steps")
         return warmup_ramp(
-            n_steps, delay_steps=self.cfg.warmup_delay_steps, ramp_steps=self.cfg.warmup_ramp_steps
+            n_steps,
+            delay_steps=in_steps(self.cfg.warmup_delay_steps, None, "warmup_delay_steps"),
+            ramp_steps=in_steps(self.cfg.warmup_ramp_steps, None, "warmup_ramp_steps"),
         )
 
     def adaptive_metrics(self) -> dict[str, Callable[[], Tensor]]:
