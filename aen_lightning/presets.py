@@ -1,7 +1,7 @@
 """Presets: settings that work without a search, each as one table.
 
-``paper`` is arXiv:2605.05341, to the constant, and needs no door of its own: it is what the configs default to.
-``recommended`` is the winner by the evidence in ``docs/experiments.md``. Its numbers are here and nowhere else.
+``paper`` is arXiv:2605.05341, to the constant. ``recommended`` is the winner by the evidence in
+``docs/experiments.md``. Their numbers are here and nowhere else, but for what a recipe adds for its own run.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from aen_lightning.spelling import suggest
 from aen_lightning.training.module import SAEModule
 
 PresetName = Literal["paper", "recommended"]
+PRESET_NAMES: tuple[str, ...] = get_args(PresetName)
+DEFAULT_L0 = 32
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Preset:
     callbacks: dict[type[pl.Callback], dict[str, Any]] = field(default_factory=dict)
 
 
-def preset(name: str, *, architecture: str = "aen", l0: float = 32) -> Preset:
+def preset(name: str, *, architecture: str = "aen", l0: float = DEFAULT_L0) -> Preset:
     """A preset for an architecture.
 
     Args:
@@ -44,14 +46,14 @@ def preset(name: str, *, architecture: str = "aen", l0: float = 32) -> Preset:
     Raises:
         ValueError: If there is no such preset, or it does not fit the architecture.
     """
-    if name not in get_args(PresetName):
-        near = suggest(name, get_args(PresetName)) or f"; there are {', '.join(get_args(PresetName))}"
+    if name not in PRESET_NAMES:
+        near = suggest(name, PRESET_NAMES) or f"; there are {', '.join(PRESET_NAMES)}"
         raise ValueError(f"unknown preset {name!r}{near}")
     fitting = _RECOMMENDED if name == "recommended" else _PAPER
     if architecture not in fitting:
         raise ValueError(
             f"preset {name!r} is for architecture {' or '.join(fitting)}, not for {architecture!r}: "
-            "remove the preset, or change the architecture"
+            "use preset null, or another architecture"
         )
     return fitting[architecture](l0)
 
@@ -77,8 +79,26 @@ def _recommended_aen(l0: float) -> Preset:
     )
 
 
+def _published_aen(l0: float) -> Preset:
+    """Of Pythia-70M, in units that do not depend on its width."""
+    return Preset(
+        sae={
+            "lambda_1": 1e-3,
+            "lambda_2": 5e-4,
+            "gamma": 0.5,
+            "ema_decay": 0.9999,
+            "reference_fraction": 0.05,
+            "weight_min": 0.01,
+            "weight_max": 10.0,
+            "warmup_delay_steps": 4000,
+            "warmup_ramp_steps": 2000,
+        },
+        training={"lr": 1e-3},
+    )
+
+
 _RECOMMENDED = {"aen": _recommended_aen}
-_PAPER = {"aen": lambda l0: Preset()}  # the defaults of the config are the published constants
+_PAPER = {"aen": _published_aen}
 
 
 class Recommended(NamedTuple):
@@ -120,15 +140,21 @@ def recommended(
         ValueError: For an architecture that the preset does not fit, or a value out of range.
     """
     chosen = preset("recommended", architecture=architecture, l0=l0)
-    given = dict(sae or {})
-    fields = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae, **without_rivals(chosen.sae, given)}
-    module = SAEModule({**fields, **given}, seed=seed, **{**chosen.training, **training})
+    fields = {
+        "architecture": architecture,
+        "d_in": d_in,
+        "d_sae": d_sae,
+        **with_preset(sae or {}, chosen.sae),
+    }
+    module = SAEModule(fields, seed=seed, **{**chosen.training, **training})
     return Recommended(module, [make(**kwargs) for make, kwargs in chosen.callbacks.items()])
 
 
-_RIVALS = {"lambda_1": "l1_coefficient", "lambda_2": "l2_coefficient"}
+_SAME = {"lambda_1": "l1_coefficient", "lambda_2": "l2_coefficient"}  # in other units
 
 
-def without_rivals(fields: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The preset's fields of an SAE, less those that say the same as a given one in other units."""
-    return {key: value for key, value in fields.items() if _RIVALS.get(key) not in given}
+def with_preset(given: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """The given fields of an SAE, and those of ``fields`` that they do not speak of."""
+    spoken_of = {*given, *(_SAME[key] for key in given if key in _SAME)}
+    spoken_of |= {key for key, same in _SAME.items() if same in given}
+    return {**given, **{key: value for key, value in fields.items() if key not in spoken_of}}

@@ -26,9 +26,11 @@ _START = {
     "decoder_norm": 1,
     "activation_scale": 0,
     "hard_threshold": 0,
+    "n_hard_steps": 0,
     "n_observed_steps": 0,
 }
 _PER_FEATURE = ("feature_acts_ema", "firing_rate_ema", "l1_weights", "decoder_norm")
+_COUNTERS = ("n_hard_steps", "n_observed_steps")
 STATE_BUFFERS = tuple(_START)
 """Training state that no inference architecture knows: dropped when a dictionary is exported."""
 
@@ -49,10 +51,11 @@ class AdaptiveState(FullPrecisionBuffers):
         activation_scale: Scalar ``tau``, running mean of the activations that are not zero; only with a
             concave penalty.
         hard_threshold: Scalar, running least activation kept in a hard phase; 0 before it.
+        n_hard_steps: Scalar int64, steps of the hard phase observed.
         n_observed_steps: Scalar int64, training steps observed.
     """
 
-    full_precision_buffers = STATE_BUFFERS[:-1]
+    full_precision_buffers = tuple(name for name in STATE_BUFFERS if name not in _COUNTERS)
 
     cfg: AENTrainingSAEConfig
     training: bool
@@ -65,6 +68,7 @@ class AdaptiveState(FullPrecisionBuffers):
     decoder_norm: Tensor
     activation_scale: Tensor | None
     hard_threshold: Tensor
+    n_hard_steps: Tensor
     n_observed_steps: Tensor
 
     def register_adaptive_state(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -76,7 +80,7 @@ class AdaptiveState(FullPrecisionBuffers):
             absent.add("activation_scale")
         for name, start in _START.items():
             shape = (self.cfg.d_sae,) if name in _PER_FEATURE else ()
-            kind = torch.int64 if name == "n_observed_steps" else _state_dtype(dtype)
+            kind = torch.int64 if name in _COUNTERS else _state_dtype(dtype)
             buffer = None if name in absent else torch.full(shape, start, dtype=kind, device=device)
             self.register_buffer(name, buffer)
 
