@@ -25,6 +25,7 @@ LAYERS = [
     {"diagnostics"},
     {"callbacks"},
     {"training"},
+    {"presets"},
     {"report"},
     {"cli"},
 ]

@@ -18,6 +18,7 @@ from aen_lightning.callbacks.modules import prefixed
 from aen_lightning.saes.aen import AENTrainingSAE
 from aen_lightning.saes.export import check_scaling, export_sae
 from aen_lightning.saes.input_scaling import InputScaling
+from aen_lightning.saes.lengths import Length
 from aen_lightning.saes.step_schedule import StepSchedule
 from aen_lightning.training.hand_back import HandBack
 from aen_lightning.training.optimizer import OptimizerSettings
@@ -29,7 +30,7 @@ class SAETrainingModule(pl.LightningModule):
 
     Args:
         saes: The SAEs by name; the only one of a run has the empty name.
-        dead_feature_window: Training steps without firing after which a feature counts as dead in
+        dead_feature_window: Training steps, or a share of the run, without firing after which a feature counts as dead in
             ``sparsity/dead_features`` and, in architectures that revive features, gets the auxiliary loss.
         compile_sae: Compile the training forward pass with ``torch.compile``; the step is then dense.
         sae_compilation_mode: ``torch.compile``'s mode.
@@ -43,7 +44,7 @@ class SAETrainingModule(pl.LightningModule):
     def __init__(
         self,
         saes: Mapping[str, TrainingSAE[Any]],
-        dead_feature_window: int = 1000,
+        dead_feature_window: Length = 1000,
         compile_sae: bool = False,
         sae_compilation_mode: str | None = None,
         sae_compilation_backend: str = "inductor",
@@ -134,6 +135,8 @@ class SAETrainingModule(pl.LightningModule):
             sae.to(device=self.device)
             if sae.W_enc.dtype != sae.dtype:
                 sae.to(dtype=sae.W_enc.dtype)
+        for tracked in self.tracked:
+            tracked.run_steps = self.trainer.estimated_stepping_batches
         strategy = self.trainer.strategy
         self.step_schedule = StepSchedule(
             n_micro_batches=self.trainer.accumulate_grad_batches,
