@@ -14,7 +14,14 @@ from sae_lens import TrainingSAE
 from torch import Tensor, nn
 
 from aen_lightning import sparse
-from aen_lightning.callbacks import DeadFeatureTracker, DelayedWarmup, EMAWeightRefresh, ExportSAE, Throughput
+from aen_lightning.callbacks import (
+    DeadFeatureTracker,
+    DelayedWarmup,
+    EMAWeightRefresh,
+    ExportSAE,
+    SaveOnSignal,
+    Throughput,
+)
 from aen_lightning.callbacks.modules import prefixed
 from aen_lightning.saes.aen import AENTrainingSAE
 from aen_lightning.saes.export import check_scaling, export_sae
@@ -88,7 +95,13 @@ class SAETrainingModule(pl.LightningModule):
 
         One of the same class (or a subclass) given to the Trainer takes its place.
         """
-        defaults: list[type[pl.Callback]] = [HandBack, DeadFeatureTracker, ExportSAE, Throughput]
+        defaults: list[type[pl.Callback]] = [
+            HandBack,
+            DeadFeatureTracker,
+            ExportSAE,
+            Throughput,
+            SaveOnSignal,
+        ]
         if self._adaptive_saes():
             defaults = [DelayedWarmup, EMAWeightRefresh, *defaults]
         given = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
