@@ -8,18 +8,27 @@ from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sae_lens import TrainingSAE
 from torch import Tensor, nn
 
 from aen_lightning import sparse
-from aen_lightning.callbacks import DeadFeatureTracker, DelayedWarmup, EMAWeightRefresh, ExportSAE, Throughput
+from aen_lightning.callbacks import (
+    DeadFeatureTracker,
+    DelayedWarmup,
+    EMAWeightRefresh,
+    ExportSAE,
+    SaveOnSignal,
+    Throughput,
+)
 from aen_lightning.callbacks.modules import prefixed
 from aen_lightning.saes.aen import AENTrainingSAE
 from aen_lightning.saes.export import check_scaling, export_sae
 from aen_lightning.saes.input_scaling import InputScaling
 from aen_lightning.saes.lengths import Length
 from aen_lightning.saes.step_schedule import StepSchedule
+from aen_lightning.training.checkpoints import WholeCheckpointIO
 from aen_lightning.training.hand_back import HandBack
 from aen_lightning.training.optimizer import OptimizerSettings
 from aen_lightning.training.tracked_sae import TrackedSAE
@@ -87,7 +96,13 @@ class SAETrainingModule(pl.LightningModule):
 
         One of the same class (or a subclass) given to the Trainer takes its place.
         """
-        defaults: list[type[pl.Callback]] = [HandBack, DeadFeatureTracker, ExportSAE, Throughput]
+        defaults: list[type[pl.Callback]] = [
+            HandBack,
+            DeadFeatureTracker,
+            ExportSAE,
+            Throughput,
+            SaveOnSignal,
+        ]
         if self._adaptive_saes():
             defaults = [DelayedWarmup, EMAWeightRefresh, *defaults]
         given = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
@@ -95,6 +110,8 @@ class SAETrainingModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the data against each SAE before any work, and take over what they say of themselves."""
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin of the user's stays
+            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         datamodule = getattr(self.trainer, "datamodule", None)
         d_in = getattr(datamodule, "d_in", None)
         if isinstance(d_in, dict):
