@@ -503,18 +503,18 @@ def harvest_copies(device: str, tiny: bool) -> dict[str, float]:
     batch, context = (2, 16) if tiny else (128, 128)
     ids = torch.randint(0, 1000, (batch, context), device=device)
     found = {}
-    from aen_lightning.harvest.copies import HostCopies
+    from aen_lightning.device_copies import HostCopy, side_stream
 
     for name, pinned in (("pageable", False), ("pinned", True)):
-        copies = HostCopies(torch.device(device)) if pinned else None
+        stream = side_stream(torch.device(device)) if pinned else None
 
         @torch.inference_mode()
-        def call(copies: Any = copies) -> None:
+        def call(pinned: bool = pinned, stream: Any = stream) -> None:
             x = model(input_ids=ids, use_cache=False).last_hidden_state
-            if copies is None:
+            if not pinned:
                 x.to("cpu")
             else:
-                copies.start(x)
+                HostCopy(x, stream)
 
         ms = statistics.median(timed(call, device, warmup=2, repeats=5))
         found[f"{name}_tokens_per_s"] = batch * context / ms * 1e3

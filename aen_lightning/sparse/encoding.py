@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from aen_lightning.sparse.codes import SparseCode, csr, offsets_of
+from aen_lightning.sparse.precision import full_sums
 from aen_lightning.sparse.products import triton_serves
 from aen_lightning.sparse.screening import screen_features, screen_tokens, screening_pays
 
@@ -278,7 +279,8 @@ def _screened_block(
     rows = weight.contiguous()  # a no-op when feature-major
     norm = torch.linalg.vector_norm(rows, dim=1)
     side = screen_features(rows, norm, _lowered(bias, floor))
-    upper = torch.mm(side, tokens_side, out=buffer[: rows.shape[0]])
+    with full_sums(x.device):  # the bound covers sums in float32 only
+        upper = torch.mm(side, tokens_side, out=buffer[: rows.shape[0]])
     # The sign bit of a bfloat16 is that of its bits as an int16, which is read several times faster than comparing.
     # A bound of exactly 0 counts as a candidate, which is safe.
     at = nonzero_flat(torch.signbit(upper.view(torch.int16)))
