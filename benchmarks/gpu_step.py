@@ -354,7 +354,7 @@ def _kernel_errors(device: str, backend: str) -> dict[str, float]:
     return errors
 
 
-class _kernels:  # noqa: N801  # a context manager
+class _kernels:  # a context manager
     """Triton's kernels on a CPU as well, which the interpreter can do."""
 
     def __init__(self, backend: str) -> None:
@@ -461,8 +461,12 @@ def trainer_steps(problem: Problem, n_steps: int, card: cost.Card | None) -> lis
         rows.append(
             {
                 "name": f"SAEModule, {precision}, bar {'on' if bar else 'off'} ({path})",
-                "shape": problem.shape, "l0": problem.l0, "firing": "heavy" if problem.heavy else "uniform",
-                "ms": ms, "steps_per_s": 1e3 / ms, "operations": None,
+                "shape": problem.shape,
+                "l0": problem.l0,
+                "firing": "heavy" if problem.heavy else "uniform",
+                "ms": ms,
+                "steps_per_s": 1e3 / ms,
+                "operations": None,
                 "syncs": synced.n_syncs / max(1, synced.last - synced.first),
                 "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if problem.device == "cuda" else None,
                 "predicted_ms": sum(model.milliseconds(card, path).values()) if card else None,
@@ -495,7 +499,12 @@ def harvest_copies(device: str, tiny: bool) -> dict[str, float]:
     sizes = (
         {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
         if tiny
-        else {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 17, "num_attention_heads": 32}
+        else {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 17,
+            "num_attention_heads": 32,
+        }
     )
     config = LlamaConfig(**sizes, num_key_value_heads=4 if tiny else 8, vocab_size=1000)
     with torch.device(device):
@@ -589,11 +598,11 @@ class Run:
         if not TRITON:
             result["skipped"].append("Triton is not installed: its kernels; PyTorch's operators were checked")
         if device == "cpu":
-            result["skipped"].append("no GPU: times, memory and launches say nothing; the run proves that it runs")
+            result["skipped"].append(
+                "no GPU: times, memory and launches say nothing; the run proves that it runs"
+            )
         self.section("kernels", lambda: kernel_errors(device), lambda found: result.update(kernels=found))
-        self.section(
-            "ceilings", lambda: ceilings(device, llama), lambda found: result.update(ceilings=found)
-        )
+        self.section("ceilings", lambda: ceilings(device, llama), lambda found: result.update(ceilings=found))
         cases = [(llama, l0, heavy) for l0 in l0s for heavy in (False, True)] + [(pythia, wide_l0, False)]
         for shape, l0, heavy in cases:
             problem = Problem(*shape, l0, device, heavy=heavy)
@@ -611,7 +620,9 @@ class Run:
                 )
             del problem
         self.section(
-            "crossover", lambda: crossover(device, llama, repeats), lambda found: result.update(crossover=found)
+            "crossover",
+            lambda: crossover(device, llama, repeats),
+            lambda found: result.update(crossover=found),
         )
         self.section(
             "harvest", lambda: harvest_copies(device, tiny), lambda found: result.update(harvest=found)
@@ -630,7 +641,9 @@ class Run:
             for name, value in result.get(key, {}).items():
                 print(f"  {name:24} {value:,.2f}")
         for row in result.get("crossover", []):
-            print(f"  density {row['density']:.3f}: dense {row['dense']:.2f} ms, sparse {row['sparse']:.2f} ms")
+            print(
+                f"  density {row['density']:.3f}: dense {row['dense']:.2f} ms, sparse {row['sparse']:.2f} ms"
+            )
         print("\n" + table(result["steps"]))
         print(f"\nsyncs a step outside logging steps, under the Trainer: {result['syncs_per_step']}")
         for text in result["skipped"]:

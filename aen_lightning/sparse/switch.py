@@ -36,7 +36,9 @@ class DensitySwitch:
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, threshold: float | None = None, hysteresis: float = 1.5, every_n_steps: int = 10) -> None:
+    def __init__(
+        self, threshold: float | None = None, hysteresis: float = 1.5, every_n_steps: int = 10
+    ) -> None:
         if threshold is not None and not 0 < threshold < 1:
             raise ValueError(f"threshold must be a share of non-zeros in (0, 1), got {threshold}")
         if hysteresis < 1:
