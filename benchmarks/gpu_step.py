@@ -46,7 +46,7 @@ from torch.utils.data import DataLoader, IterableDataset  # noqa: E402
 
 from aen_lightning import AENTrainingSAEConfig, sparse  # noqa: E402
 from aen_lightning.saes import penalty  # noqa: E402
-from aen_lightning.sparse import cost  # noqa: E402
+from aen_lightning.sparse import backend, cost  # noqa: E402
 from aen_lightning.training.module import SAEModule  # noqa: E402
 
 L1, L2, CLIP = 0.5, 0.05, 1.0
@@ -362,16 +362,12 @@ class _kernels:  # a context manager
 
     def __enter__(self) -> None:
         if self.on_cpu:
-            from aen_lightning.sparse import encoding, products
-
-            self.before = products.triton_serves
-            products.triton_serves = encoding.triton_serves = lambda device: True  # type: ignore[assignment]
+            self.before = backend.triton_serves
+            backend.triton_serves = lambda device: True
 
     def __exit__(self, *exc: Any) -> None:
         if self.on_cpu:
-            from aen_lightning.sparse import encoding, products
-
-            products.triton_serves = encoding.triton_serves = self.before
+            backend.triton_serves = self.before
 
 
 class _Stream(IterableDataset[Tensor]):
