@@ -16,7 +16,7 @@ LAYERS = [
     {"spelling", "files", "retry", "compat", "registration"},
     {"sparse", "metrics"},
     {"saes"},
-    {"shards", "language_model"},
+    {"shards", "language_model", "sharded"},
     {"data"},
     {"harvest"},
     {"runs"},
