@@ -17,7 +17,7 @@ LAYERS = [
     {"checked"},
     {"sparse", "metrics"},
     {"saes"},
-    {"shards", "language_model"},
+    {"shards", "language_model", "sharded"},
     {"data"},
     {"harvest"},
     {"runs"},

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sae_lens import TrainingSAE
 from torch import Tensor, nn
 
-from aen_lightning import sparse
+from aen_lightning import sharded, sparse
 from aen_lightning.callbacks import (
     DeadFeatureTracker,
     DelayedWarmup,
@@ -33,6 +33,7 @@ from aen_lightning.training.checkpoints import WholeCheckpointIO
 from aen_lightning.training.hand_back import HandBack
 from aen_lightning.training.optimizer import OptimizerSettings
 from aen_lightning.training.progress_bar import show_in_bar
+from aen_lightning.training.sharded_features import ShardedFeatures, refuse_model_parallel
 from aen_lightning.training.tracked_sae import TrackedSAE
 
 
@@ -65,6 +66,7 @@ class SAETrainingModule(pl.LightningModule):
         **optimizer: Any,
     ) -> None:
         super().__init__()
+        self.sharded_features: ShardedFeatures | None = None
         self.optimizer_settings = OptimizerSettings(**optimizer)
         if float32_matmul_precision not in (*get_args(MatmulPrecision), None):
             raise ValueError(
@@ -102,6 +104,11 @@ class SAETrainingModule(pl.LightningModule):
         1 unless a callback changes them.
         """
         return {tracked.name: tracked.sparsity_multiplier for tracked in self.tracked}
+
+    @property
+    def shard_features(self) -> bool:
+        """Whether each rank holds a part of the features and sees the whole batch."""
+        return self.sharded_features is not None
 
     # --- wiring --------------------------------------------------------------------------------------------
     def configure_callbacks(self) -> list[pl.Callback]:
@@ -141,9 +148,18 @@ class SAETrainingModule(pl.LightningModule):
                     f"set model.sae.d_in to {d_in}"
                 )
         self._adopt_data_description()
+        if self.sharded_features is None:
+            refuse_model_parallel(self.trainer)
+        else:
+            self.sharded_features.check(self.trainer, compile_sae=self.compile_sae)
         if self.compile_sae and stage == "fit":
             for tracked in self.tracked:
                 tracked.compile(mode=self.sae_compilation_mode, backend=self.sae_compilation_backend)
+
+    def configure_model(self) -> None:
+        """With sharded features, make this rank's part of the weights."""
+        if self.sharded_features is not None:
+            self.sharded_features.make_weights(self.trainer)
 
     def _adaptive_saes(self) -> list[AENTrainingSAE]:
         return [sae for sae in self.saes.values() if isinstance(sae, AENTrainingSAE)]
@@ -170,11 +186,16 @@ class SAETrainingModule(pl.LightningModule):
         self._undo.append(show_in_bar(self.trainer.progress_bar_callback, self.bar_values))  # type: ignore[attr-defined]
         if self.device.type == "cuda" and self.float32_matmul_precision is not None:
             self._undo.append(set_matmul_precision(self.float32_matmul_precision))
-        strategy = self.trainer.strategy
         self.step_schedule = StepSchedule(
             n_micro_batches=self.trainer.accumulate_grad_batches,
-            reduce_mean=lambda tensor: cast(Tensor, strategy.reduce(tensor, reduce_op="mean")),
+            reduce_mean=lambda tensor: self._over_batches(tensor, "mean"),
         )
+
+    def _over_batches(self, tensor: Tensor, op: Literal["mean", "sum"]) -> Tensor:
+        """Reduce over the ranks that have other batches; with sharded features there are none."""
+        if self.shard_features:
+            return tensor
+        return cast(Tensor, self.trainer.strategy.reduce(tensor, reduce_op=op))
 
     def on_train_start(self) -> None:
         """Read the data's description again: an average scale is only known once data have been seen."""
@@ -186,7 +207,8 @@ class SAETrainingModule(pl.LightningModule):
         while self._undo:
             self._undo.pop()()
         for sae in self._adaptive_saes():
-            sae.W_enc.data = sae.W_enc.data.contiguous()
+            if not self.shard_features:
+                sae.W_enc.data = sae.W_enc.data.contiguous()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer with a parameter group per SAE, and SAELens's learning-rate schedule, stepped once
@@ -210,6 +232,7 @@ class SAETrainingModule(pl.LightningModule):
     def _lays_encoders_feature_by_feature(self) -> bool:
         return (
             self.optimizer_settings.is_plain_adam
+            and not self.shard_features
             and not self._scales_gradients()
             and self.trainer.world_size
             == 1  # DDP and FSDP lay out their buckets before the optimizer is made
@@ -231,6 +254,9 @@ class SAETrainingModule(pl.LightningModule):
 
         Lightning refuses to clip for a fused optimizer in any mixed precision, though only scaled losses forbid it.
         """
+        if self.shard_features and gradient_clip_val:
+            sharded.clip_gradients_(self.parameters(), gradient_clip_val, algorithm=gradient_clip_algorithm)
+            return
         own = len(self.tracked) > 1 or str(self.trainer.precision) == "bf16-mixed"
         if not own or not gradient_clip_val:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -257,18 +283,19 @@ class SAETrainingModule(pl.LightningModule):
         """
         n_steps, is_logging_step = self.trainer.global_step, self._is_logging_step()
         # equal batches on every rank, as everywhere in a data-parallel step
-        n_tokens = len(batch) * self.trainer.world_size
+        n_tokens = len(batch) * (1 if self.shard_features else self.trainer.world_size)
         self.n_training_samples += n_tokens
         losses, n_firings, logs = [], {}, {}
         for tracked in self.tracked:
             self._check_batch(batch, tracked)
+            if self.sharded_features is not None:
+                self.sharded_features.compare_first(batch)
             output = tracked.training_forward_pass(
                 batch, self.step_schedule, n_training_steps=n_steps, is_logging_step=is_logging_step
             )
             losses.append(output.loss)
             with torch.no_grad():
-                counts = self.trainer.strategy.reduce(tracked.firing_counts(output), reduce_op="sum")
-                n_firings[tracked.name] = cast(Tensor, counts)
+                n_firings[tracked.name] = self._over_batches(tracked.firing_counts(output), "sum")
                 tracked.note_firings(n_firings[tracked.name])
                 if is_logging_step:
                     logs[tracked.name] = tracked.log_values(output, n_steps)
@@ -360,6 +387,7 @@ class SAETrainingModule(pl.LightningModule):
     def export(self, path: str | Path, log_sparsity: Tensor | None = None, *, name: str = "") -> Path:
         """Write one dictionary as a SAELens folder for raw activations.
 
-        See :func:`aen_lightning.saes.export.export_sae`.
+        See :func:`aen_lightning.saes.export.export_sae`; with sharded features every rank must call it.
         """
-        return export_sae(self.saes[name], path, input_scaling=self.input_scaling, log_sparsity=log_sparsity)
+        write = sharded.export_sharded_sae if self.shard_features else export_sae
+        return write(self.saes[name], path, input_scaling=self.input_scaling, log_sparsity=log_sparsity)
