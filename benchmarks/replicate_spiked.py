@@ -100,7 +100,10 @@ class PublishedTopK(pl.Callback):
             return
         for sae in self._saes(pl_module):
             with temporary_seed(self.seed):
-                encoder, decoder = nn.Linear(sae.cfg.d_in, sae.cfg.d_sae), nn.Linear(sae.cfg.d_sae, sae.cfg.d_in)
+                encoder, decoder = (
+                    nn.Linear(sae.cfg.d_in, sae.cfg.d_sae),
+                    nn.Linear(sae.cfg.d_sae, sae.cfg.d_in),
+                )
             sae.W_enc.copy_(encoder.weight.T)
             sae.b_enc.copy_(encoder.bias)
             sae.W_dec.copy_(nn.functional.normalize(decoder.weight.T, dim=-1))
@@ -175,7 +178,9 @@ class Progress(pl.Callback):
 
 
 @torch.no_grad()
-def measure(sae: Any, x: torch.Tensor, true_acts: torch.Tensor, feature_vectors: torch.Tensor) -> dict[str, float]:
+def measure(
+    sae: Any, x: torch.Tensor, true_acts: torch.Tensor, feature_vectors: torch.Tensor
+) -> dict[str, float]:
     """The published metrics of a trained SAE on samples (n, d_in), and how far it found the truth."""
     feature_acts = sae.encode(x)
     x_hat = sae.decode(feature_acts)
@@ -199,7 +204,8 @@ def read_published(path: Path = PUBLISHED) -> dict[tuple[str, float], dict[str, 
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
     return {
-        (row["setting"], float(row["rho"])): {metric: float(row[metric]) for metric in TOLERANCES} for row in rows
+        (row["setting"], float(row["rho"])): {metric: float(row[metric]) for metric in TOLERANCES}
+        for row in rows
     }
 
 
@@ -244,7 +250,12 @@ def compare(
 
 def table(rows: Sequence[dict[str, Any]], cells: Sequence[dict[str, Any]]) -> str:
     """A Markdown table: published, ours, and ``!`` where they differ; then what only we measure."""
-    short = {"l0": "L0", "explained_variance": "EV", "dead_pct_window": "dead %", "shrinkage_ratio": "shrinkage"}
+    short = {
+        "l0": "L0",
+        "explained_variance": "EV",
+        "dead_pct_window": "dead %",
+        "shrinkage_ratio": "shrinkage",
+    }
     lines = [
         "| rho | setting | " + " | ".join(f"{name} (published)" for name in short.values()) + " | MCC | F1 |",
         "|--" * (4 + len(short)) + "|",
@@ -266,12 +277,16 @@ def table(rows: Sequence[dict[str, Any]], cells: Sequence[dict[str, Any]]) -> st
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, compare, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rho", type=float, nargs="+", default=[0.0], help="published: 0, 0.5, 0.9")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each with data of its own")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--steps", type=int, default=50_000, help="published: 50000; delays shrink with it")
-    parser.add_argument("--out", type=Path, default=Path("runs/replicate-spiked"), help="checkpoints, results")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/replicate-spiked"), help="checkpoints, results"
+    )
     parser.add_argument("--checkpoint-every", type=int, default=2_500, metavar="STEPS")
     parser.add_argument("--json", type=Path, help="write results and comparison to this file")
     parser.add_argument("--quick", action="store_true", help="200 steps: whether it runs, not what it gives")
@@ -316,7 +331,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     judged = [cell for cell in cells if cell["agrees"] is not None]
     print(f"{sum(cell['agrees'] for cell in judged)} of {len(judged)} cells agree")
     if options.json:
-        options.json.write_text(json.dumps({"runs": wanted, "cells": cells}, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(
+            json.dumps({"runs": wanted, "cells": cells}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":
