@@ -71,7 +71,9 @@ class InputOpener:
         return self._opened[key]
 
     def _synthetic(self, parameters: dict[str, Any]) -> Inputs:
-        return SyntheticInputs(SpikedDataModule(**parameters), n_samples=self.options.n_tokens or 8192)
+        # dictionaries of earlier versions have LightningCLI's own keys among them
+        own = {key: value for key, value in parameters.items() if not key.startswith("_")}
+        return SyntheticInputs(SpikedDataModule(**own), n_samples=self.options.n_tokens or 8192)
 
     def _shards(self, hook_name: str | None) -> Inputs:
         given = self.options
