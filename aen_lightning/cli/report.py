@@ -17,7 +17,7 @@ class FeaturePages:
     Args:
         features: Show the texts on which features fire; runs the language model, or reads --shards.
         features_of: Of these dictionaries, by name in the report or folder (implies --features).
-        n_features: Features a dictionary, from rare to frequent.
+        n_features: Features a dictionary, from rare to frequent; 0: every one.
         feature_ids: These features instead.
         n_contexts: Texts a feature, where it is strongest.
         context_window: Tokens before the strongest one; half as many after.
@@ -170,7 +170,11 @@ def _note(page: dict[str, Any], described: dict[str, Any], pages: FeaturePages) 
         else "activations on disk, in runs that may cross documents"
     )
     chosen = (
-        "the ones asked for" if pages.feature_ids else "chosen evenly from the rarest to the most frequent"
+        "the ones asked for"
+        if pages.feature_ids
+        else "chosen evenly from the rarest to the most frequent"
+        if pages.n_features
+        else "all of them"
     )
     return (
         f"{page['n_tokens']:,} tokens in {page['n_rows']:,} rows of {kind} ({source}); {page['n_fired']:,} "

@@ -50,6 +50,8 @@ class SAETrainingModule(pl.LightningModule):
         **optimizer: Any,
     ) -> None:
         super().__init__()
+        if dead_feature_window < 1:
+            raise ValueError(f"dead_feature_window must be at least 1 step, got {dead_feature_window}")
         self.optimizer_settings = OptimizerSettings(**optimizer)
         self.compile_sae = compile_sae
         self.sae_compilation_mode, self.sae_compilation_backend = (
