@@ -67,6 +67,10 @@ class SAETrainingModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.sharded_features: ShardedFeatures | None = None
+        if dead_feature_window <= 0:
+            raise ValueError(
+                f"dead_feature_window must be at least 1 step, or a share of the run in (0, 1), got {dead_feature_window}"
+            )
         self.optimizer_settings = OptimizerSettings(**optimizer)
         if float32_matmul_precision not in (*get_args(MatmulPrecision), None):
             raise ValueError(
