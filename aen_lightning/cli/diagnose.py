@@ -44,6 +44,7 @@ def diagnose(
         inputs: What to diagnose on.
     """
     from aen_lightning.cli.opening import InputOpener, device_of
+    from aen_lightning.cli.output import answer, remark
     from aen_lightning.diagnostics.diagnose import RESULT_FILE, SECTIONS, diagnose_dictionary
     from aen_lightning.evaluate.dictionary import load_dictionary
     from aen_lightning.evaluate.results import result_path, write_result
@@ -67,8 +68,8 @@ def diagnose(
     )
     if (path := result_path(dictionary, out, RESULT_FILE)) is not None:
         write_result(result, path)
-        print(f"wrote {path}")
-    print(diagnosis_table(result))
+        remark(f"wrote {path}")
+    answer(result, lambda: diagnosis_table(result))
 
 
 def _weights_of(dictionary: str, given: str | None) -> Any:

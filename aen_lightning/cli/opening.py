@@ -87,9 +87,9 @@ class InputOpener:
 
     def _synthetic(self, parameters: dict[str, Any], d_in: int) -> Inputs:
         n_samples = self.options.n_tokens or 8192
-        return SyntheticInputs(
-            synthetic_data(parameters, d_in=d_in, n_samples=n_samples), n_samples=n_samples
-        )
+        # dictionaries of earlier versions have LightningCLI's own keys among them
+        own = {key: value for key, value in parameters.items() if not key.startswith("_")}
+        return SyntheticInputs(synthetic_data(own, d_in=d_in, n_samples=n_samples), n_samples=n_samples)
 
     def _shards(self, hook_name: str | None) -> Inputs:
         given = self.options

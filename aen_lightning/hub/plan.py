@@ -110,6 +110,6 @@ def _notes(entries: Sequence[Entry]) -> list[str]:
         if model_name and hub_id(str(model_name)) is None and "/" not in str(model_name):
             notes.append(
                 f"{e.sae_id}: model_name is {model_name!r}; if that is a folder, give the Hub's name with "
-                f"--model-name"
+                f"--model_name"
             )
     return notes

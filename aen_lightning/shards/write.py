@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -113,6 +113,11 @@ class ShardStream:
 
     def close(self) -> ShardRecord:
         """Finish: after this the shard exists, and so does its record."""
+        return self.finish_writing()()
+
+    def finish_writing(self) -> Callable[[], ShardRecord]:
+        """Write what is left to write; the result, once called, hashes the file, which takes about as long as writing
+        it did, and makes shard and record exist. It may be called in another thread."""
         n, length = self.n_tokens, len(self._header)
         starts = self._tensor_starts(n)
         for name in self._row_bytes if n < self.capacity else ():
@@ -122,16 +127,20 @@ class ShardStream:
         os.ftruncate(self._fd, n_bytes)
         os.close(self._fd)
         self._fd = -1
-        with self._temporary.open("rb") as f:
-            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-        put_in_place(self._temporary, self.folder / shard_name(self.index))
-        record = ShardRecord(self.index, shard_name(self.index), n, n_bytes, sha256, self.counts)
-        # hashed just now: what the file is known by is kept with its record, and nobody need hash it again
-        write_json(
-            record_path(self.folder, self.index),
-            record.__dict__ | {STAMP_KEY: stamp(self.folder, record)},
-        )
-        return record
+
+        def seal() -> ShardRecord:
+            with self._temporary.open("rb") as f:
+                sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+            put_in_place(self._temporary, self.folder / shard_name(self.index))
+            record = ShardRecord(self.index, shard_name(self.index), n, n_bytes, sha256, self.counts)
+            # hashed just now: what the file is known by is kept with its record, and nobody need hash it again
+            write_json(
+                record_path(self.folder, self.index),
+                record.__dict__ | {STAMP_KEY: stamp(self.folder, record)},
+            )
+            return record
+
+        return seal
 
     def abort(self) -> None:
         """Leave nothing behind. Harmless after ``close``."""
