@@ -19,7 +19,7 @@ from aen_lightning.files import write_json
 from aen_lightning.hub.check import check_weights
 from aen_lightning.runs.dictionary import Dictionary, read_activation_scale, read_cfg
 from aen_lightning.runs.provenance import collect_provenance, scrub
-from aen_lightning.saes.aen import ARCHITECTURE
+from aen_lightning.saes.aen_config import ARCHITECTURE
 
 PublishedArchitecture = Literal["standard", "aen"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from aen_lightning.saes.aen import ARCHITECTURE
+from aen_lightning.saes.aen_config import ARCHITECTURE
 
 if TYPE_CHECKING:
     from aen_lightning.report.trained import TrainedSAE

@@ -70,7 +70,13 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
             (:mod:`aen_lightning.sparse`), once the code is sparse enough. ``auto``: on a CPU; ``on``: on any
             device; ``off``: always dense. Where it cannot apply (parameters in half precision, a run-time
             normalisation in the SAE, hooks on the SAE) the step is dense.
-        hard_k: Mean active features per token in a hard phase (:meth:`AENTrainingSAE.harden`, callback ``HardFinish``); None before it.
+        hard_k: Mean active features per token in a hard phase (:meth:`AENTrainingSAE.harden`, callback
+            ``HardFinish``); None before it.
+        aux_loss_coefficient: Weight of the auxiliary loss in the hard phase, ``>= 0``, in which silent features
+            reconstruct what the others leave over, as in SAELens's TopK and BatchTopK, whose value is 1. 0: none.
+        aux_loss_window: Training steps without firing, or a share of the run, after which a feature takes part
+            in it. None: ``dead_feature_window`` of the module.
+        aux_loss_k: How many silent features a token takes at most, ``>= 1``. None: ``d_in // 2``, as in SAELens.
         inference_architecture: What an exported dictionary calls itself: ``standard`` loads anywhere, ``aen``
             needs this package.
 
@@ -97,7 +103,10 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
     decoder_init_norm: float | None = None
     sparse_step: Literal["auto", "on", "off"] = "auto"
     hard_k: float | None = None
-    inference_architecture: Literal["standard", "aen", "jumprelu"] = "standard"
+    aux_loss_coefficient: float = 0.0
+    aux_loss_window: Length | None = None
+    aux_loss_k: int | None = None
+    inference_architecture: Literal["standard", "aen"] = "standard"
 
     @override
     @classmethod
@@ -106,6 +115,15 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.aux_loss_coefficient and self.normalize_activations in (
+            "constant_norm_rescale",
+            "layer_norm",
+        ):
+            raise ValueError(
+                "the auxiliary loss is in the space of the input, "
+                f"normalize_activations={self.normalize_activations!r} acts inside the SAE: set "
+                "aux_loss_coefficient to 0, or scale the data instead"
+            )
         for name, ok, expected in self._constraints():
             if not ok:
                 raise ValueError(
@@ -153,6 +171,13 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
             ("guard_decay", at_least(self.guard_decay, 0) and self.guard_decay < 1, "in [0, 1)"),
             ("decoder_init_norm", norm is None or (at_least(norm, 0) and norm > 0), "None or a number > 0"),
             ("sparse_step", self.sparse_step in ("auto", "on", "off"), "'auto', 'on' or 'off'"),
+            ("aux_loss_coefficient", at_least(self.aux_loss_coefficient, 0), "a finite number >= 0"),
+            (
+                "aux_loss_window",
+                self.aux_loss_window is None or is_length(self.aux_loss_window),
+                f"None, {length_expected()}",
+            ),
+            ("aux_loss_k", self.aux_loss_k is None or count(self.aux_loss_k), "None or a positive integer"),
             (
                 "inference_architecture",
                 self.inference_architecture in ("standard", "aen"),
@@ -186,13 +211,9 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
 
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:
-        if self.inference_architecture == "jumprelu":
+        if self.hard_k is not None:
             return JumpReLUSAEConfig
         return AENSAEConfig if self.inference_architecture == "aen" else StandardSAEConfig
-
-    def _may_be_exported(self) -> bool:
-        allowed = ("standard", "aen") if self.hard_k is None else ("standard", "aen", "jumprelu")
-        return self.inference_architecture in allowed
 
 
 def _is_number(value: Any) -> bool:
