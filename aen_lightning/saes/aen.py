@@ -158,17 +158,15 @@ class AENTrainingSAE(AdaptiveState, HardPhase, SparseStep, TrainingSAE[AENTraini
         """
         if step_input.sae_in.ndim == 2 and self.own_step_applies():
             return self._own_forward_pass(step_input, schedule)
+        return self._dense_forward_pass(step_input, schedule)
+
+    def _dense_forward_pass(self, step_input: TrainStepInput, schedule: StepSchedule) -> TrainStepOutput:
         feature_acts, hidden_pre = self.encode_with_hidden_pre(step_input.sae_in)
         if self.cfg.hard_k is not None:
             feature_acts, least = self.keep_largest(hidden_pre)
             self.observe_threshold(least, schedule)
         sae_out = self.decode(feature_acts)
-        by_token = feature_acts.detach().flatten(end_dim=-2)
-        counts = by_token.count_nonzero(dim=0) if self.counts_firings else None
-        # h >= 0, so |h| is h; the mean is taken in at least float32 since a bf16 mean over a batch loses rare
-        # features.
-        mean = by_token.mean(dim=0, dtype=self.feature_acts_ema.dtype)
-        self.observe_and_refresh(mean, counts, len(by_token), schedule)
+        self.observe_dense(feature_acts, schedule)
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         losses = {
             "mse_loss": mse_loss,

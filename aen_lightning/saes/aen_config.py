@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from sae_lens import JumpReLUSAEConfig, StandardSAEConfig, TrainingSAEConfig
+from sae_lens import JumpReLUSAEConfig, LanguageModelSAERunnerConfig, StandardSAEConfig, TrainingSAEConfig
 from sae_lens.saes.sae import SAEConfig
 from typing_extensions import override
 
 from aen_lightning.saes.lengths import Length, is_length, length_expected
 from aen_lightning.saes.penalty import PenaltyName, coefficients_from_paper
+from aen_lightning.spelling import suggest
 
 ARCHITECTURE = "aen"
 
@@ -180,8 +182,8 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
             ("aux_loss_k", self.aux_loss_k is None or count(self.aux_loss_k), "None or a positive integer"),
             (
                 "inference_architecture",
-                self.inference_architecture in ("standard", "aen"),
-                "'standard' or 'aen'",
+                self.inference_architecture in self.inference_architectures(),
+                " or ".join(map(repr, self.inference_architectures())),
             ),
         ]
 
@@ -209,11 +211,51 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
         l1, l2 = coefficients_from_paper(d_in=d_in, lambda_1=lambda_1, lambda_2=lambda_2)
         return cls(d_in=d_in, d_sae=d_sae, l1_coefficient=l1, l2_coefficient=l2, **rest)
 
+    def inference_architectures(self) -> tuple[str, ...]:
+        """What an exported dictionary may call itself."""
+        return ("standard", "aen")
+
+    @override
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any]) -> Any:
+        """As SAELens's, but takes its spelling ``l1_warm_up_steps``, and refuses what it would drop.
+
+        Raises:
+            ValueError: For a key that is no field, or the same one in two spellings.
+        """
+        given = with_our_spelling(config_dict)
+        known = [field.name for field in dataclasses.fields(cls) if field.init]
+        for key in given:
+            if key not in {*known, "architecture", *_OF_SAELENS}:
+                near = suggest(key, known) or f"; it takes {', '.join(sorted(known))}"
+                raise ValueError(f"{cls.__name__} has no field {key!r}{near}")
+        return super().from_dict(given)
+
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:
         if self.hard_k is not None:
             return JumpReLUSAEConfig
         return AENSAEConfig if self.inference_architecture == "aen" else StandardSAEConfig
+
+
+# what SAELens adds to a config that it reads: a field of old, and those of its runner
+_OF_SAELENS = {
+    "finetuning_scaling_factor",
+    *(f.name for f in dataclasses.fields(LanguageModelSAERunnerConfig)),
+}
+
+
+def with_our_spelling(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with ``l1_warmup_steps`` where SAELens's architectures say ``l1_warm_up_steps``.
+
+    Raises:
+        ValueError: If both are there.
+    """
+    if "l1_warm_up_steps" not in fields:
+        return fields
+    if "l1_warmup_steps" in fields:
+        raise ValueError("l1_warm_up_steps and l1_warmup_steps say the same: drop one")
+    return {"l1_warmup_steps" if key == "l1_warm_up_steps" else key: value for key, value in fields.items()}
 
 
 def _is_number(value: Any) -> bool:

@@ -88,6 +88,8 @@ class AENGatedTrainingSAE(AENTrainingSAE):
         ``b_dec`` (d_in,). Both heads start equal, so that it starts as the ReLU SAE that ``aen`` starts as.
     """
 
+    has_hard_phase = False
+
     cfg: AENGatedTrainingSAEConfig
     b_gate: nn.Parameter
     r_mag: nn.Parameter
@@ -132,6 +134,9 @@ class AENGatedTrainingSAE(AENTrainingSAE):
 
     def _gate_losses(self, step_input: TrainStepInput, gate: Tensor) -> dict[str, Tensor]:
         via_gate = gate @ self.W_dec.detach() + self.b_dec.detach()
+        self.run_time_activation_norm_fn_in(
+            step_input.sae_in
+        )  # the way out forgets the norms that it has used
         via_gate = self.reshape_fn_out(self.run_time_activation_norm_fn_out(via_gate), self.d_head)
         l1, l2 = elastic_net_terms(gate, self.l1_weights, self._slopes(gate))
         return {
@@ -144,25 +149,19 @@ class AENGatedTrainingSAE(AENTrainingSAE):
     def _dense_forward_pass(self, step_input: TrainStepInput, schedule: StepSchedule) -> TrainStepOutput:
         feature_acts, hidden_pre, gate = self._heads(step_input.sae_in)
         sae_out = self.decode(feature_acts)
-        self._observe_dense(gate, schedule)
+        self.observe_dense(gate, schedule)
+        if self.training and self.sparse_step_applies():
+            by_token = gate.detach().flatten(end_dim=-2)
+            self.density_switch.observe(sparse.DenseCode(by_token))
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         losses = {"mse_loss": mse_loss, **self._gate_losses(step_input, gate)}
         return self._step_output(step_input, sae_out, feature_acts, hidden_pre, losses)
 
     @override
-    def own_step_applies(self) -> bool:
-        """On the non-zeros only: while the code is dense, the step is autograd's."""
-        return super().own_step_applies()
-
-    @override
     def _own_forward_pass(self, step_input: TrainStepInput, schedule: StepSchedule) -> TrainStepOutput:
         x, cfg = step_input.sae_in, self.cfg
-        applies = self.sparse_step_applies()
-        if not (self.density_switch.sparse and applies):
-            output = self._dense_forward_pass(step_input, schedule)
-            if self.training and applies:
-                self.density_switch.observe_share(self._gate_share)
-            return output
+        if not (self.density_switch.sparse and self.sparse_step_applies()):
+            return self._dense_forward_pass(step_input, schedule)
         shift = self.b_dec if cfg.apply_b_dec_to_input else None
         code = sparse.encode(x, self.W_enc, self.b_gate, shift, screen=self.density_switch.screen)
         if self.training:
@@ -184,3 +183,49 @@ class AENGatedTrainingSAE(AENTrainingSAE):
         }
         feature_acts = out.code.feature_acts()
         return self._step_output(step_input, out.sae_out, feature_acts, feature_acts, losses)
+
+    # --- saving, loading, folding --------------------------------------------------------------------------
+    @override
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        """To the weights of a JumpReLU SAE: ``z = exp(r_mag) u + b_mag``, open where ``u > -b_gate``."""
+        self.process_state_dict_for_saving(state_dict)
+        scale = state_dict.pop("r_mag").exp()
+        b_gate, b_mag = state_dict.pop("b_gate"), state_dict.pop("b_mag")
+        state_dict["W_enc"], state_dict["b_enc"] = state_dict["W_enc"] * scale, b_mag
+        folded, grown = self.folded_to_unit_rows(state_dict)
+        state_dict.update(folded)
+        # below zero a JumpReLU's ReLU is closed as well, so a threshold there is one at zero
+        threshold = (b_mag - scale * b_gate).clamp_min(0)
+        state_dict["threshold"] = (threshold.to(grown.dtype) * grown).to(b_mag.dtype)
+        for name in STATE_BUFFERS:
+            state_dict.pop(name, None)
+
+    @override
+    @torch.no_grad()
+    def fold_and_get_W_dec_norm(self) -> Tensor:
+        norms = super().fold_and_get_W_dec_norm()
+        self.b_gate.mul_(norms)
+        self.b_mag.mul_(norms)
+        return norms
+
+    @override
+    @torch.no_grad()
+    def fold_activation_whitening(
+        self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
+    ) -> None:
+        super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
+        if not self.cfg.apply_b_dec_to_input:
+            shift = mean.to(self.W_enc) @ self.W_enc
+            self.b_gate.sub_(shift)
+            self.b_mag.sub_(shift * self.r_mag.exp())
+
+    @override
+    def log_histograms(self) -> dict[str, NDArray[np.generic]]:
+        """Arrays for SAELens's histogram log: decoder norms, the three of the heads, L1 weights."""
+        log = super(AENTrainingSAE, self).log_histograms()
+        for name in ("b_gate", "b_mag", "r_mag", "l1_weights"):
+            log[f"weights/{name}"] = getattr(self, name).detach().float().cpu().numpy()
+        return log
+
+
+register_architecture(AENGatedSAE, AENGatedSAEConfig, AENGatedTrainingSAE, AENGatedTrainingSAEConfig)

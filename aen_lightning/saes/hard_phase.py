@@ -18,6 +18,8 @@ class HardPhase:
     (:class:`~aen_lightning.saes.adaptive.AdaptiveState`).
     """
 
+    has_hard_phase = True
+
     cfg: AENTrainingSAEConfig
     training: bool
     W_enc: nn.Parameter
