@@ -83,12 +83,14 @@ _RUN = (
 _CKPT_PATH = Option("--ckpt_path", "str", "None", "Checkpoint to go on from, or to validate or test.")
 
 
-def training_help(command: str) -> str:
-    """The help page of a command that LightningCLI parses."""
+def training_help(command: str, common: Sequence[Option] = ()) -> str:
+    """The help page of a command that LightningCLI parses; ``common`` are options taken care of elsewhere."""
     description, sections = _PAGES[command]
     usage = f"aen {command} --config FILE_OR_RECIPE [--KEY VALUE ...]"
     note = f"Every key of the config is an option. [value]: default. All of them: aen {command} --help_all"
-    return page(usage, f"{description} {note}", sections(), one_line=True)
+    parts = sections()
+    parts[-1] = (parts[-1][0], [*parts[-1][1], *common])
+    return page(usage, f"{description} {note}", parts, one_line=True)
 
 
 def _options(*classes: str) -> list[Option]:

@@ -217,9 +217,9 @@ class AdaptiveState(FullPrecisionBuffers):
             exact = self.W_dec.to(self.decoder_norm.dtype)
             self.W_dec.copy_(exact * self._row_scale(exact))
 
-    def _row_scale(self, W_dec: Tensor) -> Tensor:
+    def _row_scale(self, W_dec: Tensor, decoder_norm: Tensor | None = None) -> Tensor:
         norm = torch.linalg.vector_norm(W_dec.detach(), dim=-1, keepdim=True).clamp_min(1e-12)
-        scale = self.decoder_norm.unsqueeze(1) / norm
+        scale = (self.decoder_norm if decoder_norm is None else decoder_norm).unsqueeze(1) / norm
         # a row that is right to rounding stays as it is, so that projecting twice, as an export does, changes
         # nothing
         right = (scale - 1).abs() <= 8 * torch.finfo(scale.dtype).eps

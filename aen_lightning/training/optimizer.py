@@ -25,8 +25,8 @@ class OptimizerSettings:
     Args:
         lr: Learning rate.
         optimizer: Class path of a ``torch.optim.Optimizer`` that takes ``params, lr=...``.
-        optimizer_kwargs: Further arguments of the optimizer. Adam and AdamW run fused (not in mixed
-            precision) unless ``fused`` is given.
+        optimizer_kwargs: Further arguments of the optimizer. Adam and AdamW run fused (not in ``16-mixed``)
+            unless ``fused`` is given.
         lr_scheduler_name: SAELens's ``constant``, ``cosineannealing`` or ``cosineannealingwarmrestarts``.
         lr_warm_up_steps: Optimizer steps of linear warm-up, or a share of the run, a float in (0, 1).
         lr_decay_steps: Optimizer steps, or a share, of linear decay to zero at the end; needs ``max_steps`` on the
@@ -85,7 +85,7 @@ class OptimizerSettings:
         *,
         training_steps: int | float,
         device: torch.device,
-        mixed_precision: bool,
+        scaled_gradients: bool,
         optimizer_class: type[torch.optim.Optimizer] | None = None,
     ) -> OptimizerLRScheduler:
         """One optimizer with a group for each SAE, and its schedule, stepped once per optimizer step.
@@ -94,8 +94,8 @@ class OptimizerSettings:
             groups: The parameters of each SAE.
             training_steps: Length of the run in optimizer steps; infinite if it is not known.
             device: Where the parameters are.
-            mixed_precision: Whether Lightning clips gradients of scaled or autocast losses; it does not with
-                a fused Adam.
+            scaled_gradients: Whether the gradients are those of a scaled loss (``16-mixed``), which a fused
+                Adam unscales within its step: too late for clipping.
             optimizer_class: In place of the one named, with the same arguments.
 
         Raises:
@@ -103,7 +103,7 @@ class OptimizerSettings:
         """
         arguments: dict[str, Any] = {"lr": self.lr, **(self.optimizer_kwargs or {})}
         # Adam's fused kernel takes the same steps several times faster
-        if self.optimizer_class in (torch.optim.Adam, torch.optim.AdamW) and not mixed_precision:
+        if self.optimizer_class in (torch.optim.Adam, torch.optim.AdamW) and not scaled_gradients:
             arguments.setdefault("fused", device.type in ("cpu", "cuda"))
         optimizer = (optimizer_class or self.optimizer_class)(
             [{"params": list(g)} for g in groups], **arguments

@@ -17,6 +17,7 @@ from aen_lightning.metrics import L0, MSE, DeadFeatures, ExplainedVariance, Shri
 from aen_lightning.saes.aen import AENTrainingSAE
 from aen_lightning.saes.lengths import Length, check_length, in_steps
 from aen_lightning.saes.step_schedule import StepSchedule
+from aen_lightning.sharded import FeatureSharded
 
 
 def new_sae(cfg: TrainingSAEConfig, seed: int | None) -> TrainingSAE[Any]:
@@ -114,7 +115,9 @@ class TrackedSAE(nn.Module):
         return self.sae.training_forward_pass(step_input)
 
     def firing_counts(self, output: TrainStepOutput) -> Tensor:
-        """How often each feature fired in this batch, on this rank, shape (d_sae,), int64."""
+        """How often each feature fired in this rank's batch, shape (d_sae,), int64."""
+        if isinstance(self.sae, FeatureSharded):
+            return self.sae.whole_firing_counts(output.feature_acts)
         return firing_counts(output.feature_acts)
 
     def note_firings(self, n_firings: Tensor) -> None:
@@ -126,7 +129,7 @@ class TrackedSAE(nn.Module):
 
         Collective: every rank must call it at the same steps.
         """
-        self.train_metrics.update(x=output.sae_in, x_hat=output.sae_out, feature_acts=output.feature_acts)
+        self._update(self.train_metrics, output.sae_in, output.sae_out, output.feature_acts)
         values = self.train_metrics.compute()
         self.train_metrics.reset()
         log: dict[str, Any] = {f"metrics/{name}": value for name, value in values.items()}
@@ -141,7 +144,12 @@ class TrackedSAE(nn.Module):
     def evaluate(self, x: Tensor, metrics: MetricCollection) -> None:
         """Update held-out ``metrics`` with a batch (batch, d_in); the SAE's state stays as it is."""
         feature_acts = self.sae.encode(x)
-        metrics.update(x=x, x_hat=self.sae.decode(feature_acts), feature_acts=feature_acts)
+        self._update(metrics, x, self.sae.decode(feature_acts), feature_acts)
+
+    def _update(self, metrics: MetricCollection, x: Tensor, x_hat: Tensor, feature_acts: Tensor) -> None:
+        if isinstance(self.sae, FeatureSharded):  # metrics add over ranks: give each its share of the tokens
+            x, x_hat, feature_acts = self.sae.parts.token_share(x, x_hat, feature_acts=feature_acts)
+        metrics.update(x=x, x_hat=x_hat, feature_acts=feature_acts)
 
     def extra_state(self) -> dict[str, Any]:
         """What a checkpoint needs besides tensors, as plain values."""
