@@ -15,7 +15,7 @@ from aen_lightning.redaction import without_secrets
 from aen_lightning.runs.curves import read_curves
 from aen_lightning.runs.dictionary import Dictionary
 from aen_lightning.runs.layout import CONFIG_FILE
-from aen_lightning.saes.aen import ARCHITECTURE
+from aen_lightning.saes.aen_config import ARCHITECTURE
 
 COEFFICIENTS = {"l1_coefficient": "lambda_1", "l2_coefficient": "lambda_2"}
 """SAELens's names of an AEN-SAE's coefficients, which sum over ``d_in``, and the paper's, which average."""

@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from sae_lens import TrainingSAEConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-from aen_lightning.saes.aen_config import AENTrainingSAEConfig
+from aen_lightning.saes.aen_config import AENTrainingSAEConfig, with_our_spelling
 from aen_lightning.saes.lengths import is_share
 from aen_lightning.spelling import suggest
 
@@ -44,6 +44,8 @@ def build_sae_config(sae: dict[str, Any]) -> TrainingSAEConfig:
     cfg_class = config_class(architecture)
     known = {field.name: field for field in dataclasses.fields(cfg_class) if field.init}
     is_aen = issubclass(cfg_class, AENTrainingSAEConfig)
+    if is_aen:
+        fields = with_our_spelling(fields)
     allowed = [*known, *(_PAPER_KEYS if is_aen else ())]
     unknown = [key for key in fields if key not in allowed]
     if unknown:
