@@ -55,15 +55,16 @@ class ExportSAE(pl.Callback):
     ) -> None:
         """Write the dictionary beside a checkpoint that is being saved during the fit."""
         if self.with_checkpoints and trainer.state.fn == TrainerFn.FITTING:
-            self._export(trainer, pl_module, step_folder(trainer.global_step))
+            self.export(trainer, pl_module, step_folder(trainer.global_step))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the final dictionary and say where it is."""
-        path = self._export(trainer, pl_module, FINAL_FOLDER)
+        path = self.export(trainer, pl_module, FINAL_FOLDER)
         if path is not None:
             rank_zero_info(f"SAELens dictionary written to {path} (read it with sae_lens.SAE.load_from_disk)")
 
-    def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> Path | None:
+    def export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> Path | None:
+        """Write the dictionaries as they are now, on rank 0; returns the folder, None if nothing was written."""
         # where each rank holds a part of the features, all of them write
         writes = trainer.is_global_zero or getattr(pl_module, "shard_features", False)
         if not writes or trainer.global_step == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -13,7 +13,8 @@ PACKAGE = Path(aen_lightning.__file__).parent
 
 # from the bottom up; rooms of one line do not know each other
 LAYERS = [
-    {"spelling", "files", "retry", "compat", "registration"},
+    {"spelling", "files", "redaction", "retry", "compat", "registration", "device_copies"},
+    {"checked"},
     {"sparse", "metrics"},
     {"saes"},
     {"shards", "language_model", "sharded"},
@@ -24,6 +25,7 @@ LAYERS = [
     {"diagnostics"},
     {"callbacks"},
     {"training"},
+    {"presets"},
     {"report"},
     {"cli"},
 ]

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sae_lens import TrainingSAE
 from torch import Tensor, nn
 
 from aen_lightning import sharded, sparse
-from aen_lightning.callbacks import DeadFeatureTracker, DelayedWarmup, EMAWeightRefresh, ExportSAE, Throughput
+from aen_lightning.callbacks import (
+    DeadFeatureTracker,
+    DelayedWarmup,
+    EMAWeightRefresh,
+    ExportSAE,
+    SaveOnSignal,
+    Throughput,
+)
 from aen_lightning.callbacks.modules import prefixed
 from aen_lightning.saes.aen import AENTrainingSAE
 from aen_lightning.saes.export import check_scaling, export_sae
 from aen_lightning.saes.input_scaling import InputScaling
+from aen_lightning.saes.lengths import Length
 from aen_lightning.saes.step_schedule import StepSchedule
+from aen_lightning.sparse.precision import MatmulPrecision, set_matmul_precision
+from aen_lightning.training.checkpoints import WholeCheckpointIO
 from aen_lightning.training.hand_back import HandBack
 from aen_lightning.training.optimizer import OptimizerSettings
+from aen_lightning.training.progress_bar import show_in_bar
 from aen_lightning.training.sharded_features import ShardedFeatures, refuse_model_parallel
 from aen_lightning.training.tracked_sae import TrackedSAE
 
@@ -30,8 +42,10 @@ class SAETrainingModule(pl.LightningModule):
 
     Args:
         saes: The SAEs by name; the only one of a run has the empty name.
-        dead_feature_window: Training steps without firing after which a feature counts as dead in
+        dead_feature_window: Training steps, or a share of the run, without firing after which a feature counts as dead in
             ``sparsity/dead_features`` and, in architectures that revive features, gets the auxiliary loss.
+        float32_matmul_precision: ``torch.set_float32_matmul_precision`` during a fit on a GPU: ``high`` lets float32
+            products run in TF32, ``highest`` does not. None: as it is. Nothing on a CPU.
         compile_sae: Compile the training forward pass with ``torch.compile``; the step is then dense.
         sae_compilation_mode: ``torch.compile``'s mode.
         sae_compilation_backend: ``torch.compile``'s backend; ``inductor`` needs a C++ compiler on a CPU.
@@ -44,7 +58,8 @@ class SAETrainingModule(pl.LightningModule):
     def __init__(
         self,
         saes: Mapping[str, TrainingSAE[Any]],
-        dead_feature_window: int = 1000,
+        dead_feature_window: Length = 1000,
+        float32_matmul_precision: MatmulPrecision | None = "high",
         compile_sae: bool = False,
         sae_compilation_mode: str | None = None,
         sae_compilation_backend: str = "inductor",
@@ -52,7 +67,17 @@ class SAETrainingModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.sharded_features: ShardedFeatures | None = None
+        if dead_feature_window <= 0:
+            raise ValueError(
+                f"dead_feature_window must be at least 1 step, or a share of the run in (0, 1), got {dead_feature_window}"
+            )
         self.optimizer_settings = OptimizerSettings(**optimizer)
+        if float32_matmul_precision not in (*get_args(MatmulPrecision), None):
+            raise ValueError(
+                f"float32_matmul_precision must be one of {', '.join(get_args(MatmulPrecision))} or None, "
+                f"got {float32_matmul_precision!r}"
+            )
+        self.float32_matmul_precision = float32_matmul_precision
         self.compile_sae = compile_sae
         self.sae_compilation_mode, self.sae_compilation_backend = (
             sae_compilation_mode,
@@ -68,6 +93,8 @@ class SAETrainingModule(pl.LightningModule):
         self.n_training_samples = 0
         self.input_scaling = InputScaling()
         self.step_schedule = StepSchedule()
+        self.bar_values: dict[str, float] = {}
+        self._undo: list[Callable[[], None]] = []
 
     @property
     def saes(self) -> dict[str, TrainingSAE[Any]]:
@@ -93,7 +120,13 @@ class SAETrainingModule(pl.LightningModule):
 
         One of the same class (or a subclass) given to the Trainer takes its place.
         """
-        defaults: list[type[pl.Callback]] = [HandBack, DeadFeatureTracker, ExportSAE, Throughput]
+        defaults: list[type[pl.Callback]] = [
+            HandBack,
+            DeadFeatureTracker,
+            ExportSAE,
+            Throughput,
+            SaveOnSignal,
+        ]
         if self._adaptive_saes():
             defaults = [DelayedWarmup, EMAWeightRefresh, *defaults]
         given = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
@@ -101,6 +134,8 @@ class SAETrainingModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the data against each SAE before any work, and take over what they say of themselves."""
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin of the user's stays
+            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         datamodule = getattr(self.trainer, "datamodule", None)
         d_in = getattr(datamodule, "d_in", None)
         if isinstance(d_in, dict):
@@ -150,6 +185,11 @@ class SAETrainingModule(pl.LightningModule):
             sae.to(device=self.device)
             if sae.W_enc.dtype != sae.dtype:
                 sae.to(dtype=sae.W_enc.dtype)
+        for tracked in self.tracked:
+            tracked.run_steps = self.trainer.estimated_stepping_batches
+        self._undo.append(show_in_bar(self.trainer.progress_bar_callback, self.bar_values))  # type: ignore[attr-defined]
+        if self.device.type == "cuda" and self.float32_matmul_precision is not None:
+            self._undo.append(set_matmul_precision(self.float32_matmul_precision))
         self.step_schedule = StepSchedule(
             n_micro_batches=self.trainer.accumulate_grad_batches,
             reduce_mean=lambda tensor: self._over_batches(tensor, "mean"),
@@ -168,6 +208,8 @@ class SAETrainingModule(pl.LightningModule):
     def hand_back(self) -> None:
         """Leave the SAEs as if this module had never had them; after every fit, also one that raised."""
         self.step_schedule = StepSchedule()
+        while self._undo:
+            self._undo.pop()()
         for sae in self._adaptive_saes():
             if not self.shard_features:
                 sae.W_enc.data = sae.W_enc.data.contiguous()
@@ -187,7 +229,7 @@ class SAETrainingModule(pl.LightningModule):
             [tracked.sae.parameters() for tracked in self.tracked],
             training_steps=self.trainer.estimated_stepping_batches,
             device=self.device,
-            mixed_precision="mixed" in str(self.trainer.precision),
+            scaled_gradients=self._scales_gradients(),
             optimizer_class=optimizer_class,
         )
 
@@ -195,7 +237,7 @@ class SAETrainingModule(pl.LightningModule):
         return (
             self.optimizer_settings.is_plain_adam
             and not self.shard_features
-            and "mixed" not in str(self.trainer.precision)
+            and not self._scales_gradients()
             and self.trainer.world_size
             == 1  # DDP and FSDP lay out their buckets before the optimizer is made
             and not self.compile_sae
@@ -203,17 +245,24 @@ class SAETrainingModule(pl.LightningModule):
             and sparse.FusedAdam.supported()
         )
 
+    def _scales_gradients(self) -> bool:
+        return str(self.trainer.precision) == "16-mixed"
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the Trainer asks, each SAE's gradients by their own norm: as in separate runs."""
+        """Clip as the Trainer asks, each SAE's gradients by their own norm: as in separate runs.
+
+        Lightning refuses to clip for a fused optimizer in any mixed precision, though only scaled losses forbid it.
+        """
         if self.shard_features and gradient_clip_val:
             sharded.clip_gradients_(self.parameters(), gradient_clip_val, algorithm=gradient_clip_algorithm)
             return
-        if len(self.tracked) == 1 or not gradient_clip_val:
+        own = len(self.tracked) > 1 or str(self.trainer.precision) == "bf16-mixed"
+        if not own or not gradient_clip_val:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         for sae in self.saes.values():
@@ -289,7 +338,9 @@ class SAETrainingModule(pl.LightningModule):
             "ev": mean("metrics/explained_variance"),
             "dead%": 100 * torch.stack(dead).mean(),
         }
-        self.log_dict(bar, prog_bar=True, logger=False)
+        # not with prog_bar=True: Lightning would fetch each value from the device again at every later step
+        self.log_dict(bar, logger=False)
+        self.bar_values.update(zip(bar, torch.stack(list(bar.values())).tolist(), strict=True))
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Update the held-out metrics; no SAE's state changes."""

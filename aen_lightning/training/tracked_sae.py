@@ -15,6 +15,7 @@ from torchmetrics import Metric, MetricCollection
 
 from aen_lightning.metrics import L0, MSE, DeadFeatures, ExplainedVariance, ShrinkageRatio, firing_counts
 from aen_lightning.saes.aen import AENTrainingSAE
+from aen_lightning.saes.lengths import Length, check_length, in_steps
 from aen_lightning.saes.step_schedule import StepSchedule
 from aen_lightning.sharded import FeatureSharded
 
@@ -34,14 +35,19 @@ class TrackedSAE(nn.Module):
     Args:
         sae: Training SAE of any SAELens architecture.
         name: Prefix of its log keys and name of its export folder; empty for the only SAE of a run.
-        dead_feature_window: Training steps without firing after which a feature counts as dead.
+        dead_feature_window: Training steps without firing after which a feature counts as dead, or a share of
+            the run.
     """
+
+    run_steps: float | None = None
+    """Length of the run, which lengths that are shares need; set by who drives."""
 
     n_forward_passes_since_fired: Tensor
     sparsity_multiplier: Tensor
 
-    def __init__(self, sae: TrainingSAE[Any], *, name: str, dead_feature_window: int) -> None:
+    def __init__(self, sae: TrainingSAE[Any], *, name: str, dead_feature_window: Length) -> None:
         super().__init__()
+        check_length(dead_feature_window, "dead_feature_window")
         cfg = sae.cfg
         self.name = name
         self.dead_feature_window = dead_feature_window
@@ -56,7 +62,8 @@ class TrackedSAE(nn.Module):
     @property
     def dead_neuron_mask(self) -> Tensor:
         """Features that have not fired for ``dead_feature_window`` training steps, shape (d_sae,), bool."""
-        return self.n_forward_passes_since_fired > self.dead_feature_window
+        window = in_steps(self.dead_feature_window, self.run_steps, "dead_feature_window")
+        return self.n_forward_passes_since_fired > window
 
     def coefficients(self, n_training_steps: int) -> dict[str, Any]:
         """SAELens's loss coefficients after ``n_training_steps`` finished steps, warm-up and multiplier
@@ -68,7 +75,8 @@ class TrackedSAE(nn.Module):
         values: dict[str, Any] = {}
         for name, cfg in self.sae.get_coefficients().items():
             value, warm_up = cfg if isinstance(cfg, TrainCoefficientConfig) else (cfg, 0)
-            scheduler = CoefficientScheduler(warm_up_steps=warm_up, final_value=value)
+            steps = in_steps(warm_up, self.run_steps, f"the warm-up of {name}")
+            scheduler = CoefficientScheduler(warm_up_steps=steps, final_value=value)
             scheduler.load_state_dict({"current_step": n_training_steps})
             values[name] = (
                 scheduler.value * self.sparsity_multiplier if name in ("l1", "l0") else scheduler.value
