@@ -1,7 +1,7 @@
 """SynthSAEBench (arXiv:2602.14687): data with known features, SAELens's generator and metrics, all variants
 with the same start, samples, order and budget.
 
-    python benchmarks/synth_sae_bench.py                      an eighth of the benchmark's size, three seeds
+    python benchmarks/synth_sae_bench.py                      an eighth of the published size, three seeds
     python benchmarks/synth_sae_bench.py --quick --json FILE  a few minutes: one seed, one learning rate
     python benchmarks/synth_sae_bench.py --full               the published model, 200 M samples: a GPU
 
