@@ -62,7 +62,7 @@ def commands() -> str:
 
 
 def _help_of(command: str) -> str:
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = "92"
     printed = io.StringIO()
     # a plain command's parser exits after its help, the others return
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
