@@ -38,7 +38,9 @@ def main(folder: str, tag: str | None = None) -> None:
     problems = [f"lacks {name}" for name in sorted(wanted(ROOT) - packed)]
     problems += [f"holds {name}" for name in sorted(packed) if not name.startswith("aen_lightning/")]
     problems += [] if any(name.endswith("licenses/LICENSE") for name in names) else ["lacks the licence"]
-    problems += [f"is version {version}, the tag says {tag}"] if tag and tag.removeprefix("v") != version else []
+    problems += (
+        [f"is version {version}, the tag says {tag}"] if tag and tag.removeprefix("v") != version else []
+    )
     if problems:
         raise SystemExit("\n".join(f"{wheel.name} {problem}" for problem in problems))
     print(f"{wheel.name}: {len(packed)} files, as they should be")

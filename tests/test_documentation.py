@@ -74,13 +74,19 @@ UNIQUE = {" ".join(words): (page, words) for page, words in SHOWN}
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["aen"])
-    monkeypatch.setattr(logging, "raiseExceptions", False)  # Lightning's handler may hold a stream of pytest's
+    monkeypatch.setattr(
+        logging, "raiseExceptions", False
+    )  # Lightning's handler may hold a stream of pytest's
     return tmp_path
 
 
 @pytest.mark.parametrize(("page", "words"), UNIQUE.values(), ids=UNIQUE)
 def test_commands_pass_their_parser(
-    page: str, words: list[str], in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str,
+    words: list[str],
+    in_tmp: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if "--help" in words or "--help_all" in words or words == ["--version"]:
         return
@@ -114,7 +120,9 @@ def test_python_blocks_compile_and_import(page: str) -> None:
         tree = ast.parse(block.text, page)
         compile(tree, page, "exec")
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("aen_lightning", "sae_lens")):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                ("aen_lightning", "sae_lens")
+            ):
                 module = importlib.import_module(str(node.module))
                 assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
 
@@ -137,7 +145,9 @@ def test_pages_run_from_top_to_bottom(
             for words in commands(block):
                 quick = ["--trainer.enable_progress_bar=false"] if words[0] in ("fit", "sweep") else []
                 with contextlib.suppress(SystemExit):
-                    assert main([*words, *quick]) == 0, f"{page}: aen {' '.join(words)}\n{capsys.readouterr().err}"
+                    assert main([*words, *quick]) == 0, (
+                        f"{page}: aen {' '.join(words)}\n{capsys.readouterr().err}"
+                    )
 
 
 @pytest.mark.parametrize(
@@ -183,7 +193,9 @@ def test_recipes_named_in_the_text_exist() -> None:
 def test_pictures_are_drawn_by_us_and_used() -> None:
     text = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
     for picture in (DOCS / "images").glob("*.svg"):
-        assert "<title>" in picture.read_text(encoding="utf-8"), f"{picture.name} has no title to be read aloud"
+        assert "<title>" in picture.read_text(encoding="utf-8"), (
+            f"{picture.name} has no title to be read aloud"
+        )
         assert picture.name in text, f"{picture.name} is shown on no page"
 
 
