@@ -10,6 +10,7 @@ import ast
 import contextlib
 import functools
 import importlib
+import itertools
 import logging
 import os
 import re
@@ -185,7 +186,7 @@ def test_every_page_is_in_the_navigation_and_in_the_map_for_agents() -> None:
 
 def test_recipes_named_in_the_text_exist() -> None:
     for page, words in SHOWN:
-        for option, value in zip(words, words[1:], strict=False):
+        for option, value in itertools.pairwise(words):
             if option == "--config":
                 assert value in recipes() or value.endswith(".yaml"), f"{page} names the recipe {value}"
 
