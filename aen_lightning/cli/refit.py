@@ -14,9 +14,15 @@ from aen_lightning.runs.layout import REFIT_FILE
 from aen_lightning.training.refit import RefitModule
 
 
+class RefitCLI(AENCLI):
+    """A refit has no preset: it takes what the dictionary is."""
+
+    takes_presets = False
+
+
 def refit(args: Sequence[str]) -> None:
     """Refit a dictionary; the arguments are those of ``aen fit``, with ``--model.dictionary``."""
-    cli = AENCLI(RefitModule, args, run=False)
+    cli = RefitCLI(RefitModule, args, run=False)
     with errors_of_use(cli):
         before = _held_out(cli)
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)

@@ -95,11 +95,9 @@ def report(
 
 
 def _features(collected: Any, pages: FeaturePages, given: EvaluationInputs) -> list[dict[str, Any]]:
-    from transformers import AutoTokenizer
-
     from aen_lightning.cli.opening import InputOpener, device_of
     from aen_lightning.evaluate.dictionary import load_dictionary
-    from aen_lightning.evaluate.inputs import TextInputs
+    from aen_lightning.language_model.source import load_tokenizer
     from aen_lightning.report.activations import collect_activations
     from aen_lightning.report.features import feature_pages
     from aen_lightning.report.vocabulary import load_unembedding, token_texts
@@ -116,9 +114,7 @@ def _features(collected: Any, pages: FeaturePages, given: EvaluationInputs) -> l
         if not model_name:
             raise ValueError("nothing says which language model the token ids belong to: give --model_name")
         revision = given.revision or metadata["revision"]
-        kwargs = (
-            (inputs.data.options.model_from_pretrained_kwargs or {}) if isinstance(inputs, TextInputs) else {}
-        )
+        kwargs = opener.language_model_kwargs(metadata)
         unembedding = None
         if pages.output_tokens:
             hook_name = given.hook_name or described["hook_name"]
@@ -134,7 +130,7 @@ def _features(collected: Any, pages: FeaturePages, given: EvaluationInputs) -> l
         page = feature_pages(
             sae,
             activations,
-            token_texts(AutoTokenizer.from_pretrained(model_name, revision=revision or "main")),
+            token_texts(load_tokenizer(model_name, revision=revision, model_from_pretrained_kwargs=kwargs)),
             unembedding=unembedding,
             feature_ids=pages.feature_ids,
             n_features=pages.n_features,

@@ -23,7 +23,9 @@ from aen_lightning.cli.config import with_configs_found
 from aen_lightning.cli.errors import UsageError, explain
 from aen_lightning.cli.output import is_quiet, remark
 from aen_lightning.cli.parser import OneLineErrors, normalized
+from aen_lightning.cli.presets import ChosenPreset, add_preset_arguments
 from aen_lightning.cli.run_progress import RunProgress
+from aen_lightning.cli.saved_config import SaveConfigWithoutSecrets
 from aen_lightning.cli.summary import say_metrics, say_result
 from aen_lightning.saes.aen_config import AENTrainingSAEConfig
 from aen_lightning.training.module import SAEModule
@@ -100,17 +102,21 @@ class OneLineCLI(LightningCLI):
 
 
 class AENCLI(OneLineCLI):
-    """LightningCLI with a CSV and a TensorBoard log by default, both in one folder per run."""
+    """LightningCLI with presets, and a CSV and a TensorBoard log by default, both in one folder per run."""
+
+    takes_presets = True
 
     def __init__(
         self, model_class: type[pl.LightningModule], args: Sequence[str], *, run: bool = True
     ) -> None:
         prepare_process()
+        self._preset_parsers: list[LightningArgumentParser] = []
         super().__init__(
             model_class,
             pl.LightningDataModule,
             subclass_mode_data=True,
             seed_everything_default=0,
+            save_config_callback=SaveConfigWithoutSecrets,
             save_config_kwargs={"overwrite": True},
             args=args,
             run=run,
@@ -125,6 +131,27 @@ class AENCLI(OneLineCLI):
             help="CPU threads of torch in this process. null: torch's default. One is often faster on shared "
             "cores.",
         )
+        if self.takes_presets:
+            add_preset_arguments(parser)
+            self._preset_parsers.append(parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Once for the preset, and with a preset once more: its settings are defaults, so that given ones win."""
+        super().parse_arguments(parser, args)
+        if not self.takes_presets:
+            return
+        chosen = ChosenPreset(self._section())
+        if defaults := chosen.defaults():
+            for each in self._preset_parsers:
+                try:
+                    each.set_defaults(defaults)
+                except KeyError as error:
+                    raise UsageError(f"presets.{chosen.name} sets what is no setting: {error}") from error
+            super().parse_arguments(parser, args)
+        chosen.expand(self._section())
+
+    def _section(self) -> Any:
+        return self.config.get(str(self.config.get("subcommand")), self.config)
 
     def _setting(self, config: Any, key: str) -> Any:
         """A value that is in the subcommand's section if there are subcommands."""

@@ -52,6 +52,13 @@ _RUN = (
         "None",
         "A file of settings or the name of a recipe; options that follow change single values.",
     ),
+    Option(
+        "--preset",
+        "str",
+        "None",
+        "paper or recommended: settings for what is not given.",
+    ),
+    Option("--l0", "float", "None", "Active features per token that preset recommended aims at. None: 32."),
     Option("--trainer.max_steps", "int", "-1", "Training steps: the end of the run, as streams are endless."),
     Option(
         "--trainer.devices",
@@ -111,7 +118,8 @@ def _fit() -> list[Section]:
 
 def _refit() -> list[Section]:
     model = [o for o in _options("training.refit:RefitModule", *_TRAINING_CLASSES) if o.name in _REFIT]
-    return [("The refit, --model.KEY:", model), _data(), ("The run:", _RUN)]
+    run = [o for o in _RUN if o.name not in ("--preset", "--l0")]
+    return [("The refit, --model.KEY:", model), _data(), ("The run:", run)]
 
 
 def _harvest() -> list[Section]:

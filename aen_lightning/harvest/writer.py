@@ -7,22 +7,25 @@ import shutil
 import threading
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from aen_lightning.device_copies import HostCopy, side_stream
 from aen_lightning.shards.manifest import Manifest, ShardRecord
-from aen_lightning.shards.read import write_stamps
 from aen_lightning.shards.write import ShardFolder, ShardStream
 
 
 class ShardWriter(BasePredictionWriter):
-    """Writes what ``HarvestModule`` predicts as shards, in a thread of its own.
+    """Writes what ``HarvestModule`` predicts as shards, in a thread of its own, and hashes them in another.
 
     Batches go straight into the open shard's file, so at most ``queue_size`` batches are held in memory; if
-    the disk is slower than the model, the model waits.
+    the disk is slower than the model, the model waits. From a GPU they are copied to pinned memory beside the
+    model's work.
 
     Args:
         path: Folder of the set.
@@ -42,6 +45,7 @@ class ShardWriter(BasePredictionWriter):
             raise ValueError(f"queue_size must be at least 1, got {queue_size}")
         self.path, self.shard_size_mib, self.force_disk = Path(path), shard_size_mib, force_disk
         self._queue: queue.Queue[tuple[dict[str, Any], dict[str, Any]] | None] = queue.Queue(queue_size)
+        self._copy_stream: torch.cuda.Stream | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._d_in: dict[str, int] = {}
@@ -55,6 +59,7 @@ class ShardWriter(BasePredictionWriter):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Start the thread."""
         self._d_in, self._dtype, self._error = pl_module.d_in, pl_module.stored_dtype, None
+        self._copy_stream = side_stream(pl_module.device)
         self._thread = threading.Thread(target=self._run, name="shard-writer", daemon=True)
         self._thread.start()
 
@@ -71,7 +76,13 @@ class ShardWriter(BasePredictionWriter):
         """Hand a batch to the thread; raises what went wrong there."""
         if batch["wanted"]:
             place = {k: batch[k] for k in ("shard", "capacity", "last", "n_read", "n_special")}
-            self._put((place, prediction))
+            copies = {
+                "activations": {
+                    name: HostCopy(x, self._copy_stream) for name, x in prediction["activations"].items()
+                },
+                "token_ids": HostCopy(prediction["token_ids"], self._copy_stream),
+            }
+            self._put((place, prediction | copies))
 
     def _put(self, item: tuple[dict[str, Any], dict[str, Any]] | None) -> None:
         while True:
@@ -84,6 +95,8 @@ class ShardWriter(BasePredictionWriter):
 
     def _run(self) -> None:
         stream: ShardStream | None = None
+        sealing: list[Future[ShardRecord]] = []
+        sealer = ThreadPoolExecutor(1, "shard-sealer")
         try:
             while (item := self._queue.get()) is not None:
                 place, prediction = item
@@ -91,16 +104,22 @@ class ShardWriter(BasePredictionWriter):
                     stream = ShardStream(
                         self.path, place["shard"], self._d_in, self._dtype, place["capacity"]
                     )
-                stream.append(prediction["activations"], prediction["token_ids"])
+                activations = {name: copy.wait() for name, copy in prediction["activations"].items()}
+                stream.append(activations, prediction["token_ids"].wait())
                 stream.count(
                     read=place["n_read"], special=place["n_special"], outlier=prediction["n_outliers"]
                 )
                 if place["last"]:
-                    stream.close()
+                    for earlier in sealing:  # at most one shard waits to be hashed
+                        earlier.result()
+                    sealing = [sealer.submit(stream.finish_writing())]
                     stream = None
+            for earlier in sealing:
+                earlier.result()
         except Exception as e:  # noqa: BLE001  # raised again in the main thread
             self._error = e
         finally:
+            sealer.shutdown()
             if stream is not None:
                 stream.abort()
 
@@ -137,8 +156,6 @@ class ShardWriter(BasePredictionWriter):
     def finish(self) -> Manifest:
         """Mark the set as complete, and drop the work orders (rank 0, once all shards are there)."""
         manifest = ShardFolder(self.path).collect(complete=True)
-        records: list[ShardRecord] = manifest.shards
-        write_stamps(self.path, records)
         shutil.rmtree(self.path / "tokens", ignore_errors=True)
         return manifest
 
