@@ -214,6 +214,6 @@ def _usage(names: Iterable[str]) -> str:
             "read take --json (one JSON object on standard output).",
             "",
             "Exit codes: 0 done; 1 failed while it ran; 2 wrong use, said in one line (AEN_DEBUG=1 shows where",
-            "it was noticed); 130 interrupted.",
+            "it was noticed); 75 stopped by SIGTERM or a scheduler and saved: start it again; 130 interrupted.",
         ]
     )
