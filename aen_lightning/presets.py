@@ -79,6 +79,13 @@ def _recommended_aen(l0: float) -> Preset:
     )
 
 
+def _recommended_gated(l0: float) -> Preset:
+    """Differentiable throughout but for the gate's switch: no hard phase."""
+    base = _recommended_aen(l0)
+    callbacks = {cls: arguments for cls, arguments in base.callbacks.items() if cls is not HardFinish}
+    return Preset(base.sae, base.training, callbacks)
+
+
 def _published_aen(l0: float) -> Preset:
     """Of Pythia-70M, in units that do not depend on its width."""
     return Preset(
@@ -97,7 +104,7 @@ def _published_aen(l0: float) -> Preset:
     )
 
 
-_RECOMMENDED = {"aen": _recommended_aen}
+_RECOMMENDED = {"aen": _recommended_aen, "aen_gated": _recommended_gated}
 _PAPER = {"aen": _published_aen}
 
 
@@ -131,7 +138,7 @@ def recommended(
         d_sae: Number of features.
         l0: Mean active features per token to end with, a count.
         max_steps: Length of the run, in optimizer steps; the Trainer needs the same.
-        architecture: ``aen``.
+        architecture: ``aen``; ``aen_gated`` for one without a hard phase.
         sae: Fields of the SAE's config that win over the preset's.
         seed: As for :class:`~aen_lightning.SAEModule`.
         **training: Arguments of :class:`~aen_lightning.SAEModule` that win over the preset's.

@@ -34,6 +34,10 @@ class HardFinish(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse SAEs that have no hard phase, or too few features for it, before any work."""
         for sae in adaptive_saes(pl_module, self):
+            if not sae.has_hard_phase:
+                raise ValueError(
+                    f"architecture {sae.cfg.architecture()!r} has no hard phase: remove HardFinish, or train 'aen'"
+                )
             if self.k > sae.cfg.d_sae:
                 raise ValueError(f"HardFinish.k is {self.k}, but the SAE has d_sae={sae.cfg.d_sae} features")
 

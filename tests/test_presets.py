@@ -42,5 +42,7 @@ def test_an_unknown_preset_is_named_with_the_nearest():
 
 
 def test_a_preset_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="preset 'recommended' is for architecture aen, not for 'topk'"):
+    with pytest.raises(
+        ValueError, match="preset 'recommended' is for architecture aen or aen_gated, not for 'topk'"
+    ):
         recommended(d_in=16, d_sae=48, l0=4, max_steps=60, architecture="topk")

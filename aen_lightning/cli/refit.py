@@ -10,6 +10,7 @@ import pandas as pd
 from aen_lightning.cli.output import answer, remark
 from aen_lightning.cli.summary import fit_result, nearest_path
 from aen_lightning.cli.training import AENCLI, errors_of_use
+from aen_lightning.files import replacing
 from aen_lightning.runs.layout import REFIT_FILE
 from aen_lightning.training.refit import RefitModule
 
@@ -33,7 +34,8 @@ def refit(args: Sequence[str]) -> None:
     if cli.trainer.is_global_zero and after:
         table = pd.DataFrame({"before": before, "after": after})
         path.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(path, index_label="metric")
+        with replacing(path) as temporary:
+            table.to_csv(temporary, index_label="metric")
         answer(
             ended | {"command": "refit", "before": before, "metrics": after, "metrics_from": "validation"},
             lambda: table.to_string(float_format=lambda value: f"{value:.4g}"),

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import os
 import warnings
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from aen_lightning.cli.presets import ChosenPreset, add_preset_arguments
 from aen_lightning.cli.run_progress import RunProgress
 from aen_lightning.cli.saved_config import SaveConfigWithoutSecrets
 from aen_lightning.cli.summary import say_metrics, say_result
+from aen_lightning.runs.checkpoint import require_checkpoint
 from aen_lightning.saes.aen_config import AENTrainingSAEConfig
 from aen_lightning.training.module import SAEModule
 
@@ -227,8 +227,11 @@ def _check_checkpoint(path: str | None) -> None:
         return
     if not Path(path).exists():
         raise UsageError(f"no checkpoint {path!r}")
-    if Path(path).is_file() and not zipfile.is_zipfile(path):  # what torch.save writes is one
-        raise UsageError(f"{path} is no checkpoint, or was cut off while it was written")
+    if Path(path).is_file():  # a sharded one is a folder
+        try:
+            require_checkpoint(path)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
 
 def prepare_process() -> None:

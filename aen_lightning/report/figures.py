@@ -15,7 +15,7 @@ from aen_lightning.report.drawing import Figure, add_histogram, finish, floats, 
 from aen_lightning.report.naming import colours, family_styles, has_own_weights
 from aen_lightning.report.trained import NEVER_FIRED, TrainedSAE
 from aen_lightning.report.training_curves import curve_figures
-from aen_lightning.saes.aen import ARCHITECTURE
+from aen_lightning.saes.aen_config import ARCHITECTURE
 from aen_lightning.saes.export import ADAPTIVE_STATE_FILENAME
 from aen_lightning.training.pareto import pareto_fronts
 

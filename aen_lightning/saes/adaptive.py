@@ -159,6 +159,15 @@ class AdaptiveState(FullPrecisionBuffers):
         if schedule.refresh_weights:
             self.refresh_weights()
 
+    def observe_dense(self, feature_acts: Tensor, schedule: StepSchedule) -> None:
+        """:meth:`observe_and_refresh` with the statistics of a dense code (..., d_sae)."""
+        by_token = feature_acts.detach().flatten(end_dim=-2)
+        counts = by_token.count_nonzero(dim=0) if self.counts_firings else None
+        # h >= 0, so |h| is h; the mean is taken in at least float32 since a bf16 mean over a batch loses rare
+        # features.
+        mean = by_token.mean(dim=0, dtype=self.feature_acts_ema.dtype)
+        self.observe_and_refresh(mean, counts, len(by_token), schedule)
+
     @torch.no_grad()
     def set_ramp(self, ramp: float) -> None:
         """Let the adaptive weights in by ``ramp``, a number in [0, 1], from the next refresh on."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from sae_lens import JumpReLUSAEConfig, StandardSAEConfig, TrainingSAEConfig
+from sae_lens import JumpReLUSAEConfig, LanguageModelSAERunnerConfig, StandardSAEConfig, TrainingSAEConfig
 from sae_lens.saes.sae import SAEConfig
 from typing_extensions import override
 
 from aen_lightning.saes.lengths import Length, is_length, length_expected
 from aen_lightning.saes.penalty import PenaltyName, coefficients_from_paper
+from aen_lightning.spelling import suggest
 
 ARCHITECTURE = "aen"
 
@@ -70,7 +72,13 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
             (:mod:`aen_lightning.sparse`), once the code is sparse enough. ``auto``: on a CPU; ``on``: on any
             device; ``off``: always dense. Where it cannot apply (parameters in half precision, a run-time
             normalisation in the SAE, hooks on the SAE) the step is dense.
-        hard_k: Mean active features per token in a hard phase (:meth:`AENTrainingSAE.harden`, callback ``HardFinish``); None before it.
+        hard_k: Mean active features per token in a hard phase (:meth:`AENTrainingSAE.harden`, callback
+            ``HardFinish``); None before it.
+        aux_loss_coefficient: Weight of the auxiliary loss in the hard phase, ``>= 0``, in which silent features
+            reconstruct what the others leave over, as in SAELens's TopK and BatchTopK, whose value is 1. 0: none.
+        aux_loss_window: Training steps without firing, or a share of the run, after which a feature takes part
+            in it. None: ``dead_feature_window`` of the module.
+        aux_loss_k: How many silent features a token takes at most, ``>= 1``. None: ``d_in // 2``, as in SAELens.
         inference_architecture: What an exported dictionary calls itself: ``standard`` loads anywhere, ``aen``
             needs this package.
 
@@ -97,7 +105,10 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
     decoder_init_norm: float | None = None
     sparse_step: Literal["auto", "on", "off"] = "auto"
     hard_k: float | None = None
-    inference_architecture: Literal["standard", "aen", "jumprelu"] = "standard"
+    aux_loss_coefficient: float = 0.0
+    aux_loss_window: Length | None = None
+    aux_loss_k: int | None = None
+    inference_architecture: Literal["standard", "aen"] = "standard"
 
     @override
     @classmethod
@@ -106,6 +117,15 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.aux_loss_coefficient and self.normalize_activations in (
+            "constant_norm_rescale",
+            "layer_norm",
+        ):
+            raise ValueError(
+                "the auxiliary loss is in the space of the input, "
+                f"normalize_activations={self.normalize_activations!r} acts inside the SAE: set "
+                "aux_loss_coefficient to 0, or scale the data instead"
+            )
         for name, ok, expected in self._constraints():
             if not ok:
                 raise ValueError(
@@ -153,10 +173,17 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
             ("guard_decay", at_least(self.guard_decay, 0) and self.guard_decay < 1, "in [0, 1)"),
             ("decoder_init_norm", norm is None or (at_least(norm, 0) and norm > 0), "None or a number > 0"),
             ("sparse_step", self.sparse_step in ("auto", "on", "off"), "'auto', 'on' or 'off'"),
+            ("aux_loss_coefficient", at_least(self.aux_loss_coefficient, 0), "a finite number >= 0"),
+            (
+                "aux_loss_window",
+                self.aux_loss_window is None or is_length(self.aux_loss_window),
+                f"None, {length_expected()}",
+            ),
+            ("aux_loss_k", self.aux_loss_k is None or count(self.aux_loss_k), "None or a positive integer"),
             (
                 "inference_architecture",
-                self.inference_architecture in ("standard", "aen"),
-                "'standard' or 'aen'",
+                self.inference_architecture in self.inference_architectures(),
+                " or ".join(map(repr, self.inference_architectures())),
             ),
         ]
 
@@ -184,15 +211,51 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
         l1, l2 = coefficients_from_paper(d_in=d_in, lambda_1=lambda_1, lambda_2=lambda_2)
         return cls(d_in=d_in, d_sae=d_sae, l1_coefficient=l1, l2_coefficient=l2, **rest)
 
+    def inference_architectures(self) -> tuple[str, ...]:
+        """What an exported dictionary may call itself."""
+        return ("standard", "aen")
+
+    @override
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any]) -> Any:
+        """As SAELens's, but takes its spelling ``l1_warm_up_steps``, and refuses what it would drop.
+
+        Raises:
+            ValueError: For a key that is no field, or the same one in two spellings.
+        """
+        given = with_our_spelling(config_dict)
+        known = [field.name for field in dataclasses.fields(cls) if field.init]
+        for key in given:
+            if key not in {*known, "architecture", *_OF_SAELENS}:
+                near = suggest(key, known) or f"; it takes {', '.join(sorted(known))}"
+                raise ValueError(f"{cls.__name__} has no field {key!r}{near}")
+        return super().from_dict(given)
+
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:
-        if self.inference_architecture == "jumprelu":
+        if self.hard_k is not None:
             return JumpReLUSAEConfig
         return AENSAEConfig if self.inference_architecture == "aen" else StandardSAEConfig
 
-    def _may_be_exported(self) -> bool:
-        allowed = ("standard", "aen") if self.hard_k is None else ("standard", "aen", "jumprelu")
-        return self.inference_architecture in allowed
+
+# what SAELens adds to a config that it reads: a field of old, and those of its runner
+_OF_SAELENS = {
+    "finetuning_scaling_factor",
+    *(f.name for f in dataclasses.fields(LanguageModelSAERunnerConfig)),
+}
+
+
+def with_our_spelling(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with ``l1_warmup_steps`` where SAELens's architectures say ``l1_warm_up_steps``.
+
+    Raises:
+        ValueError: If both are there.
+    """
+    if "l1_warm_up_steps" not in fields:
+        return fields
+    if "l1_warmup_steps" in fields:
+        raise ValueError("l1_warm_up_steps and l1_warmup_steps say the same: drop one")
+    return {"l1_warmup_steps" if key == "l1_warm_up_steps" else key: value for key, value in fields.items()}
 
 
 def _is_number(value: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from sae_lens import TrainingSAEConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-from aen_lightning.saes.aen_config import AENTrainingSAEConfig
+from aen_lightning.saes.aen_config import AENTrainingSAEConfig, with_our_spelling
 from aen_lightning.saes.lengths import is_share
 from aen_lightning.spelling import suggest
 
@@ -44,6 +44,8 @@ def build_sae_config(sae: dict[str, Any]) -> TrainingSAEConfig:
     cfg_class = config_class(architecture)
     known = {field.name: field for field in dataclasses.fields(cfg_class) if field.init}
     is_aen = issubclass(cfg_class, AENTrainingSAEConfig)
+    if is_aen:
+        fields = with_our_spelling(fields)
     allowed = [*known, *(_PAPER_KEYS if is_aen else ())]
     unknown = [key for key in fields if key not in allowed]
     if unknown:
@@ -80,7 +82,7 @@ def config_class(architecture: str) -> type[TrainingSAEConfig]:
     Raises:
         ValueError: If SAELens can train none of that name.
     """
-    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+    if not isinstance(architecture, str) or architecture not in SAE_TRAINING_CLASS_REGISTRY:
         near = suggest(architecture, SAE_TRAINING_CLASS_REGISTRY)
         known = ", ".join(sorted(SAE_TRAINING_CLASS_REGISTRY))
         raise ValueError(f"unknown SAE architecture {architecture!r}{near}; SAELens can train {known}")

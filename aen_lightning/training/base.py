@@ -387,6 +387,8 @@ class SAETrainingModule(pl.LightningModule):
         self.input_scaling = InputScaling(**state["input_scaling"])
         for tracked, extra in zip(self.tracked, state["tracked"], strict=True):
             tracked.load_extra_state(extra)
+        if self.sharded_features is not None:
+            self.sharded_features.load(self.trainer, self)
 
     def export(self, path: str | Path, log_sparsity: Tensor | None = None, *, name: str = "") -> Path:
         """Write one dictionary as a SAELens folder for raw activations.

@@ -62,8 +62,16 @@ class TrackedSAE(nn.Module):
     @property
     def dead_neuron_mask(self) -> Tensor:
         """Features that have not fired for ``dead_feature_window`` training steps, shape (d_sae,), bool."""
-        window = in_steps(self.dead_feature_window, self.run_steps, "dead_feature_window")
-        return self.n_forward_passes_since_fired > window
+        return self._silent_for(self.dead_feature_window, "dead_feature_window")
+
+    @property
+    def revived_neuron_mask(self) -> Tensor:
+        """Features that get the auxiliary loss: the dead ones, or those silent for the SAE's own window."""
+        own = getattr(self.sae.cfg, "aux_loss_window", None)
+        return self.dead_neuron_mask if own is None else self._silent_for(own, "aux_loss_window")
+
+    def _silent_for(self, window: Length, name: str) -> Tensor:
+        return self.n_forward_passes_since_fired > in_steps(window, self.run_steps, name)
 
     def coefficients(self, n_training_steps: int) -> dict[str, Any]:
         """SAELens's loss coefficients after ``n_training_steps`` finished steps, warm-up and multiplier
@@ -95,7 +103,7 @@ class TrackedSAE(nn.Module):
         step_input = TrainStepInput(
             sae_in=x,
             coefficients=self.coefficients(n_training_steps),
-            dead_neuron_mask=self.dead_neuron_mask,
+            dead_neuron_mask=self.revived_neuron_mask,
             n_training_steps=n_training_steps,
             is_logging_step=is_logging_step,
         )

@@ -134,7 +134,7 @@ def test_the_saved_config_is_the_expanded_one_and_repeats_the_run(tmp_path: Path
         (["--preset=recomended"], "unknown preset 'recomended' (did you mean 'recommended'?)"),
         (
             ["--preset=recommended", "--model.sae={architecture: topk, d_in: 32, d_sae: 64, k: 4}"],
-            "preset 'recommended' is for architecture aen, not for 'topk': use preset null",
+            "preset 'recommended' is for architecture aen or aen_gated, not for 'topk': use preset null",
         ),
         (["--preset=paper", "--l0=4"], "l0 is for preset 'recommended', got l0 4 with preset paper"),
         (["--l0=4"], "l0 is for preset 'recommended', got l0 4 with preset null"),
