@@ -71,6 +71,8 @@ class InputOpener:
         return self._opened[key]
 
     def _synthetic(self, parameters: dict[str, Any]) -> Inputs:
+        # LightningCLI left names of its own among them in dictionaries of earlier versions
+        parameters = {name: value for name, value in parameters.items() if not name.startswith("_")}
         return SyntheticInputs(SpikedDataModule(**parameters), n_samples=self.options.n_tokens or 8192)
 
     def _shards(self, hook_name: str | None) -> Inputs:

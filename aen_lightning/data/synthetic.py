@@ -120,10 +120,14 @@ class SpikedDataModule(pl.LightningDataModule):
         """The true dictionary, shape (n_features, d_in), rows of unit norm."""
         return self.dictionary.feature_vectors.detach()
 
+    def settings(self) -> dict[str, Any]:
+        """The arguments it was made with; LightningCLI keeps names of its own beside them."""
+        return {name: value for name, value in self.hparams.items() if not name.startswith("_")}
+
     @property
     def sae_metadata(self) -> dict[str, Any]:
         """What an exported dictionary should say of its data (SAELens metadata)."""
-        return {"dataset_path": "synthetic/spiked", "synthetic_data": dict(self.hparams)}
+        return {"dataset_path": "synthetic/spiked", "synthetic_data": self.settings()}
 
     def sample(self, n_samples: int, *, stream: int, index: int) -> tuple[Tensor, Tensor]:
         """Sample ``index`` of a stream: activations (n_samples, d_in), scaled, and the true codes (n_samples,

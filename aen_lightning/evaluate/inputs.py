@@ -232,7 +232,7 @@ class SyntheticInputs(Inputs):
         self.n_units = min(n_units, n_samples)
         self.per_unit = n_samples // self.n_units
         # unscaled: the dictionary does its own scaling, as on real activations
-        unscaled = SpikedDataModule(**{**data.hparams, "input_scaling": "none"})
+        unscaled = SpikedDataModule(**{**data.settings(), "input_scaling": "none"})
         self.x, self.true_acts = unscaled.sample(
             self.n_units * self.per_unit, stream=SYNTHETIC_STREAM, index=0
         )
@@ -243,4 +243,4 @@ class SyntheticInputs(Inputs):
 
     def describe(self) -> dict[str, Any]:
         """Kind and the parameters of the distribution."""
-        return {"kind": "synthetic", "n_rows": len(self.x), "spiked": dict(self.data.hparams)}
+        return {"kind": "synthetic", "n_rows": len(self.x), "spiked": self.data.settings()}

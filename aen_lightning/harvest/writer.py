@@ -8,10 +8,12 @@ import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
 
 from aen_lightning.shards.manifest import Manifest, ShardRecord
 from aen_lightning.shards.read import write_stamps
@@ -30,22 +32,33 @@ class ShardWriter(BasePredictionWriter):
             shard per rank.
         force_disk: Begin even if the disk seems too small.
         queue_size: Batches waiting to be written.
+        on_non_finite: What a row of activations with a nan or an infinity does. ``stop``: it ends the harvest, with
+            its place. ``skip``: it is left out, and counted in the manifest (``n_non_finite``).
     """
 
     def __init__(
-        self, path: str, shard_size_mib: float = 256, force_disk: bool = False, queue_size: int = 4
+        self,
+        path: str,
+        shard_size_mib: float = 256,
+        force_disk: bool = False,
+        queue_size: int = 4,
+        on_non_finite: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__("batch")
         if shard_size_mib <= 0:
             raise ValueError(f"shard_size_mib must be above 0, got {shard_size_mib}")
         if queue_size < 1:
             raise ValueError(f"queue_size must be at least 1, got {queue_size}")
+        if on_non_finite not in ("stop", "skip"):
+            raise ValueError(f"on_non_finite must be 'stop' or 'skip', got {on_non_finite!r}")
+        self.on_non_finite = on_non_finite
         self.path, self.shard_size_mib, self.force_disk = Path(path), shard_size_mib, force_disk
         self._queue: queue.Queue[tuple[dict[str, Any], dict[str, Any]] | None] = queue.Queue(queue_size)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._d_in: dict[str, int] = {}
         self._dtype = ""
+        self._rank = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """See base class. Lightning looks for indices of a sampler, which shards do not need."""
@@ -55,6 +68,7 @@ class ShardWriter(BasePredictionWriter):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Start the thread."""
         self._d_in, self._dtype, self._error = pl_module.d_in, pl_module.stored_dtype, None
+        self._rank = trainer.global_rank
         self._thread = threading.Thread(target=self._run, name="shard-writer", daemon=True)
         self._thread.start()
 
@@ -70,7 +84,9 @@ class ShardWriter(BasePredictionWriter):
     ) -> None:
         """Hand a batch to the thread; raises what went wrong there."""
         if batch["wanted"]:
-            place = {k: batch[k] for k in ("shard", "capacity", "last", "n_read", "n_special")}
+            place = {k: batch[k] for k in ("shard", "capacity", "last", "n_read", "n_special")} | {
+                "batch": batch_idx
+            }
             self._put((place, prediction))
 
     def _put(self, item: tuple[dict[str, Any], dict[str, Any]] | None) -> None:
@@ -91,10 +107,13 @@ class ShardWriter(BasePredictionWriter):
                     stream = ShardStream(
                         self.path, place["shard"], self._d_in, self._dtype, place["capacity"]
                     )
-                stream.append(prediction["activations"], prediction["token_ids"])
+                activations, token_ids, n_bad = self._finite(prediction, place)
+                stream.append(activations, token_ids)
                 stream.count(
                     read=place["n_read"], special=place["n_special"], outlier=prediction["n_outliers"]
                 )
+                if n_bad:
+                    stream.count(non_finite=n_bad)
                 if place["last"]:
                     stream.close()
                     stream = None
@@ -103,6 +122,26 @@ class ShardWriter(BasePredictionWriter):
         finally:
             if stream is not None:
                 stream.abort()
+
+    def _finite(
+        self, prediction: dict[str, Any], place: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], Tensor, int]:
+        """The rows that are finite at every hook point, and how many are not; here the model need not wait for it."""
+        activations = {hook: x.to("cpu") for hook, x in prediction["activations"].items()}
+        token_ids = prediction["token_ids"].to("cpu")
+        finite = torch.ones(len(token_ids), dtype=torch.bool)
+        for hook, x in activations.items():
+            at_hook = x.sum(-1, dtype=torch.float32).isfinite()
+            if self.on_non_finite == "stop" and not at_hook.all():
+                raise ValueError(
+                    f"{int((~at_hook).sum())} of {len(x)} rows of activations at {hook!r} are not finite (shard "
+                    f"{place['shard']}, batch {place['batch']} of rank {self._rank}): the model has diverged or "
+                    f"{self._dtype} cannot hold it; set shards.on_non_finite to skip to leave such rows out"
+                )
+            finite &= at_hook
+        if finite.all():
+            return activations, token_ids, 0
+        return {hook: x[finite] for hook, x in activations.items()}, token_ids[finite], int((~finite).sum())
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Wait until all is on disk, on all ranks; then rank 0 finishes the set."""

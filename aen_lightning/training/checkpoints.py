@@ -86,7 +86,7 @@ def require_whole(path: Path) -> None:
 
 @lru_cache(maxsize=64)  # looked at when it is chosen and again when it is read
 def _problem(path: str, size: int, mtime_ns: int) -> str | None:
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         file.seek(max(0, size - _COMMENT_BYTES))
         comment = file.read()
         if comment.startswith(_PREFIX):
