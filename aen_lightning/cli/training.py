@@ -148,6 +148,17 @@ class AENCLI(OneLineCLI):
             help="Go on from a checkpoint of a run with other settings, which are named.",
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Keep the checkpoint's path from LightningCLI until it has read the configuration.
+
+        It would replace the model's settings by those in the checkpoint, whatever was typed; we compare them.
+        """
+        super().parse_arguments(parser, args)
+        config = self.config.get(str(self.config.get("subcommand")), self.config)
+        self._ckpt_path = config.get("ckpt_path")
+        if self._ckpt_path is not None:
+            config["ckpt_path"] = None
+
     def _setting(self, config: Any, key: str) -> Any:
         """A value that is in the subcommand's section if there are subcommands."""
         return config.get(str(self.subcommand), config).get(key)
@@ -160,6 +171,8 @@ class AENCLI(OneLineCLI):
                 raise ValueError(f"num_threads must be >= 1, got {n_threads}")
             torch.set_num_threads(n_threads)
         config = self.config.get(str(self.subcommand), self.config)
+        if self._ckpt_path is not None:
+            config["ckpt_path"] = self._ckpt_path
         if config.get("resume") == "auto" or config.get("ckpt_path") == "last":
             found = checkpoint_to_resume(config.as_dict())
             config["ckpt_path"], config["resume"] = None if found is None else str(found), None

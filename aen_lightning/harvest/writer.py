@@ -13,11 +13,15 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from aen_lightning.shards.manifest import Manifest, ShardRecord
 from aen_lightning.shards.read import write_stamps
 from aen_lightning.shards.write import ShardFolder, ShardStream
+
+REQUEUE_CODE = 75
+"""Exit code of a harvest that SIGTERM stopped: EX_TEMPFAIL of sysexits.h, start it again."""
 
 
 class ShardWriter(BasePredictionWriter):
@@ -33,7 +37,7 @@ class ShardWriter(BasePredictionWriter):
         force_disk: Begin even if the disk seems too small.
         queue_size: Batches waiting to be written.
         on_non_finite: What a row of activations with a nan or an infinity does. ``stop``: it ends the harvest, with
-            its place. ``skip``: it is left out, and counted in the manifest (``n_non_finite``).
+            its place. ``skip``: it is left out, and counted in the manifest (``counts``).
     """
 
     def __init__(
@@ -82,7 +86,16 @@ class ShardWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Hand a batch to the thread; raises what went wrong there."""
+        """Hand a batch to the thread; raises what went wrong there.
+
+        Raises:
+            SystemExit: With 75, if SIGTERM asked for it; Lightning's predict loop does not look.
+        """
+        if trainer.received_sigterm:
+            rank_zero_info(
+                "harvest stopped by SIGTERM: the same command goes on after the shards that are finished"
+            )
+            raise SystemExit(REQUEUE_CODE)
         if batch["wanted"]:
             place = {k: batch[k] for k in ("shard", "capacity", "last", "n_read", "n_special")} | {
                 "batch": batch_idx
