@@ -102,7 +102,7 @@ class RankWatch(pl.Callback):
             flush=True,
         )
         if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(9)  # type: ignore[attr-defined]  # the ranks that this one started
+            trainer.strategy.launcher.kill(9)  # the ranks that this one started
         exit_at_once(1)  # the main thread waits in a collective, which no exception reaches
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -128,7 +128,7 @@ def is_whole(path: Path) -> bool:
 
 def newest_whole(paths: Iterable[Path]) -> tuple[Path | None, list[Path]]:
     """The newest checkpoint that is whole, and the newer ones that are not."""
-    damaged = []
+    damaged: list[Path] = []
     for path in sorted(paths, key=lambda p: p.stat().st_mtime_ns, reverse=True):
         if is_whole(path):
             return path, damaged
