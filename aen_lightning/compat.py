@@ -88,6 +88,11 @@ def on_adam_tensors(optimizer: Any, change: Callable[[tuple[list[Any], ...]], No
     optimizer._init_group = gather_and_change
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often PyTorch has changed a tensor in place, which it counts for autograd and shows nowhere else."""
+    return tensor._version
+
+
 def with_own_children(module: M) -> M:
     """A shallow copy with the same children, of which some can then be exchanged without the original's
     noticing.

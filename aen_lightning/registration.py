@@ -17,10 +17,10 @@ from types import ModuleType
 
 
 def register_with_sae_lens() -> None:
-    """Register ``aen`` now if SAELens is there, else as soon as it is; a second call does no harm."""
+    """Register ``aen`` and ``aen_gated`` now if SAELens is there, else as soon as it is; a second call does no harm."""
     after_import(
-        "sae_lens", lambda: importlib.import_module("aen_lightning.saes.aen")
-    )  # which registers itself
+        "sae_lens", lambda: importlib.import_module("aen_lightning.saes.aen_gated")
+    )  # which registers itself, and `aen`, of which it is made
 
 
 def after_import(name: str, action: Callable[[], object]) -> None:

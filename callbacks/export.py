@@ -24,7 +24,7 @@ class ExportSAE(pl.Callback):
     ``<dirpath>/final`` at the end.
 
     With several SAEs each gets a folder of its name below these. Only rank 0 writes, and nothing here waits
-    for another rank.
+    for another rank, unless the features are sharded over the ranks.
 
     Args:
         dirpath: Where the folders go. None: ``sae`` below the logger's folder, or below the Trainer's
@@ -67,7 +67,9 @@ class ExportSAE(pl.Callback):
 
     def export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> Path | None:
         """Write the dictionaries as they are now, on rank 0; returns the folder, None if nothing was written."""
-        if not trainer.is_global_zero or trainer.global_step == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        # where each rank holds a part of the features, all of them write
+        writes = trainer.is_global_zero or getattr(pl_module, "shard_features", False)
+        if not writes or trainer.global_step == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
         if self.resolved_dirpath is None:
             raise RuntimeError("ExportSAE was not set up: it works inside Trainer.fit only")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import lightning.pytorch as pl
 
 from aen_lightning.callbacks.modules import adaptive_saes
+from aen_lightning.saes.lengths import Length, check_length, in_steps
 
 
 class HardFinish(pl.Callback):
@@ -19,31 +19,31 @@ class HardFinish(pl.Callback):
 
     Args:
         k: Mean active features per token (a count), ``> 0``.
-        at: Share of the run, in (0, 1), after which it begins. 0.3 to 0.5 did best (docs/experiments.md).
+        at: Optimizer step, or share of the run, at which it begins. 0.3 to 0.5 did best (docs/experiments.md).
 
     Raises:
         ValueError: For a value out of range, or a run without an end.
     """
 
-    def __init__(self, k: float, at: float = 0.4) -> None:
+    def __init__(self, k: float, at: Length = 0.4) -> None:
         if not k > 0:
             raise ValueError(f"HardFinish.k must be above 0, got {k}")
-        if not 0 < at < 1:
-            raise ValueError(f"HardFinish.at must be in (0, 1), got {at}")
+        check_length(at, "HardFinish.at", at_least=1)
         self.k, self.at = k, at
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse SAEs that have no hard phase, or too few features for it, before any work."""
         for sae in adaptive_saes(pl_module, self):
+            if not sae.has_hard_phase:
+                raise ValueError(
+                    f"architecture {sae.cfg.architecture()!r} has no hard phase: remove HardFinish, or train 'aen'"
+                )
             if self.k > sae.cfg.d_sae:
                 raise ValueError(f"HardFinish.k is {self.k}, but the SAE has d_sae={sae.cfg.d_sae} features")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Know the end of the run."""
-        steps = trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            raise ValueError("HardFinish needs to know the end of the run: set trainer.max_steps")
-        self._first_hard_step = round(self.at * steps)
+        self._first_hard_step = in_steps(self.at, trainer.estimated_stepping_batches, "HardFinish.at")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

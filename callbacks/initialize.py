@@ -6,6 +6,7 @@ from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
+from sae_lens import TrainingSAE
 from torch import Tensor
 
 from aen_lightning.callbacks.modules import training_saes
@@ -45,11 +46,10 @@ class InitializeFromData(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse SAEs that cannot be started so before any work."""
         for sae in training_saes(pl_module, self).values():
-            wanted = [
-                name for name, on in (("b_dec", self.b_dec), ("b_enc", self.active_share)) if on is not None
-            ]
+            found = {"b_dec": hasattr(sae, "b_dec"), "b_enc": bool(_encoder_biases(sae))}
+            wanted = {"b_dec": self.b_dec, "b_enc": self.active_share}
             for name in wanted:
-                if not isinstance(getattr(sae, name, None), torch.nn.Parameter):
+                if wanted[name] is not None and not found[name]:
                     raise ValueError(
                         f"InitializeFromData sets {name}, which architecture {sae.cfg.architecture()!r} "
                         "does not have: "
@@ -76,7 +76,15 @@ class InitializeFromData(pl.Callback):
                 rank = max(1, round((1 - self.active_share) * len(batch)))
                 for features in torch.arange(sae.cfg.d_sae, device=batch.device).split(_CHUNK):
                     u = shifted.to(sae.W_enc.dtype) @ sae.W_enc[:, features]
-                    sae.b_enc[features] = -over_ranks(u.kthvalue(rank, dim=0).values)
+                    bias = -over_ranks(u.kthvalue(rank, dim=0).values)
+                    for b_enc in _encoder_biases(sae):
+                        b_enc[features] = bias
+
+
+def _encoder_biases(sae: TrainingSAE[Any]) -> list[torch.nn.Parameter]:
+    """``b_enc``, or the biases of a gated SAE's two heads, which start equal."""
+    found = [getattr(sae, name, None) for name in ("b_enc", "b_gate", "b_mag")]
+    return [bias for bias in found if isinstance(bias, torch.nn.Parameter)]
 
 
 def geometric_median(x: Tensor, *, n_iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

@@ -28,6 +28,7 @@ def compare(
         neighbours: Candidates a feature where there are many.
         device: Where to compute.
     """
+    from aen_lightning.cli.output import answer, remark
     from aen_lightning.diagnostics.stability import compare_dictionaries
     from aen_lightning.evaluate.dictionary import describe_dictionary, load_dictionary, log_sparsity
     from aen_lightning.evaluate.results import head, short_names, write_result
@@ -50,8 +51,8 @@ def compare(
     )
     result: dict[str, Any] = head("compare") | {"dictionaries": described} | found
     if out is not None:
-        print(f"wrote {write_result(result, out)}")
-    print(comparison_table(result))
+        remark(f"wrote {write_result(result, out)}")
+    answer(result, lambda: comparison_table(result))
 
 
 def alive(log_sparsity: Any) -> Any:
@@ -92,6 +93,16 @@ def comparison_table(result: dict[str, Any]) -> str:
         shares = result["found_in_all"]
         body = [[name, *(f"{100 * shares[name][t]:.1f} %" for t in thresholds)] for name in shares]
         text.append(table(body, header=["found in all others", *thresholds]))
+    for pair in result["pairs"]:
+        if (left := pair["unstable"]) is not None:
+            text.append(
+                f"{pair['a']}  ~  {pair['b']}: of the {left['n_a']:,} and {left['n_b']:,} features not found again "
+                f"at {left['threshold']}, the second's {left['rank_b']}-dimensional subspace holds "
+                f"{100 * left['a_in_b']:.1f} % of the first's directions "
+                f"(by chance {100 * left['a_in_b_by_chance']:.1f} %), "
+                f"the first's {left['rank_a']}-dimensional one {100 * left['b_in_a']:.1f} % of the second's "
+                f"({100 * left['b_in_a_by_chance']:.1f} %)"
+            )
     dead = result["dead_features_left_out"]
     counts = ", ".join(
         f"{name}: {result['n_compared'][name]:,} of {n:,}" for name, n in result["n_features"].items()

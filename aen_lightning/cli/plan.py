@@ -9,9 +9,11 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from transformers import AutoConfig, PretrainedConfig
 
+from aen_lightning.checked import shortened
 from aen_lightning.cli.config import configs_in, read_config
 from aen_lightning.cli.errors import UsageError
 from aen_lightning.cli.harvest import HarvestCLI
+from aen_lightning.cli.output import answer
 from aen_lightning.cli.parser import normalized
 from aen_lightning.cli.training import AENCLI, OneLineCLI, errors_of_use
 from aen_lightning.harvest.plan import plan as plan_recipe
@@ -65,6 +67,11 @@ def plan(args: Sequence[str]) -> None:
     sections: dict[str, Any] = {}
     for path in configs_in(normalized(args)):
         sections |= read_config(path)
+    for name in ("model", "data", "trainer"):
+        if not isinstance(sections.get(name), dict | None):
+            raise UsageError(
+                f"{name} in the config must hold settings by name, got {shortened(sections[name])}"
+            )
     model = sections.get("model") or {}
     if "hook_names" in model:
         cli: LightningCLI = _Harvest(args)
@@ -78,9 +85,13 @@ def plan(args: Sequence[str]) -> None:
     settings = cli.config.as_dict()
     settings["trainer"]["devices"] = _counted(settings["trainer"]["devices"])
     with errors_of_use(cli):
-        print(
-            plan_recipe(settings, tflops_per_s=settings["tflops_per_s"], model_config=known_model(settings))
+        made = plan_recipe(
+            settings, tflops_per_s=settings["tflops_per_s"], model_config=known_model(settings)
         )
+    answer(
+        {"command": "plan", "kind": made.kind, "numbers": made.numbers, "notes": made.notes},
+        lambda: str(made),
+    )
 
 
 def _counted(devices: Any) -> Any:

@@ -16,6 +16,8 @@ from torch import Tensor
 from aen_lightning.data.options import require_at_least
 from aen_lightning.data.order import ShuffledOrder
 from aen_lightning.data.ranks import rank_and_world_size
+from aen_lightning.device_copies import DeviceCopy, side_stream
+from aen_lightning.redaction import without_secrets
 from aen_lightning.saes.input_scaling import InputScaling, ScalingKind
 from aen_lightning.shards.read import ShardSet, Verify, open_activations
 from aen_lightning.shards.source import ActivationSource
@@ -167,12 +169,25 @@ class ActivationsDataModule(pl.LightningDataModule):
             window_rows=self.shuffle_window_rows,
         )
 
-    def _read(self, rows: NDArray[np.int64], hook_names: Sequence[str]) -> dict[str, Tensor]:
+    def _read(self, rows: NDArray[np.int64], hook_names: Sequence[str], **how: bool) -> dict[str, Tensor]:
         assert self.source is not None
-        return self.source.gather(rows if self._kept is None else self._kept[rows], hook_names)
+        return self.source.gather(rows if self._kept is None else self._kept[rows], hook_names, **how)
+
+    def _start_batch(
+        self, rows: NDArray[np.int64], device: torch.device, stream: torch.cuda.Stream | None
+    ) -> dict[str, DeviceCopy]:
+        """Send the rows to the device as they are stored; they become float32, and are scaled, there."""
+        read = self._read(rows, self.hook_names, as_stored=True, pin=stream is not None)
+        return {
+            h: DeviceCopy(x, device, stream, lambda x, scale=self._scaling[h]: scale(x.float()))
+            for h, x in read.items()
+        }
 
     def _batch(self, rows: NDArray[np.int64]) -> Batch:
-        tensors = {h: self._scaling[h](x) for h, x in self._read(rows, self.hook_names).items()}
+        return self._finish_batch(self._start_batch(rows, torch.device("cpu"), None))
+
+    def _finish_batch(self, copies: dict[str, DeviceCopy]) -> Batch:
+        tensors = {h: copy.take() for h, copy in copies.items()}
         # one hook point asked for by name is a tensor, a list of hook points a dict
         return tensors if isinstance(self.hook_name, list) else tensors[self.hook_names[0]]
 
@@ -206,7 +221,7 @@ class ActivationsDataModule(pl.LightningDataModule):
         hf_names = metadata.pop("hf_hook_names", None) or {}
         if not isinstance(hook_name, list) and hf_names.get(hook_name):
             metadata["hf_hook_name"] = hf_names[hook_name]
-        return metadata
+        return dict(without_secrets(metadata))
 
     @property
     def token_counts(self) -> dict[str, int]:
@@ -243,8 +258,10 @@ class ActivationsDataModule(pl.LightningDataModule):
 
 
 class TrainBatches:
-    """Iterable over the training batches of this rank. Each iterator begins where the trainer is, or at step
-    0."""
+    """Iterable over the training batches of this rank. Each iterator begins where the trainer is, or at step 0.
+
+    Batches are on the trainer's device, copied on a stream of their own as they are read ahead.
+    """
 
     def __init__(self, data: ActivationsDataModule) -> None:
         self.data = data
@@ -258,26 +275,27 @@ class TrainBatches:
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
         return int(progress.processed)
 
-    def batches(self, step: int) -> Iterator[Batch]:
-        """Batches from a step on, without prefetching."""
+    def _started(self, step: int) -> Iterator[dict[str, DeviceCopy]]:
+        """Batches from a step on, on their way to the device."""
         data, order = self.data, self.data._order()
+        device = torch.device("cpu") if data.trainer is None else data.trainer.strategy.root_device
+        stream = side_stream(device)
         rank, world_size = rank_and_world_size(data.trainer)
         while True:
-            yield data._batch(
-                order.batch(step, data.train_batch_size_tokens, rank=rank, world_size=world_size)
-            )
+            rows = order.batch(step, data.train_batch_size_tokens, rank=rank, world_size=world_size)
+            yield data._start_batch(rows, device, stream)
             step += 1
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = self.batches(self._steps_done())
+        started = self._started(self._steps_done())
         if not self.data.prefetch:
-            yield from batches
+            yield from map(self.data._finish_batch, started)
             return
         from sae_lens.training.prefetch import PrefetchingIterator
 
-        ahead = PrefetchingIterator(batches, self.data.prefetch)
+        ahead = PrefetchingIterator(started, self.data.prefetch)
         try:
-            yield from ahead
+            yield from map(self.data._finish_batch, ahead)
         finally:
             ahead.close()
 

@@ -110,7 +110,8 @@ class SpikedDataModule(pl.LightningDataModule):
             )
         if input_scaling == "average":
             raise ValueError("SpikedDataModule scales 'none' or 'per_token', got 'average'")
-        self.save_hyperparameters()
+        # LightningCLI adds its own, which would end in the dictionary's metadata
+        self.save_hyperparameters(ignore=["_class_path", "_instantiator"])
         self.d_in = d_in
         self.input_scaling = InputScaling(input_scaling)
         self.dictionary = spiked_dictionary(d_in, n_features, rho=rho, seed=seed)
@@ -120,14 +121,15 @@ class SpikedDataModule(pl.LightningDataModule):
         """The true dictionary, shape (n_features, d_in), rows of unit norm."""
         return self.dictionary.feature_vectors.detach()
 
-    def settings(self) -> dict[str, Any]:
-        """The arguments it was made with; LightningCLI keeps names of its own beside them."""
-        return {name: value for name, value in self.hparams.items() if not name.startswith("_")}
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The constructor's arguments; LightningCLI adds keys of its own to the hyperparameters."""
+        return {key: value for key, value in self.hparams.items() if not key.startswith("_")}
 
     @property
     def sae_metadata(self) -> dict[str, Any]:
         """What an exported dictionary should say of its data (SAELens metadata)."""
-        return {"dataset_path": "synthetic/spiked", "synthetic_data": self.settings()}
+        return {"dataset_path": "synthetic/spiked", "synthetic_data": self.parameters}
 
     def sample(self, n_samples: int, *, stream: int, index: int) -> tuple[Tensor, Tensor]:
         """Sample ``index`` of a stream: activations (n_samples, d_in), scaled, and the true codes (n_samples,

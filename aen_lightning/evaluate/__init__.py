@@ -11,7 +11,7 @@ null, "se": number | null}``, its standard error by the jackknife over groups of
     sparsity        l0, l1: estimates
     features        n_tokens, dead_pct, n_dead (never fired on these tokens), mean_density, gini, normalized_entropy,
                     top_1pct_mass, top_10pct_mass, density_histogram: {log10_edges, counts, n_never};
-                    with --per-feature: density, mean_when_active (lists over features)
+                    with --per_feature: density, mean_when_active (lists over features)
     reconstruction  raw: {...}, scaled: {...}, each estimates of explained_variance, r2, mse, squared_error,
                     cosine, shrinkage_ratio, l2_ratio, relative_reconstruction_bias
     downstream      null, or n_tokens, n_tokens_kl, n_rows, ablate, and estimates
@@ -22,6 +22,8 @@ null, "se": number | null}``, its standard error by the jackknife over groups of
                     kl_recovered: {zero, mean}                              1 - spliced / ablated
     ground_truth    null, or matched_cosine, found_at_0.9, support: {precision, recall, f1, jaccard,
                     exact_support_rate, l0, true_l0}
+    mdl             null, or what aen_lightning.evaluate.mdl.description_length returns      (--suite core,mdl)
+    probing         null, or what aen_lightning.evaluate.probing.sparse_probing returns      (--suite core,probing)
 
 ``raw`` is the space the dictionary takes and returns; in ``scaled`` each token's ``x`` and ``x_hat`` are
 multiplied by ``sqrt(d_in) / ||x||``, the space the paper trains and measures in, where no token counts more

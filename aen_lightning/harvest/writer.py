@@ -7,6 +7,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +17,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from aen_lightning.device_copies import HostCopy, side_stream
 from aen_lightning.shards.manifest import Manifest, ShardRecord
-from aen_lightning.shards.read import write_stamps
 from aen_lightning.shards.write import ShardFolder, ShardStream
 
 REQUEUE_CODE = 75
@@ -25,10 +26,11 @@ REQUEUE_CODE = 75
 
 
 class ShardWriter(BasePredictionWriter):
-    """Writes what ``HarvestModule`` predicts as shards, in a thread of its own.
+    """Writes what ``HarvestModule`` predicts as shards, in a thread of its own, and hashes them in another.
 
     Batches go straight into the open shard's file, so at most ``queue_size`` batches are held in memory; if
-    the disk is slower than the model, the model waits.
+    the disk is slower than the model, the model waits. From a GPU they are copied to pinned memory beside the
+    model's work.
 
     Args:
         path: Folder of the set.
@@ -58,6 +60,7 @@ class ShardWriter(BasePredictionWriter):
         self.on_non_finite = on_non_finite
         self.path, self.shard_size_mib, self.force_disk = Path(path), shard_size_mib, force_disk
         self._queue: queue.Queue[tuple[dict[str, Any], dict[str, Any]] | None] = queue.Queue(queue_size)
+        self._copy_stream: torch.cuda.Stream | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._d_in: dict[str, int] = {}
@@ -73,6 +76,7 @@ class ShardWriter(BasePredictionWriter):
         """Start the thread."""
         self._d_in, self._dtype, self._error = pl_module.d_in, pl_module.stored_dtype, None
         self._rank = trainer.global_rank
+        self._copy_stream = side_stream(pl_module.device)
         self._thread = threading.Thread(target=self._run, name="shard-writer", daemon=True)
         self._thread.start()
 
@@ -97,10 +101,15 @@ class ShardWriter(BasePredictionWriter):
             )
             raise SystemExit(REQUEUE_CODE)
         if batch["wanted"]:
-            place = {k: batch[k] for k in ("shard", "capacity", "last", "n_read", "n_special")} | {
-                "batch": batch_idx
+            place = {k: batch[k] for k in ("shard", "capacity", "last", "n_read", "n_special")}
+            place["batch"] = batch_idx
+            copies = {
+                "activations": {
+                    name: HostCopy(x, self._copy_stream) for name, x in prediction["activations"].items()
+                },
+                "token_ids": HostCopy(prediction["token_ids"], self._copy_stream),
             }
-            self._put((place, prediction))
+            self._put((place, prediction | copies))
 
     def _put(self, item: tuple[dict[str, Any], dict[str, Any]] | None) -> None:
         while True:
@@ -113,6 +122,8 @@ class ShardWriter(BasePredictionWriter):
 
     def _run(self) -> None:
         stream: ShardStream | None = None
+        sealing: list[Future[ShardRecord]] = []
+        sealer = ThreadPoolExecutor(1, "shard-sealer")
         try:
             while (item := self._queue.get()) is not None:
                 place, prediction = item
@@ -120,7 +131,10 @@ class ShardWriter(BasePredictionWriter):
                     stream = ShardStream(
                         self.path, place["shard"], self._d_in, self._dtype, place["capacity"]
                     )
-                activations, token_ids, n_bad = self._finite(prediction, place)
+                activations = {name: copy.wait() for name, copy in prediction["activations"].items()}
+                activations, token_ids, n_bad = self._finite(
+                    activations, prediction["token_ids"].wait(), place
+                )
                 stream.append(activations, token_ids)
                 stream.count(
                     read=place["n_read"], special=place["n_special"], outlier=prediction["n_outliers"]
@@ -128,20 +142,23 @@ class ShardWriter(BasePredictionWriter):
                 if n_bad:
                     stream.count(non_finite=n_bad)
                 if place["last"]:
-                    stream.close()
+                    for earlier in sealing:  # at most one shard waits to be hashed
+                        earlier.result()
+                    sealing = [sealer.submit(stream.finish_writing())]
                     stream = None
+            for earlier in sealing:
+                earlier.result()
         except Exception as e:  # noqa: BLE001  # raised again in the main thread
             self._error = e
         finally:
+            sealer.shutdown()
             if stream is not None:
                 stream.abort()
 
     def _finite(
-        self, prediction: dict[str, Any], place: dict[str, Any]
+        self, activations: dict[str, Tensor], token_ids: Tensor, place: dict[str, Any]
     ) -> tuple[dict[str, Tensor], Tensor, int]:
         """The rows that are finite at every hook point, and how many are not; here the model need not wait for it."""
-        activations = {hook: x.to("cpu") for hook, x in prediction["activations"].items()}
-        token_ids = prediction["token_ids"].to("cpu")
         finite = torch.ones(len(token_ids), dtype=torch.bool)
         for hook, x in activations.items():
             at_hook = x.sum(-1, dtype=torch.float32).isfinite()
@@ -189,8 +206,6 @@ class ShardWriter(BasePredictionWriter):
     def finish(self) -> Manifest:
         """Mark the set as complete, and drop the work orders (rank 0, once all shards are there)."""
         manifest = ShardFolder(self.path).collect(complete=True)
-        records: list[ShardRecord] = manifest.shards
-        write_stamps(self.path, records)
         shutil.rmtree(self.path / "tokens", ignore_errors=True)
         return manifest
 

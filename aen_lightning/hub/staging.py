@@ -16,10 +16,11 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEConfig
 
 from aen_lightning.files import write_json
-from aen_lightning.hub.check import check_weights
 from aen_lightning.runs.dictionary import Dictionary, read_activation_scale, read_cfg
 from aen_lightning.runs.provenance import collect_provenance, scrub
-from aen_lightning.saes.aen import ARCHITECTURE
+from aen_lightning.runs.weights import FOREIGN_ERRORS, check_weights
+from aen_lightning.saes.aen_config import ARCHITECTURE
+from aen_lightning.spelling import printable
 
 PublishedArchitecture = Literal["standard", "aen"]
 
@@ -46,7 +47,8 @@ def stage(
         The config to publish, and each file's name with where it is.
 
     Raises:
-        ValueError: For a folder whose input scaling is lost, or whose weights do not fit its config.
+        ValueError: For a folder whose input scaling is lost, whose weights do not fit its config, or in which
+            a number is not finite.
     """
     path, cfg = dictionary.path, dict(dictionary.cfg)
     if _saved_for_training(cfg):
@@ -59,7 +61,7 @@ def stage(
             "which SAELens's trainer folds in when it ends: publish the folder it wrote at the end"
         )
     metadata = dict(cfg.get("metadata") or {})
-    if dictionary.training_architecture == ARCHITECTURE:
+    if dictionary.training_architecture == ARCHITECTURE and cfg["architecture"] in ("standard", ARCHITECTURE):
         # both are a ReLU SAE with the same four weights: the name is all that differs
         cfg["architecture"] = architecture
         metadata["training_architecture"] = ARCHITECTURE
@@ -69,8 +71,13 @@ def stage(
         metadata["dataset_path"] = dataset
     cfg["metadata"] = {**scrub(metadata), "provenance": collect_provenance(dictionary)}
     cfg["device"] = "cpu"
-    check_weights(cfg, path / SAE_WEIGHTS_FILENAME)
-    cfg_file = write_json(folder / SAE_CFG_FILENAME, cfg)
+    check_weights(cfg, path / SAE_WEIGHTS_FILENAME, where=dictionary.path / SAE_CFG_FILENAME)
+    try:
+        cfg_file = write_json(folder / SAE_CFG_FILENAME, cfg)
+    except ValueError as error:
+        raise ValueError(
+            f"{dictionary.path / SAE_CFG_FILENAME} holds a nan or an infinity, which JSON has not: take it out"
+        ) from error
     files = {SAE_CFG_FILENAME: cfg_file, SAE_WEIGHTS_FILENAME: path / SAE_WEIGHTS_FILENAME}
     if (dictionary.path / SPARSITY_FILENAME).is_file():
         files[SPARSITY_FILENAME] = dictionary.path / SPARSITY_FILENAME
@@ -90,7 +97,10 @@ def _saved_for_training(cfg: dict[str, Any]) -> bool:
 
 def _export(dictionary: Dictionary, folder: Path) -> Path:
     """Export what a trainer saved, with the average scale folded in if SAELens left it beside the weights."""
-    sae: TrainingSAE[Any] = TrainingSAE.load_from_disk(dictionary.path)
+    try:
+        sae: TrainingSAE[Any] = TrainingSAE.load_from_disk(dictionary.path)
+    except FOREIGN_ERRORS as error:
+        raise ValueError(f"{dictionary.path} holds no training SAE: {printable(str(error))}") from error
     scale = read_activation_scale(dictionary.path)
     if (dictionary.path / ACTIVATION_WHITENING_FILENAME).is_file():
         raise ValueError(

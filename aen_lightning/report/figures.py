@@ -15,7 +15,7 @@ from aen_lightning.report.drawing import Figure, add_histogram, finish, floats, 
 from aen_lightning.report.naming import colours, family_styles, has_own_weights
 from aen_lightning.report.trained import NEVER_FIRED, TrainedSAE
 from aen_lightning.report.training_curves import curve_figures
-from aen_lightning.saes.aen import ARCHITECTURE
+from aen_lightning.saes.aen_config import ARCHITECTURE
 from aen_lightning.saes.export import ADAPTIVE_STATE_FILENAME
 from aen_lightning.training.pareto import pareto_fronts
 
@@ -209,7 +209,7 @@ def _geometry(report: Report, max_features: int) -> Figure | None:
         if d.d_sae > max_features:
             report.notes.append(
                 f"{d.label} has {d.d_sae:,} features: its histogram of cosines was left out (raise "
-                f"--max-geometry-features)."
+                f"--max_geometry_features)."
             )
             continue
         found = coherence(d.dictionary.W_dec()).max_abs_cosine.cpu().numpy()

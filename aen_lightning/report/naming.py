@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from aen_lightning.saes.aen import ARCHITECTURE
+from aen_lightning.saes.aen_config import ARCHITECTURE
 
 if TYPE_CHECKING:
     from aen_lightning.report.trained import TrainedSAE
@@ -36,7 +36,8 @@ def family_of(architecture: str | None, settings: dict[str, Any]) -> str:
             (True, True): "AEN", (True, False): "adaptive lasso",
             (False, True): "elastic net", (False, False): "L1",
         }  # fmt: skip
-        return names[adaptive, quadratic] + (" + guard" if settings.get("starvation_guard") else "")
+        guard = " + guard" if settings.get("starvation_guard") else ""
+        return names[adaptive, quadratic] + guard + (", then BatchTopK" if settings.get("hard_k") else "")
     return _NAMES.get(str(architecture), architecture or "SAE")
 
 

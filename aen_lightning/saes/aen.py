@@ -12,26 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sae_lens import (
-    SAE,
-    StandardSAE,
-    TrainingSAE,
-    register_sae_class,
-    register_sae_training_class,
-)
-from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-from sae_lens.saes.sae import SAEConfig, TrainCoefficientConfig, TrainStepInput, TrainStepOutput
+from sae_lens import StandardSAE, TrainingSAE
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 from typing_extensions import override
 
 from aen_lightning import sparse
 from aen_lightning.saes.adaptive import STATE_BUFFERS, AdaptiveState
-from aen_lightning.saes.aen_config import ARCHITECTURE, AENSAEConfig, AENTrainingSAEConfig
+from aen_lightning.saes.aen_config import AENSAEConfig, AENTrainingSAEConfig
+from aen_lightning.saes.hard_phase import HardPhase
 from aen_lightning.saes.penalty import elastic_net_terms, penalty_concavity, penalty_slopes
+from aen_lightning.saes.registry import register_architecture
+from aen_lightning.saes.sparse_step import SparseStep
 from aen_lightning.saes.step_schedule import StepSchedule
 from aen_lightning.saes.tangent import without_radial_gradient
-
-_THRESHOLD_RATE = 0.01  # SAELens's BatchTopK takes the same
 
 
 class AENSAE(StandardSAE):
@@ -45,7 +39,7 @@ class AENSAE(StandardSAE):
             state_dict.pop(name, None)
 
 
-class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
+class AENTrainingSAE(AdaptiveState, HardPhase, SparseStep, TrainingSAE[AENTrainingSAEConfig]):
     """Trains an AEN-SAE; owns the adaptive state (:class:`~aen_lightning.saes.adaptive.AdaptiveState`).
 
     Under SAELens's trainer, which has no hooks, :meth:`training_forward_pass` schedules all of it from the
@@ -80,7 +74,8 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         return {
             "l1": TrainCoefficientConfig(
-                value=self.cfg.l1_coefficient, warm_up_steps=self.cfg.l1_warmup_steps
+                value=self.cfg.l1_coefficient,
+                warm_up_steps=self.cfg.l1_warmup_steps,  # a share is resolved by who drives
             ),
             "l2": self.cfg.l2_coefficient,
         }
@@ -96,30 +91,6 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
             feature_acts = feature_acts * (hidden_pre > self.hard_threshold)
         return self.hook_sae_acts_post(feature_acts), hidden_pre
 
-    @torch.no_grad()
-    def harden(self, k: float) -> None:
-        """From now on keep the ``k * batch`` largest activations of each batch (BatchTopK) and drop the penalty.
-
-        Weights and statistics stay. What is exported is a ``jumprelu`` SAE, whose threshold is the running mean of the
-        least activation kept. The SAE is no longer differentiable throughout: activations below that level get no
-        gradient.
-
-        Args:
-            k: Mean active features per token (a count), above 0 and at most d_sae.
-
-        Raises:
-            ValueError: For another ``k``.
-        """
-        if not 0 < k <= self.cfg.d_sae:
-            raise ValueError(f"k must be above 0 and at most d_sae {self.cfg.d_sae}, got {k}")
-        self.cfg.hard_k = k
-
-    @torch.no_grad()
-    def _observe_threshold(self, least: Tensor) -> None:
-        if self.training:
-            moved = self.hard_threshold.lerp(least.to(self.hard_threshold.dtype), _THRESHOLD_RATE)
-            self.hard_threshold.copy_(torch.where(self.hard_threshold == 0, least.to(moved.dtype), moved))
-
     @override
     def decode(self, feature_acts: Tensor) -> Tensor:
         sae_out = self.hook_sae_recons(feature_acts @ self._trained_decoder() + self.b_dec)
@@ -134,13 +105,21 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
     ) -> dict[str, Tensor]:
         """``l1_loss`` and ``l2_loss``, each with its coefficient; reads the state and never writes it."""
         if self.cfg.hard_k is not None:
-            zero = feature_acts.new_zeros(())
-            return {"l1_loss": zero, "l2_loss": zero}
+            return self._hard_losses(step_input, sae_out)
         l1, l2 = elastic_net_terms(feature_acts, self.l1_weights, self._slopes(feature_acts))
         return {
             "l1_loss": step_input.coefficients["l1"] * l1,
             "l2_loss": self._l2_coefficient(step_input) * l2,
         }
+
+    def _hard_losses(self, step_input: TrainStepInput, sae_out: Tensor) -> dict[str, Tensor]:
+        zero = sae_out.new_zeros(())
+        losses = {"l1_loss": zero, "l2_loss": zero}
+        if self.cfg.aux_loss_coefficient:
+            losses["auxiliary_reconstruction_loss"] = self.auxiliary_loss(
+                step_input.sae_in, sae_out, self._trained_decoder(), step_input.dead_neuron_mask
+            )
+        return losses
 
     def _slopes(self, feature_acts: Tensor) -> Tensor | None:
         if self.activation_scale is None:
@@ -177,50 +156,23 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
             step_input: ``sae_in`` of shape (..., d_in); the step on the non-zeros takes (batch, d_in) only.
             schedule: What the driver decides.
         """
-        if step_input.sae_in.ndim == 2 and self._own_step_applies():
+        if step_input.sae_in.ndim == 2 and self.own_step_applies():
             return self._own_forward_pass(step_input, schedule)
+        return self._dense_forward_pass(step_input, schedule)
+
+    def _dense_forward_pass(self, step_input: TrainStepInput, schedule: StepSchedule) -> TrainStepOutput:
         feature_acts, hidden_pre = self.encode_with_hidden_pre(step_input.sae_in)
         if self.cfg.hard_k is not None:
-            positive = self.activation_fn(hidden_pre)
-            n_kept = int(self.cfg.hard_k * positive[..., 0].numel())
-            least = positive.detach().flatten().topk(n_kept).values[-1]
-            feature_acts = positive * (positive.detach() >= least)
-            self._observe_threshold(least)
+            feature_acts, least = self.keep_largest(hidden_pre)
+            self.observe_threshold(least, schedule)
         sae_out = self.decode(feature_acts)
-        by_token = feature_acts.detach().flatten(end_dim=-2)
-        counts = by_token.count_nonzero(dim=0) if self.counts_firings else None
-        # h >= 0, so |h| is h; the mean is taken in at least float32 since a bf16 mean over a batch loses rare
-        # features.
-        mean = by_token.mean(dim=0, dtype=self.feature_acts_ema.dtype)
-        self.observe_and_refresh(mean, counts, len(by_token), schedule)
+        self.observe_dense(feature_acts, schedule)
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         losses = {
             "mse_loss": mse_loss,
             **self.calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out),
         }
         return self._step_output(step_input, sae_out, feature_acts, hidden_pre, losses)
-
-    def sparse_step_applies(self) -> bool:
-        """Whether the present configuration can take the step on the non-zeros.
-
-        It then does once the code is sparse.
-        """
-        on_this_device = self.cfg.sparse_step == "on" or self.W_enc.device.type == "cpu"
-        return on_this_device and self._own_step_applies()
-
-    def _own_step_applies(self) -> bool:
-        """Whether the step can be that of :mod:`aen_lightning.sparse`, dense or on the non-zeros, and not
-        autograd's.
-        """
-        return (
-            self.cfg.sparse_step != "off"
-            and self.dtype in (torch.float32, torch.float64)
-            # these two act inside the SAE; every other normalisation is outside it
-            and self.cfg.normalize_activations not in ("constant_norm_rescale", "layer_norm")
-            and not torch.compiler.is_compiling()
-            # a hook wants to see, or change, the dense activations
-            and not any(point.fwd_hooks or point.bwd_hooks for point in self.hook_dict.values())
-        )
 
     def _own_forward_pass(self, step_input: TrainStepInput, schedule: StepSchedule) -> TrainStepOutput:
         x, cfg = step_input.sae_in, self.cfg
@@ -229,7 +181,8 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
         hard_k = cfg.hard_k
         if hard_k is not None:
             code = sparse.encode_batch_topk(x, self.W_enc, self.b_enc, b_dec, k=hard_k)
-            self._observe_threshold(code.values.min())
+            least = code.values.min() if code.values.numel() else self.hard_threshold
+            self.observe_threshold(least, schedule)
         elif self.density_switch.sparse and self.sparse_step_applies():
             code = sparse.encode(x, self.W_enc, self.b_enc, b_dec, screen=self.density_switch.screen)
         else:
@@ -251,6 +204,8 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
             apply_b_dec_to_input=cfg.apply_b_dec_to_input,
         )
         losses = {"mse_loss": out.mse_loss, "l1_loss": out.l1_loss, "l2_loss": out.l2_loss}
+        if hard_k is not None:
+            losses |= self._hard_losses(step_input, out.sae_out)
         feature_acts = code.feature_acts()
         # of the pre-activations only the positive ones are known here, and they are the activations
         return self._step_output(step_input, out.sae_out, feature_acts, feature_acts, losses)
@@ -263,12 +218,15 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
         hidden_pre: Tensor,
         losses: dict[str, Tensor],
     ) -> TrainStepOutput:
+        total = losses["mse_loss"]
+        for name, value in losses.items():
+            total = total if name == "mse_loss" else total + value
         return TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=sae_out,
             feature_acts=feature_acts,
             hidden_pre=hidden_pre,
-            loss=losses["mse_loss"] + losses["l1_loss"] + losses["l2_loss"],
+            loss=total,
             losses=losses,
             metrics={**self.adaptive_metrics(), **self._convexity_metric(step_input)},
         )
@@ -299,7 +257,6 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
         folded, grown = self.folded_to_unit_rows(state_dict)
         state_dict.update(folded)
         if self.cfg.hard_k is not None:
-            self.cfg.inference_architecture = "jumprelu"
             state_dict["threshold"] = (self.hard_threshold * grown).to(folded["b_enc"].dtype)
         for name in STATE_BUFFERS:
             state_dict.pop(name, None)
@@ -343,27 +300,4 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
         }
 
 
-def register() -> None:
-    """Register ``aen`` with SAELens; a second call, or a reload of this module, does no harm."""
-    _register(SAE_CLASS_REGISTRY, register_sae_class, AENSAE, AENSAEConfig)
-    _register(SAE_TRAINING_CLASS_REGISTRY, register_sae_training_class, AENTrainingSAE, AENTrainingSAEConfig)
-
-
-def _register(
-    registry: dict[str, tuple[Any, Any]],
-    register_fn: Callable[..., None],
-    sae_class: type[SAE[Any]],
-    config_class: type[SAEConfig],
-) -> None:
-    known = registry.get(ARCHITECTURE)
-    if known is not None and known[0].__module__ != sae_class.__module__:
-        raise ValueError(
-            f"SAELens already has an architecture {ARCHITECTURE!r} from {known[0].__module__}; "
-            "import only one package that registers it"
-        )
-    # A reloaded module has new classes: the registry must hand out those.
-    registry.pop(ARCHITECTURE, None)
-    register_fn(ARCHITECTURE, sae_class, config_class)
-
-
-register()
+register_architecture(AENSAE, AENSAEConfig, AENTrainingSAE, AENTrainingSAEConfig)

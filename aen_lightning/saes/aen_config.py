@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from sae_lens import JumpReLUSAEConfig, StandardSAEConfig, TrainingSAEConfig
+from sae_lens import JumpReLUSAEConfig, LanguageModelSAERunnerConfig, StandardSAEConfig, TrainingSAEConfig
 from sae_lens.saes.sae import SAEConfig
 from typing_extensions import override
 
+from aen_lightning.saes.lengths import Length, is_length, length_expected
 from aen_lightning.saes.penalty import PenaltyName, coefficients_from_paper
+from aen_lightning.spelling import suggest
 
 ARCHITECTURE = "aen"
 
@@ -42,7 +45,7 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
         weight_min: Lower bound of the adaptive weights, in (0, 1].
         weight_max: Upper bound of the adaptive weights, ``>= 1``; what a silent feature gets.
         reference_fraction: Share of the strongest features, in (0, 1], whose mean is the reference level.
-        warmup_delay_steps: Training steps with all weights 1; zero or less: adaptive weights from the first
+        warmup_delay_steps: Training steps with all weights 1, or a share of the run, like all lengths here; zero or less: adaptive weights from the first
             step.
         warmup_ramp_steps: Training steps over which the adaptive weights are let in after the delay, ``>=
             0``.
@@ -69,7 +72,13 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
             (:mod:`aen_lightning.sparse`), once the code is sparse enough. ``auto``: on a CPU; ``on``: on any
             device; ``off``: always dense. Where it cannot apply (parameters in half precision, a run-time
             normalisation in the SAE, hooks on the SAE) the step is dense.
-        hard_k: Mean active features per token in a hard phase (:meth:`AENTrainingSAE.harden`, callback ``HardFinish``); None before it.
+        hard_k: Mean active features per token in a hard phase (:meth:`AENTrainingSAE.harden`, callback
+            ``HardFinish``); None before it.
+        aux_loss_coefficient: Weight of the auxiliary loss in the hard phase, ``>= 0``, in which silent features
+            reconstruct what the others leave over, as in SAELens's TopK and BatchTopK, whose value is 1. 0: none.
+        aux_loss_window: Training steps without firing, or a share of the run, after which a feature takes part
+            in it. None: ``dead_feature_window`` of the module.
+        aux_loss_k: How many silent features a token takes at most, ``>= 1``. None: ``d_in // 2``, as in SAELens.
         inference_architecture: What an exported dictionary calls itself: ``standard`` loads anywhere, ``aen``
             needs this package.
 
@@ -84,9 +93,9 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
     weight_min: float = 0.01
     weight_max: float = 10.0
     reference_fraction: float = 0.05
-    warmup_delay_steps: int = 4000
-    warmup_ramp_steps: int = 2000
-    l1_warmup_steps: int = 0
+    warmup_delay_steps: Length = 4000
+    warmup_ramp_steps: Length = 2000
+    l1_warmup_steps: Length = 0
     starvation_guard: float = 0.0
     penalty: PenaltyName = "l1"
     penalty_shape: float = 2.0
@@ -96,7 +105,10 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
     decoder_init_norm: float | None = None
     sparse_step: Literal["auto", "on", "off"] = "auto"
     hard_k: float | None = None
-    inference_architecture: Literal["standard", "aen", "jumprelu"] = "standard"
+    aux_loss_coefficient: float = 0.0
+    aux_loss_window: Length | None = None
+    aux_loss_k: int | None = None
+    inference_architecture: Literal["standard", "aen"] = "standard"
 
     @override
     @classmethod
@@ -105,6 +117,15 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.aux_loss_coefficient and self.normalize_activations in (
+            "constant_norm_rescale",
+            "layer_norm",
+        ):
+            raise ValueError(
+                "the auxiliary loss is in the space of the input, "
+                f"normalize_activations={self.normalize_activations!r} acts inside the SAE: set "
+                "aux_loss_coefficient to 0, or scale the data instead"
+            )
         for name, ok, expected in self._constraints():
             if not ok:
                 raise ValueError(
@@ -115,13 +136,13 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
         def at_least(value: Any, bound: float) -> bool:
             return _is_number(value) and math.isfinite(value) and value >= bound
 
-        def steps(value: Any) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool)
+        def count(value: Any) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
         norm = self.decoder_init_norm
         return [
-            ("d_in", steps(self.d_in) and self.d_in > 0, "a positive integer"),
-            ("d_sae", steps(self.d_sae) and self.d_sae > 0, "a positive integer"),
+            ("d_in", count(self.d_in), "a positive integer"),
+            ("d_sae", count(self.d_sae), "a positive integer"),
             ("l1_coefficient", at_least(self.l1_coefficient, 0), "a finite number >= 0"),
             ("l2_coefficient", at_least(self.l2_coefficient, 0), "a finite number >= 0"),
             ("gamma", at_least(self.gamma, 0), "a finite number >= 0"),
@@ -133,13 +154,13 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
                 at_least(self.reference_fraction, 0) and 0 < self.reference_fraction <= 1,
                 "in (0, 1]",
             ),
-            ("warmup_delay_steps", steps(self.warmup_delay_steps), "an integer number of steps"),
             (
-                "warmup_ramp_steps",
-                steps(self.warmup_ramp_steps) and self.warmup_ramp_steps >= 0,
-                "an integer >= 0",
+                "warmup_delay_steps",
+                is_length(self.warmup_delay_steps, at_least=None),
+                length_expected(at_least=None),
             ),
-            ("l1_warmup_steps", steps(self.l1_warmup_steps) and self.l1_warmup_steps >= 0, "an integer >= 0"),
+            ("warmup_ramp_steps", is_length(self.warmup_ramp_steps), length_expected()),
+            ("l1_warmup_steps", is_length(self.l1_warmup_steps), length_expected()),
             ("starvation_guard", at_least(self.starvation_guard, 0), "a finite number >= 0"),
             ("penalty", self.penalty in get_args(PenaltyName), f"one of {', '.join(get_args(PenaltyName))}"),
             (
@@ -152,10 +173,17 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
             ("guard_decay", at_least(self.guard_decay, 0) and self.guard_decay < 1, "in [0, 1)"),
             ("decoder_init_norm", norm is None or (at_least(norm, 0) and norm > 0), "None or a number > 0"),
             ("sparse_step", self.sparse_step in ("auto", "on", "off"), "'auto', 'on' or 'off'"),
+            ("aux_loss_coefficient", at_least(self.aux_loss_coefficient, 0), "a finite number >= 0"),
+            (
+                "aux_loss_window",
+                self.aux_loss_window is None or is_length(self.aux_loss_window),
+                f"None, {length_expected()}",
+            ),
+            ("aux_loss_k", self.aux_loss_k is None or count(self.aux_loss_k), "None or a positive integer"),
             (
                 "inference_architecture",
-                self.inference_architecture in ("standard", "aen"),
-                "'standard' or 'aen'",
+                self.inference_architecture in self.inference_architectures(),
+                " or ".join(map(repr, self.inference_architectures())),
             ),
         ]
 
@@ -183,15 +211,51 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
         l1, l2 = coefficients_from_paper(d_in=d_in, lambda_1=lambda_1, lambda_2=lambda_2)
         return cls(d_in=d_in, d_sae=d_sae, l1_coefficient=l1, l2_coefficient=l2, **rest)
 
+    def inference_architectures(self) -> tuple[str, ...]:
+        """What an exported dictionary may call itself."""
+        return ("standard", "aen")
+
+    @override
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any]) -> Any:
+        """As SAELens's, but takes its spelling ``l1_warm_up_steps``, and refuses what it would drop.
+
+        Raises:
+            ValueError: For a key that is no field, or the same one in two spellings.
+        """
+        given = with_our_spelling(config_dict)
+        known = [field.name for field in dataclasses.fields(cls) if field.init]
+        for key in given:
+            if key not in {*known, "architecture", *_OF_SAELENS}:
+                near = suggest(key, known) or f"; it takes {', '.join(sorted(known))}"
+                raise ValueError(f"{cls.__name__} has no field {key!r}{near}")
+        return super().from_dict(given)
+
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:
-        if self.inference_architecture == "jumprelu":
+        if self.hard_k is not None:
             return JumpReLUSAEConfig
         return AENSAEConfig if self.inference_architecture == "aen" else StandardSAEConfig
 
-    def _may_be_exported(self) -> bool:
-        allowed = ("standard", "aen") if self.hard_k is None else ("standard", "aen", "jumprelu")
-        return self.inference_architecture in allowed
+
+# what SAELens adds to a config that it reads: a field of old, and those of its runner
+_OF_SAELENS = {
+    "finetuning_scaling_factor",
+    *(f.name for f in dataclasses.fields(LanguageModelSAERunnerConfig)),
+}
+
+
+def with_our_spelling(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with ``l1_warmup_steps`` where SAELens's architectures say ``l1_warm_up_steps``.
+
+    Raises:
+        ValueError: If both are there.
+    """
+    if "l1_warm_up_steps" not in fields:
+        return fields
+    if "l1_warmup_steps" in fields:
+        raise ValueError("l1_warm_up_steps and l1_warmup_steps say the same: drop one")
+    return {"l1_warmup_steps" if key == "l1_warm_up_steps" else key: value for key, value in fields.items()}
 
 
 def _is_number(value: Any) -> bool:

@@ -14,7 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from sae_lens import TrainingSAEConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-from aen_lightning.saes.aen_config import AENTrainingSAEConfig
+from aen_lightning.saes.aen_config import AENTrainingSAEConfig, with_our_spelling
+from aen_lightning.saes.lengths import is_share
 from aen_lightning.spelling import suggest
 
 _PAPER_KEYS = ("lambda_1", "lambda_2")
@@ -43,6 +44,8 @@ def build_sae_config(sae: dict[str, Any]) -> TrainingSAEConfig:
     cfg_class = config_class(architecture)
     known = {field.name: field for field in dataclasses.fields(cfg_class) if field.init}
     is_aen = issubclass(cfg_class, AENTrainingSAEConfig)
+    if is_aen:
+        fields = with_our_spelling(fields)
     allowed = [*known, *(_PAPER_KEYS if is_aen else ())]
     unknown = [key for key in fields if key not in allowed]
     if unknown:
@@ -59,6 +62,8 @@ def build_sae_config(sae: dict[str, Any]) -> TrainingSAEConfig:
         raise ValueError(f"sae lacks {', '.join(missing)} (architecture {architecture!r})")
     hints = get_type_hints(cfg_class) | dict.fromkeys(_PAPER_KEYS, float)
     for key, value in fields.items():
+        if key.endswith("_steps") and is_share(value):
+            continue  # a length, also SAELens's own: TrackedSAE makes steps of it
         if not _fits(value, hints[key]):
             raise ValueError(f"sae.{key} must be {_type_name(hints[key])}, got {value!r}")
     k = fields.get("k", known["k"].default if "k" in known else 0)
@@ -77,7 +82,7 @@ def config_class(architecture: str) -> type[TrainingSAEConfig]:
     Raises:
         ValueError: If SAELens can train none of that name.
     """
-    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+    if not isinstance(architecture, str) or architecture not in SAE_TRAINING_CLASS_REGISTRY:
         near = suggest(architecture, SAE_TRAINING_CLASS_REGISTRY)
         known = ", ".join(sorted(SAE_TRAINING_CLASS_REGISTRY))
         raise ValueError(f"unknown SAE architecture {architecture!r}{near}; SAELens can train {known}")

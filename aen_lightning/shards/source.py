@@ -48,20 +48,30 @@ class ActivationSource(ABC):
         """Rows in all."""
         return sum(self.part_sizes)
 
-    def gather(self, rows: NDArray[np.int64], hook_names: Sequence[str]) -> dict[str, Tensor]:
+    def gather(
+        self,
+        rows: NDArray[np.int64],
+        hook_names: Sequence[str],
+        *,
+        as_stored: bool = False,
+        pin: bool = False,
+    ) -> dict[str, Tensor]:
         """Read rows.
 
         Args:
             rows: Row numbers, ascending (so that each part is read once, and in order).
             hook_names: Which hook points.
+            as_stored: Keep the dtype on disk.
+            pin: Read into pinned memory, from which a GPU copies by itself.
 
         Returns:
-            For each hook point a new float32 tensor (len(rows), d_in).
+            For each hook point a new tensor (len(rows), d_in), float32 unless ``as_stored``.
         """
         ends = self.part_ends
         first, last = np.searchsorted(ends, rows[[0, -1]], side="right") if len(rows) else (0, -1)
         cuts = np.searchsorted(rows, ends[first : last + 1])
-        out = {h: torch.empty(len(rows), self.d_in[h]) for h in hook_names}
+        dtype = self.dtype if as_stored else torch.float32
+        out = {h: torch.empty(len(rows), self.d_in[h], dtype=dtype, pin_memory=pin) for h in hook_names}
         at = 0
         for index, cut in zip(range(first, last + 1), cuts, strict=True):
             if cut > at:

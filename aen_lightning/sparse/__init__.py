@@ -26,6 +26,7 @@ from aen_lightning.sparse.functions import activations, decode, per_entry
 from aen_lightning.sparse.gated import GatedLoss, gated_loss
 from aen_lightning.sparse.objective import SparseLoss, loss
 from aen_lightning.sparse.optim import FusedAdam
+from aen_lightning.sparse.padded import PaddedCode
 from aen_lightning.sparse.screening import screening_pays
 from aen_lightning.sparse.switch import DensitySwitch
 from aen_lightning.sparse.topk import encode_batch_topk, encode_topk
@@ -35,6 +36,7 @@ __all__ = [
     "DensitySwitch",
     "FusedAdam",
     "GatedLoss",
+    "PaddedCode",
     "SparseCode",
     "SparseLoss",
     "activations",

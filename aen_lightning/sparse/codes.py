@@ -9,6 +9,8 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
+from aen_lightning.sparse import backend
+
 
 @cache
 def _beta_notice_given() -> None:
@@ -152,4 +154,8 @@ def offsets_of(index: Tensor, size: int) -> Tensor:
 
 def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
     """Sum of ``values`` (nnz,) in each run that ``offsets`` (n + 1,) marks, 0 where it is empty; shape (n,)."""
+    if backend.triton_serves(values.device):
+        from aen_lightning.sparse import triton_kernels
+
+        return triton_kernels.segment_sums(values, offsets)
     return torch.segment_reduce(values, "sum", offsets=offsets, initial=0.0)

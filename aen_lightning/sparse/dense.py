@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from aen_lightning.sparse.codes import DenseCode
 from aen_lightning.sparse.encoding import check_shapes, encoder_input, product_dtype
+from aen_lightning.sparse.low_copies import low_copy
 
 
 @torch.compiler.disable
@@ -32,7 +33,9 @@ def encode_dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None =
     dtype = product_dtype(W_enc)
     with torch.autocast(x.device.type, enabled=False):
         inputs = encoder_input(x, W_enc, b_dec).to(dtype)
-        pre = torch.addmm(b_enc.detach().to(dtype), inputs, W_enc.detach().to(dtype))
+        kept = low_copy(W_enc, dtype)
+        weight = W_enc.detach().to(dtype) if kept is None else kept
+        pre = torch.addmm(b_enc.detach().to(dtype), inputs, weight)
         return DenseCode(pre.relu_(), inputs)
 
 
@@ -61,7 +64,8 @@ class _DenseTerms(torch.autograd.Function):
         apply_b_dec_to_input: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         batch, h = x.shape[0], code.values
-        low_W_dec = W_dec.to(h.dtype)
+        kept = low_copy(W_dec, h.dtype)
+        low_W_dec = W_dec.to(h.dtype) if kept is None else kept
         # In half precision the sum with the bias promotes.
         full = h.dtype == W_dec.dtype
         sae_out = torch.addmm(b_dec, h, W_dec) if full else torch.mm(h, low_W_dec) + b_dec

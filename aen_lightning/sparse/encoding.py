@@ -7,8 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from aen_lightning.sparse import backend
 from aen_lightning.sparse.codes import SparseCode, csr, offsets_of
-from aen_lightning.sparse.products import triton_serves
+from aen_lightning.sparse.low_copies import low_copy
+from aen_lightning.sparse.padded import PaddedCode, padded_code
+from aen_lightning.sparse.precision import full_sums
 from aen_lightning.sparse.screening import screen_features, screen_tokens, screening_pays
 
 # One block of pre-activations: 16 MiB in float32. Larger blocks leave the cache (and glibc maps them anew each
@@ -91,8 +94,10 @@ class EncoderBlocks:
             raise ValueError(
                 f"screen=True needs a float32 encoder product, but this one is {dtype}; use screen=None"
             )
-        self.batch, self.d_sae = x.shape[0], W_enc.shape[1]
-        self._weight, self._bias = W_enc.detach().t(), b_enc.detach()
+        self.batch, self.d_sae, self.dtype = x.shape[0], W_enc.shape[1], W_enc.dtype
+        # a copy that the optimizer keeps spares the cast
+        kept = low_copy(W_enc, dtype)
+        self._weight, self._bias = (W_enc.detach() if kept is None or screen else kept).t(), b_enc.detach()
         self._step = _features_per_block(self.batch, self.d_sae, block_elements)
         inputs = encoder_input(x, W_enc, b_dec)
         self._tokens_side = screen_tokens(inputs).t() if screen else None
@@ -123,30 +128,32 @@ class EncoderBlocks:
             )
         return tokens, features + start, values
 
-    def code_by_kernels(self, floor: Tensor | None, capacity: int | None = None) -> SparseCode:
+    def code_by_kernels(self, floor: Tensor | None) -> SparseCode:
         """The code of all blocks by the Triton kernels, with one synchronisation at the end, to learn its size.
 
         Args:
             floor: (d_sae,), at least 0, in the parameters' dtype; None for 0.
-            capacity: Entries to make room for at first; a code that needs more is made a second time.
         """
+        code = self.padded_code(floor, max(_MIN_CAPACITY, self.batch * self.d_sae // _CAPACITY_SHARE))
+        return (self.padded_code(floor, code.nnz) if code.overflowed else code).trimmed()
+
+    def padded_code(self, floor: Tensor | None, capacity: int) -> PaddedCode:
+        """As :meth:`code_by_kernels`, without a synchronisation, in tensors of the given capacity."""
         from aen_lightning.sparse import triton_kernels
 
         bias = self._bias.contiguous()
         floor = torch.zeros_like(bias) if floor is None else floor.contiguous()
-        room = capacity or max(_MIN_CAPACITY, self.batch * self.d_sae // _CAPACITY_SHARE)
         offsets = torch.zeros(self.d_sae + 1, dtype=torch.int64, device=bias.device)
-        tokens, features = (torch.empty(room, dtype=torch.int64, device=bias.device) for _ in range(2))
-        values = torch.empty(room, dtype=bias.dtype, device=bias.device)
+        tokens, features = (torch.zeros(capacity, dtype=torch.int64, device=bias.device) for _ in range(2))
+        values, sums = bias.new_zeros(capacity), torch.empty_like(bias)
         for start in self:
             block = slice(start, start + self._step)
             weight = self._weight[block].to(self._inputs.dtype)
             z = torch.mm(weight, self._inputs.t(), out=self._buffer[: weight.shape[0]])
-            triton_kernels.compact(z, bias[block], floor[block], start, offsets, tokens, features, values)
-        nnz = int(offsets[-1])
-        if nnz > room:
-            return self.code_by_kernels(floor, nnz)
-        return SparseCode(offsets, tokens[:nnz], features[:nnz], values[:nnz], (self.batch, self.d_sae))
+            triton_kernels.compact(
+                z, bias[block], floor[block], start, offsets, tokens, features, values, sums
+            )
+        return padded_code(offsets, tokens, features, values, sums, (self.batch, self.d_sae))
 
     def code(self, parts: list[Entries]) -> SparseCode:
         """The code of all entries kept; they lie in feature order."""
@@ -172,6 +179,7 @@ def encode(
     *,
     threshold: Tensor | None = None,
     screen: bool | None = None,
+    capacity: int | None = None,
     block_elements: int | None = None,
 ) -> SparseCode:
     """Code of a ReLU SAE, ``relu((x - b_dec) @ W_enc + b_enc)``, or of a JumpReLU SAE, as its non-zeros.
@@ -188,6 +196,8 @@ def encode(
             feature's threshold. No gradient reaches it. None for ReLU.
         screen: Rule out negative pre-activations with a certified bfloat16 product and compute the rest in full
             precision (:mod:`aen_lightning.sparse.screening`). The same code to rounding. None: where it pays.
+        capacity: Entries to make room for. Where the kernels of this package run, the code is then a
+            :class:`PaddedCode`, and the host waits for nothing; look at its ``overflowed`` before you use a result.
         block_elements: Pre-activations in memory at a time, rounded to whole features; None: by device.
     Returns:
         The code, without autograd graph: :func:`~aen_lightning.sparse.loss` knows its derivative.
@@ -202,12 +212,14 @@ def encode(
                 "expand one threshold for all features"
             )
         threshold = threshold.detach().to(b_enc.dtype).clamp_min(0)
-    kernels = not screen and triton_serves(x.device)  # they read a block twice at most: nothing to screen
+    kernels = not screen and backend.triton_serves(x.device)  # they read a block twice at most: nothing to screen
     if block_elements is None:
         block_elements = _KERNEL_BLOCK_ELEMENTS if kernels else BLOCK_ELEMENTS
     blocks = EncoderBlocks(x, W_enc, b_enc, b_dec, False if kernels else screen, block_elements)
     with torch.autocast(x.device.type, enabled=False):
         if kernels:
+            if capacity is not None:
+                return blocks.padded_code(threshold, capacity)
             return blocks.code_by_kernels(threshold)
         return blocks.code([blocks.entries(start, threshold) for start in blocks])
 
@@ -278,7 +290,8 @@ def _screened_block(
     rows = weight.contiguous()  # a no-op when feature-major
     norm = torch.linalg.vector_norm(rows, dim=1)
     side = screen_features(rows, norm, _lowered(bias, floor))
-    upper = torch.mm(side, tokens_side, out=buffer[: rows.shape[0]])
+    with full_sums(x.device):  # the bound covers sums in float32 only
+        upper = torch.mm(side, tokens_side, out=buffer[: rows.shape[0]])
     # The sign bit of a bfloat16 is that of its bits as an int16, which is read several times faster than comparing.
     # A bound of exactly 0 counts as a candidate, which is safe.
     at = nonzero_flat(torch.signbit(upper.view(torch.int16)))

@@ -7,10 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aen_lightning.sparse.codes import SparseCode, offsets_of
+from aen_lightning.sparse import backend
+from aen_lightning.sparse.codes import SparseCode, offsets_of, segment_sums
 from aen_lightning.sparse.encoding import nonzero_flat
 from aen_lightning.sparse.functions import decode, per_entry, projections
 from aen_lightning.sparse.objective import mean_squared_error, penalty_terms
+from aen_lightning.sparse.padded import PaddedCode, packed
 
 
 class GatedLoss(NamedTuple):
@@ -98,6 +100,13 @@ def gated_loss(
 
 def _positive(code: SparseCode, values: Tensor) -> SparseCode:
     """The code with other values, less the entries that are not positive in them."""
+    if backend.triton_serves(values.device):
+        used = torch.arange(values.numel(), device=values.device) < code.feature_offsets[-1]
+        kept = used & ((values <= 0) == 0)
+        n_entries = None
+        if isinstance(code, PaddedCode):  # one that overflowed stays so
+            n_entries = code.counts.sum()
+        return packed(code.tokens, code.features, values, kept, code.shape, segment_sums, n_entries)
     kept = nonzero_flat(values <= 0)
     features = code.features[kept]
     return SparseCode(

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from aen_lightning.sparse import backend
 from aen_lightning.sparse.codes import DenseCode, SparseCode
 from aen_lightning.sparse.dense import dense_terms
+from aen_lightning.sparse.encoding import product_dtype
 from aen_lightning.sparse.functions import activations, decode, per_entry
+from aen_lightning.sparse.kernel_loss import kernel_terms
 
 
 class SparseLoss(NamedTuple):
@@ -87,12 +90,17 @@ def loss(
                 f"{tuple(slopes.shape)}"
             )
         slopes = slopes.detach()
-    shift = b_dec if apply_b_dec_to_input else None
+    shift, low = b_dec if apply_b_dec_to_input else None, product_dtype(W_enc)
     with torch.autocast(x.device.type, enabled=False):
         if isinstance(code, DenseCode):
             terms = dense_terms(
                 x, code, W_enc, b_enc, W_dec, b_dec, l1_weights, slopes, l2_coefficient, apply_b_dec_to_input
             )
+            return SparseLoss(*terms)
+        if backend.triton_serves(x.device):
+            terms = kernel_terms(
+                x, code, W_enc, b_enc, W_dec, b_dec, l1_weights, slopes, l2_coefficient, apply_b_dec_to_input, low
+            )  # fmt: skip
             return SparseLoss(*terms)
         values = activations(x, W_enc, b_enc, shift, code)
         sae_out = decode(values, W_dec, b_dec, code)

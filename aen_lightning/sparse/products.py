@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from aen_lightning.sparse import backend
 from aen_lightning.sparse.codes import SparseCode, csr
 
 _READS_PER_ROW = 16
@@ -15,21 +14,16 @@ _CACHE_BYTES = 2**21  # one core's L2, roughly
 _COLUMNS = 64
 
 
-def triton_serves(device: torch.device) -> bool:
-    """Whether the kernels of :mod:`aen_lightning.sparse.triton_kernels` run what is on ``device``."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
-
-
 def csr_mm(offsets: Tensor, columns: Tensor, values: Tensor, dense: Tensor) -> Tensor:
     """CSR times dense, (n, m) @ (m, d) -> (n, d). PyTorch's embedding bag is this product, for every device and
     dtype, and on CPU twice as fast as ``torch.sparse`` when most rows are short."""
     rows, nnz = offsets.numel() - 1, columns.numel()
-    if not nnz:
-        return dense.new_zeros((rows, dense.shape[1]))
-    if triton_serves(dense.device):
+    if backend.triton_serves(dense.device):
         from aen_lightning.sparse import triton_kernels
 
         return triton_kernels.csr_mm(offsets, columns, values, dense)
+    if not nnz:
+        return dense.new_zeros((rows, dense.shape[1]))
 
     def product(table: Tensor) -> Tensor:
         return embedding_bag(
@@ -60,12 +54,12 @@ def by_feature_mm(code: SparseCode, values: Tensor, dense: Tensor) -> Tensor:
 
 def at_entries(code: SparseCode, features: Tensor, tokens: Tensor) -> Tensor:
     """(nnz,): ``features @ tokens.T`` at the code's entries only, for (d_sae, d) and (batch, d)."""
-    if not code.nnz:
-        return code.values
-    if triton_serves(tokens.device):
+    if backend.triton_serves(tokens.device):
         from aen_lightning.sparse import triton_kernels
 
         return triton_kernels.at_entries(code.feature_offsets, code.tokens, features, tokens)
+    if not code.nnz:
+        return code.values
     batch, d_sae = code.shape
     pattern = csr(code.feature_offsets, code.tokens, torch.zeros_like(code.values), (d_sae, batch))
     return torch.sparse.sampled_addmm(pattern, features, tokens.t(), beta=0.0).values()

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from aen_lightning.sparse.precision import tf32_products
+
 _UNIT_ROUNDOFF = 2.0**-8  # of bfloat16, round to nearest: |round(v) - v| <= u |v|
 _ROUND_UP = 1 + 2.0**-6  # times this, then rounded to bfloat16, a positive number has not become smaller
 _EXTRA_COLUMNS = 3  # error bound, high and low part of the bias
@@ -41,9 +43,7 @@ def screening_pays(device: torch.device, dtype: torch.dtype) -> bool:
             bool(torch.cpu.get_capabilities().get("amx_bf16", False)) and torch.backends.mkldnn.is_available()
         )
     if device.type == "cuda":
-        return (
-            torch.cuda.get_device_capability(device) >= (8, 0) and not torch.backends.cuda.matmul.allow_tf32
-        )
+        return torch.cuda.get_device_capability(device) >= (8, 0) and not tf32_products()
     return False
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aen_lightning.sparse.codes import SparseCode, offsets_of
+from aen_lightning.sparse import backend
+from aen_lightning.sparse.codes import SparseCode, offsets_of, segment_sums
 from aen_lightning.sparse.encoding import (
     BLOCK_ELEMENTS,
     EncoderBlocks,
@@ -16,6 +17,7 @@ from aen_lightning.sparse.encoding import (
     nonzero_flat,
     product_dtype,
 )
+from aen_lightning.sparse.padded import packed
 
 _MIN_TOKENS = 256
 _GROUPS_PER_K = 8
@@ -64,6 +66,8 @@ def encode_topk(
             values.append(pre.gather(1, top))
     value, feature = torch.cat(values).view(-1), torch.cat(features).view(-1)
     token = torch.arange(batch, device=x.device).repeat_interleave(k)
+    if backend.triton_serves(x.device):
+        return packed(token, feature, value, (value <= 0) == 0, (batch, d_sae), segment_sums)
     kept = nonzero_flat(value <= 0)
     value, feature, token = value[kept], feature[kept], token[kept]
     order = feature.to(torch.int32).sort(stable=True).indices
@@ -97,6 +101,8 @@ def encode_batch_topk(
     b_dec: Tensor | None = None,
     *,
     k: float,
+    level: Tensor | None = None,
+    capacity: int | None = None,
     screen: bool | None = None,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> SparseCode:
@@ -111,6 +117,10 @@ def encode_batch_topk(
         b_enc: (d_sae,).
         b_dec: (d_in,), subtracted from ``x`` first, or None.
         k: Mean number of features a token may have, a real number above 0 and at most d_sae, as in SAELens.
+        level: Scalar tensor, at least 0, that the least activation kept will exceed, such as a half of the last one.
+        capacity: With ``level``: room for the activations above it. Where the kernels of this package run, the code
+            is then a :class:`PaddedCode`, and the host waits for nothing; it counts as overflowed, too, if fewer
+            activations than are to be kept exceed the level.
         screen: As in :func:`~aen_lightning.sparse.encode`.
         block_elements: Pre-activations in memory at a time; rounded to whole features.
     Raises:
@@ -125,6 +135,8 @@ def encode_batch_topk(
             "batch of "
             f"{blocks.batch}, got {k}"
         )
+    if level is not None and capacity is not None and backend.triton_serves(x.device):
+        return _above_level(blocks, level, max(capacity, n_kept), n_kept)
     parts: list[Entries] = []
     floor = None
     with torch.autocast(x.device.type, enabled=False):
@@ -137,6 +149,19 @@ def encode_batch_topk(
         if _count(parts) > n_kept:
             parts = [_largest(joined(parts), n_kept)]
         return blocks.code(parts)
+
+
+def _above_level(blocks: EncoderBlocks, level: Tensor, capacity: int, n_kept: int) -> SparseCode:
+    with torch.autocast(level.device.type, enabled=False):
+        floor = level.detach().to(blocks.dtype).clamp_min(0).expand(blocks.d_sae)
+        found = blocks.padded_code(floor, capacity)
+        # padding is 0, and no entry is less than that
+        kept = found.values.topk(n_kept, sorted=False).indices.sort().values
+        least, n_entries = found.feature_offsets[-1] > kept, found.counts.sum()
+        return packed(
+            found.tokens[kept], found.features[kept], found.values[kept], least, found.shape, segment_sums,
+            torch.where((n_entries >= n_kept) & (n_entries <= capacity), n_kept, -1), n_kept,
+        )  # fmt: skip
 
 
 def _count(parts: list[Entries]) -> int:

@@ -16,23 +16,28 @@ from torch import Tensor
 
 _TOKENS = 1024  # read at a time by the compaction
 _COLUMNS = 1024  # of a product's row held by one program
+_SEGMENT = 128  # numbers of a segment read at a time
 
 # Loops are `while`: Triton 3.6's interpreter refuses a range over a loaded number with NumPy 2.4.
 
 
 @triton.jit
-def _count(z, bias, floor, counts, n_tokens, BLOCK: tl.constexpr):
+def _count(z, bias, floor, counts, sums, n_tokens, BLOCK: tl.constexpr):
     feature = tl.program_id(0).to(tl.int64)
     b, least = tl.load(bias + feature), tl.load(floor + feature)
     total = tl.zeros((BLOCK,), dtype=tl.int64)
+    added = tl.zeros((BLOCK,), dtype=b.dtype)
     start = 0
     while start < n_tokens:
         at = start + tl.arange(0, BLOCK)
         value = tl.load(z + feature * n_tokens + at, mask=at < n_tokens, other=0.0).to(b.dtype) + b
         # The complement of `<=`, so that a NaN stays.
-        total += ((at < n_tokens) & ((value <= least) == 0)).to(tl.int64)
+        kept = (at < n_tokens) & ((value <= least) == 0)
+        total += kept.to(tl.int64)
+        added += tl.where(kept, value, 0.0)
         start += BLOCK
     tl.store(counts + feature, tl.sum(total, axis=0))
+    tl.store(sums + feature, tl.sum(added, axis=0))
 
 
 @triton.jit
@@ -71,6 +76,18 @@ def _csr_mm(offsets, columns, values, dense, out, width, BLOCK: tl.constexpr, SU
 
 
 @triton.jit
+def _segment_sums(offsets, values, out, BLOCK: tl.constexpr, SUM: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at, end = tl.load(offsets + row), tl.load(offsets + row + 1)
+    total = tl.zeros((BLOCK,), dtype=SUM)
+    while at < end:
+        index = at + tl.arange(0, BLOCK)
+        total += tl.load(values + index, mask=index < end, other=0.0).to(SUM)
+        at += BLOCK
+    tl.store(out + row, tl.sum(total, axis=0))
+
+
+@triton.jit
 def _at_entries(offsets, tokens, left, right, out, width, BLOCK: tl.constexpr, SUM: tl.constexpr):
     feature = tl.program_id(0).to(tl.int64)
     at, end = tl.load(offsets + feature), tl.load(offsets + feature + 1)
@@ -92,6 +109,7 @@ def compact(
     tokens: Tensor,
     features: Tensor,
     values: Tensor,
+    sums: Tensor,
 ) -> None:
     """Append the entries of a block of pre-activations that are above the floor to a code, without a synchronisation.
 
@@ -105,11 +123,12 @@ def compact(
         features: (capacity,) int64.
         values: (capacity,). What does not fit is counted in ``offsets`` and not written: the code has overflowed
             when ``offsets[-1]`` is above the capacity.
+        sums: (d_sae,), written for the block: the sum of each feature's entries, also those that do not fit.
     """
     n, batch = z.shape
     block = min(_TOKENS, triton.next_power_of_2(batch))
     counts = torch.empty(n, dtype=torch.int64, device=z.device)
-    _count[(n,)](z, bias, floor, counts, batch, BLOCK=block)
+    _count[(n,)](z, bias, floor, counts, sums[first_feature:], batch, BLOCK=block)
     torch.add(
         counts.cumsum(0), offsets[first_feature], out=offsets[first_feature + 1 : first_feature + 1 + n]
     )
@@ -134,7 +153,7 @@ def csr_mm(offsets: Tensor, columns: Tensor, values: Tensor, dense: Tensor) -> T
     out = torch.empty((rows, width), dtype=dense.dtype, device=dense.device)
     block = min(_COLUMNS, triton.next_power_of_2(width))
     _csr_mm[(rows, triton.cdiv(width, block))](
-        offsets, columns, values, dense.contiguous(), out, width, BLOCK=block, SUM=_sum_dtype(dense)
+        offsets, columns, values, dense.contiguous(), out, width, BLOCK=block, SUM=sum_dtype(dense)
     )
     return out
 
@@ -142,7 +161,7 @@ def csr_mm(offsets: Tensor, columns: Tensor, values: Tensor, dense: Tensor) -> T
 def at_entries(offsets: Tensor, tokens: Tensor, features: Tensor, dense: Tensor) -> Tensor:
     """(nnz,): ``features @ dense.T`` at the entries only, for (d_sae, d) and (batch, d)."""
     width = dense.shape[1]
-    out = torch.empty(tokens.shape, dtype=dense.dtype, device=dense.device)
+    out = torch.zeros(tokens.shape, dtype=dense.dtype, device=dense.device)  # the padding of a code stays 0
     _at_entries[(features.shape[0],)](
         offsets,
         tokens,
@@ -151,10 +170,18 @@ def at_entries(offsets: Tensor, tokens: Tensor, features: Tensor, dense: Tensor)
         out,
         width,
         BLOCK=triton.next_power_of_2(width),
-        SUM=_sum_dtype(dense),
+        SUM=sum_dtype(dense),
     )
     return out
 
 
-def _sum_dtype(tensor: Tensor) -> tl.dtype:
+def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
+    """See :func:`aen_lightning.sparse.codes.segment_sums`; what lies behind the last offset is left out."""
+    out = torch.empty(offsets.numel() - 1, dtype=values.dtype, device=values.device)
+    _segment_sums[(out.numel(),)](offsets, values, out, BLOCK=_SEGMENT, SUM=sum_dtype(values))
+    return out
+
+
+def sum_dtype(tensor: Tensor) -> tl.dtype:
+    """In what a kernel adds up numbers of the tensor's dtype."""
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32

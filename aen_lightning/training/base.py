@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sae_lens import TrainingSAE
 from torch import Tensor, nn
 
-from aen_lightning import sparse
+from aen_lightning import sharded, sparse
 from aen_lightning.callbacks import (
     DeadFeatureTracker,
     DelayedWarmup,
@@ -28,7 +28,9 @@ from aen_lightning.callbacks.modules import prefixed
 from aen_lightning.saes.aen import AENTrainingSAE
 from aen_lightning.saes.export import check_scaling, export_sae
 from aen_lightning.saes.input_scaling import InputScaling
+from aen_lightning.saes.lengths import Length
 from aen_lightning.saes.step_schedule import StepSchedule
+from aen_lightning.sparse.precision import MatmulPrecision, set_matmul_precision
 from aen_lightning.training.checkpoints import WholeCheckpointIO
 from aen_lightning.training.finite import (
     FiniteWatch,
@@ -41,7 +43,9 @@ from aen_lightning.training.finite import (
 )
 from aen_lightning.training.hand_back import HandBack
 from aen_lightning.training.optimizer import OptimizerSettings
+from aen_lightning.training.progress_bar import show_in_bar
 from aen_lightning.training.settings import differences, settings_of_run
+from aen_lightning.training.sharded_features import ShardedFeatures, refuse_model_parallel
 from aen_lightning.training.tracked_sae import TrackedSAE
 
 
@@ -50,8 +54,10 @@ class SAETrainingModule(pl.LightningModule):
 
     Args:
         saes: The SAEs by name; the only one of a run has the empty name.
-        dead_feature_window: Training steps without firing after which a feature counts as dead in
+        dead_feature_window: Training steps, or a share of the run, without firing after which a feature counts as dead in
             ``sparsity/dead_features`` and, in architectures that revive features, gets the auxiliary loss.
+        float32_matmul_precision: ``torch.set_float32_matmul_precision`` during a fit on a GPU: ``high`` lets float32
+            products run in TF32, ``highest`` does not. None: as it is. Nothing on a CPU.
         compile_sae: Compile the training forward pass with ``torch.compile``; the step is then dense.
         sae_compilation_mode: ``torch.compile``'s mode.
         sae_compilation_backend: ``torch.compile``'s backend; ``inductor`` needs a C++ compiler on a CPU.
@@ -73,7 +79,8 @@ class SAETrainingModule(pl.LightningModule):
     def __init__(
         self,
         saes: Mapping[str, TrainingSAE[Any]],
-        dead_feature_window: int = 1000,
+        dead_feature_window: Length = 1000,
+        float32_matmul_precision: MatmulPrecision | None = "high",
         compile_sae: bool = False,
         sae_compilation_mode: str | None = None,
         sae_compilation_backend: str = "inductor",
@@ -81,7 +88,18 @@ class SAETrainingModule(pl.LightningModule):
         **optimizer: Any,
     ) -> None:
         super().__init__()
+        self.sharded_features: ShardedFeatures | None = None
+        if dead_feature_window <= 0:
+            raise ValueError(
+                f"dead_feature_window must be at least 1 step, or a share of the run in (0, 1), got {dead_feature_window}"
+            )
         self.optimizer_settings = OptimizerSettings(**optimizer)
+        if float32_matmul_precision not in (*get_args(MatmulPrecision), None):
+            raise ValueError(
+                f"float32_matmul_precision must be one of {', '.join(get_args(MatmulPrecision))} or None, "
+                f"got {float32_matmul_precision!r}"
+            )
+        self.float32_matmul_precision = float32_matmul_precision
         self.compile_sae = compile_sae
         self.sae_compilation_mode, self.sae_compilation_backend = (
             sae_compilation_mode,
@@ -101,6 +119,8 @@ class SAETrainingModule(pl.LightningModule):
         self.accept_changed_config = False
         self.input_scaling = InputScaling()
         self.step_schedule = StepSchedule()
+        self.bar_values: dict[str, float] = {}
+        self._undo: list[Callable[[], None]] = []
 
     @property
     def saes(self) -> dict[str, TrainingSAE[Any]]:
@@ -114,6 +134,11 @@ class SAETrainingModule(pl.LightningModule):
         1 unless a callback changes them.
         """
         return {tracked.name: tracked.sparsity_multiplier for tracked in self.tracked}
+
+    @property
+    def shard_features(self) -> bool:
+        """Whether each rank holds a part of the features and sees the whole batch."""
+        return self.sharded_features is not None
 
     # --- wiring --------------------------------------------------------------------------------------------
     def configure_callbacks(self) -> list[pl.Callback]:
@@ -153,9 +178,18 @@ class SAETrainingModule(pl.LightningModule):
                     f"set model.sae.d_in to {d_in}"
                 )
         self._adopt_data_description()
+        if self.sharded_features is None:
+            refuse_model_parallel(self.trainer)
+        else:
+            self.sharded_features.check(self.trainer, compile_sae=self.compile_sae)
         if self.compile_sae and stage == "fit":
             for tracked in self.tracked:
                 tracked.compile(mode=self.sae_compilation_mode, backend=self.sae_compilation_backend)
+
+    def configure_model(self) -> None:
+        """With sharded features, make this rank's part of the weights."""
+        if self.sharded_features is not None:
+            self.sharded_features.make_weights(self.trainer)
 
     def _adaptive_saes(self) -> list[AENTrainingSAE]:
         return [sae for sae in self.saes.values() if isinstance(sae, AENTrainingSAE)]
@@ -178,11 +212,21 @@ class SAETrainingModule(pl.LightningModule):
             if sae.W_enc.dtype != sae.dtype:
                 sae.to(dtype=sae.W_enc.dtype)
         self.finite_watch.begin(self.n_skipped_rows if self.trainer.is_global_zero else 0)
-        strategy = self.trainer.strategy
+        for tracked in self.tracked:
+            tracked.run_steps = self.trainer.estimated_stepping_batches
+        self._undo.append(show_in_bar(self.trainer.progress_bar_callback, self.bar_values))  # type: ignore[attr-defined]
+        if self.device.type == "cuda" and self.float32_matmul_precision is not None:
+            self._undo.append(set_matmul_precision(self.float32_matmul_precision))
         self.step_schedule = StepSchedule(
             n_micro_batches=self.trainer.accumulate_grad_batches,
-            reduce_mean=lambda tensor: cast(Tensor, strategy.reduce(tensor, reduce_op="mean")),
+            reduce_mean=lambda tensor: self._over_batches(tensor, "mean"),
         )
+
+    def _over_batches(self, tensor: Tensor, op: Literal["mean", "sum"]) -> Tensor:
+        """Reduce over the ranks that have other batches; with sharded features there are none."""
+        if self.shard_features:
+            return tensor
+        return cast(Tensor, self.trainer.strategy.reduce(tensor, reduce_op=op))
 
     def on_train_start(self) -> None:
         """Read the data's description again: an average scale is only known once data have been seen."""
@@ -191,8 +235,11 @@ class SAETrainingModule(pl.LightningModule):
     def hand_back(self) -> None:
         """Leave the SAEs as if this module had never had them; after every fit, also one that raised."""
         self.step_schedule = StepSchedule()
+        while self._undo:
+            self._undo.pop()()
         for sae in self._adaptive_saes():
-            sae.W_enc.data = sae.W_enc.data.contiguous()
+            if not self.shard_features:
+                sae.W_enc.data = sae.W_enc.data.contiguous()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer with a parameter group per SAE, and SAELens's learning-rate schedule, stepped once
@@ -209,14 +256,15 @@ class SAETrainingModule(pl.LightningModule):
             [tracked.sae.parameters() for tracked in self.tracked],
             training_steps=self.trainer.estimated_stepping_batches,
             device=self.device,
-            mixed_precision="mixed" in str(self.trainer.precision),
+            scaled_gradients=self._scales_gradients(),
             optimizer_class=optimizer_class,
         )
 
     def _lays_encoders_feature_by_feature(self) -> bool:
         return (
             self.optimizer_settings.is_plain_adam
-            and "mixed" not in str(self.trainer.precision)
+            and not self.shard_features
+            and not self._scales_gradients()
             and self.trainer.world_size
             == 1  # DDP and FSDP lay out their buckets before the optimizer is made
             and not self.compile_sae
@@ -224,14 +272,24 @@ class SAETrainingModule(pl.LightningModule):
             and sparse.FusedAdam.supported()
         )
 
+    def _scales_gradients(self) -> bool:
+        return str(self.trainer.precision) == "16-mixed"
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the Trainer asks, each SAE's gradients by their own norm: as in separate runs."""
-        if len(self.tracked) == 1 or not gradient_clip_val:
+        """Clip as the Trainer asks, each SAE's gradients by their own norm: as in separate runs.
+
+        Lightning refuses to clip for a fused optimizer in any mixed precision, though only scaled losses forbid it.
+        """
+        if self.shard_features and gradient_clip_val:
+            sharded.clip_gradients_(self.parameters(), gradient_clip_val, algorithm=gradient_clip_algorithm)
+            return
+        own = len(self.tracked) > 1 or str(self.trainer.precision) == "bf16-mixed"
+        if not own or not gradient_clip_val:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         for sae in self.saes.values():
@@ -256,10 +314,12 @@ class SAETrainingModule(pl.LightningModule):
         """
         n_steps, is_logging_step = self.trainer.global_step, self._is_logging_step()
         # equal batches on every rank, as everywhere in a data-parallel step
-        n_tokens = len(batch) * self.trainer.world_size
+        n_tokens = len(batch) * (1 if self.shard_features else self.trainer.world_size)
         self.n_training_samples += n_tokens
         for tracked in self.tracked:
             self._check_batch(batch, tracked)
+            if self.sharded_features is not None:
+                self.sharded_features.compare_first(batch)
         batch = self.finite_watch.rows(batch, step=n_steps, batch_idx=batch_idx)
         losses, n_firings, logs = [], {}, {}
         for tracked in self.tracked:
@@ -268,8 +328,7 @@ class SAETrainingModule(pl.LightningModule):
             )
             losses.append(output.loss)
             with torch.no_grad():
-                counts = self.trainer.strategy.reduce(tracked.firing_counts(output), reduce_op="sum")
-                n_firings[tracked.name] = cast(Tensor, counts)
+                n_firings[tracked.name] = self._over_batches(tracked.firing_counts(output), "sum")
                 tracked.note_firings(n_firings[tracked.name])
                 if is_logging_step:
                     logs[tracked.name] = tracked.log_values(output, n_steps)
@@ -345,7 +404,9 @@ class SAETrainingModule(pl.LightningModule):
             "ev": mean("metrics/explained_variance"),
             "dead%": 100 * torch.stack(dead).mean(),
         }
-        self.log_dict(bar, prog_bar=True, logger=False)
+        # not with prog_bar=True: Lightning would fetch each value from the device again at every later step
+        self.log_dict(bar, logger=False)
+        self.bar_values.update(zip(bar, torch.stack(list(bar.values())).tolist(), strict=True))
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Update the held-out metrics; no SAE's state changes."""
@@ -443,17 +504,23 @@ class SAETrainingModule(pl.LightningModule):
         self.input_scaling = InputScaling(**state["input_scaling"])
         for tracked, extra in zip(self.tracked, state["tracked"], strict=True):
             tracked.load_extra_state(extra)
+        if self.sharded_features is not None:
+            self.sharded_features.load(self.trainer, self)
 
     def export(self, path: str | Path, log_sparsity: Tensor | None = None, *, name: str = "") -> Path:
         """Write one dictionary as a SAELens folder for raw activations.
 
-        See :func:`aen_lightning.saes.export.export_sae`.
+        See :func:`aen_lightning.saes.export.export_sae`; with sharded features every rank must call it.
 
         Raises:
             NonFiniteError: If it holds numbers that are not finite.
         """
-        require_finite(self.saes[name], f"the SAE {name!r}" if name else "the SAE")
-        return export_sae(self.saes[name], path, input_scaling=self.input_scaling, log_sparsity=log_sparsity)
+        if (
+            not self.shard_features
+        ):  # else one rank alone must not leave; all have looked together before this
+            require_finite(self.saes[name], f"the SAE {name!r}" if name else "the SAE")
+        write = sharded.export_sharded_sae if self.shard_features else export_sae
+        return write(self.saes[name], path, input_scaling=self.input_scaling, log_sparsity=log_sparsity)
 
 
 def _tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sae_lens.training.optim import get_lr_scheduler
 from torch import nn
 
+from aen_lightning.saes.lengths import Length, check_length, in_steps
+
 SchedulerName = Literal["constant", "cosineannealing", "cosineannealingwarmrestarts"]
 
 
@@ -23,11 +25,11 @@ class OptimizerSettings:
     Args:
         lr: Learning rate.
         optimizer: Class path of a ``torch.optim.Optimizer`` that takes ``params, lr=...``.
-        optimizer_kwargs: Further arguments of the optimizer. Adam and AdamW run fused (not in mixed
-            precision) unless ``fused`` is given.
+        optimizer_kwargs: Further arguments of the optimizer. Adam and AdamW run fused (not in ``16-mixed``)
+            unless ``fused`` is given.
         lr_scheduler_name: SAELens's ``constant``, ``cosineannealing`` or ``cosineannealingwarmrestarts``.
-        lr_warm_up_steps: Optimizer steps of linear warm-up.
-        lr_decay_steps: Optimizer steps of linear decay to zero at the end; needs ``max_steps`` on the
+        lr_warm_up_steps: Optimizer steps of linear warm-up, or a share of the run, a float in (0, 1).
+        lr_decay_steps: Optimizer steps, or a share, of linear decay to zero at the end; needs ``max_steps`` on the
             Trainer.
         lr_end: Rate at the end of a cosine schedule. None: a tenth of ``lr``, as in SAELens.
         n_restart_cycles: Cycles of ``cosineannealingwarmrestarts``.
@@ -40,14 +42,16 @@ class OptimizerSettings:
     optimizer: str = "torch.optim.Adam"
     optimizer_kwargs: dict[str, Any] | None = None
     lr_scheduler_name: SchedulerName = "constant"
-    lr_warm_up_steps: int = 0
-    lr_decay_steps: int = 0
+    lr_warm_up_steps: Length = 0
+    lr_decay_steps: Length = 0
     lr_end: float | None = None
     n_restart_cycles: int = 1
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
+        check_length(self.lr_warm_up_steps, "lr_warm_up_steps")
+        check_length(self.lr_decay_steps, "lr_decay_steps")
         accepted = inspect.signature(self.optimizer_class).parameters
         unknown = [key for key in self.optimizer_kwargs or {} if key not in accepted]
         if unknown:
@@ -81,7 +85,7 @@ class OptimizerSettings:
         *,
         training_steps: int | float,
         device: torch.device,
-        mixed_precision: bool,
+        scaled_gradients: bool,
         optimizer_class: type[torch.optim.Optimizer] | None = None,
     ) -> OptimizerLRScheduler:
         """One optimizer with a group for each SAE, and its schedule, stepped once per optimizer step.
@@ -90,8 +94,8 @@ class OptimizerSettings:
             groups: The parameters of each SAE.
             training_steps: Length of the run in optimizer steps; infinite if it is not known.
             device: Where the parameters are.
-            mixed_precision: Whether Lightning clips gradients of scaled or autocast losses; it does not with
-                a fused Adam.
+            scaled_gradients: Whether the gradients are those of a scaled loss (``16-mixed``), which a fused
+                Adam unscales within its step: too late for clipping.
             optimizer_class: In place of the one named, with the same arguments.
 
         Raises:
@@ -99,7 +103,7 @@ class OptimizerSettings:
         """
         arguments: dict[str, Any] = {"lr": self.lr, **(self.optimizer_kwargs or {})}
         # Adam's fused kernel takes the same steps several times faster
-        if self.optimizer_class in (torch.optim.Adam, torch.optim.AdamW) and not mixed_precision:
+        if self.optimizer_class in (torch.optim.Adam, torch.optim.AdamW) and not scaled_gradients:
             arguments.setdefault("fused", device.type in ("cpu", "cuda"))
         optimizer = (optimizer_class or self.optimizer_class)(
             [{"params": list(g)} for g in groups], **arguments
@@ -114,8 +118,8 @@ class OptimizerSettings:
             optimizer=optimizer,
             training_steps=int(training_steps) if known else 0,
             lr=self.lr,
-            warm_up_steps=self.lr_warm_up_steps,
-            decay_steps=self.lr_decay_steps,
+            warm_up_steps=in_steps(self.lr_warm_up_steps, training_steps, "lr_warm_up_steps"),
+            decay_steps=in_steps(self.lr_decay_steps, training_steps, "lr_decay_steps"),
             lr_end=self.lr / 10 if self.lr_end is None else self.lr_end,
             num_cycles=self.n_restart_cycles,
         )

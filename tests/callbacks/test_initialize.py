@@ -55,9 +55,12 @@ def test_a_resumed_run_is_left_alone(tmp_path: Path):
 
 
 def test_an_architecture_without_the_parameter_is_refused_before_any_work(tmp_path: Path):
-    module = SAEModule({"architecture": "gated", "d_in": 16, "d_sae": 48})
+    module = SAEModule(
+        {"architecture": "matching_pursuit", "d_in": 16, "d_sae": 48, "decoder_init_norm": 1.0}
+    )
     with pytest.raises(
-        ValueError, match="sets b_enc, which architecture 'gated' does not have: give active_share: null"
+        ValueError,
+        match="sets b_enc, which architecture 'matching_pursuit' does not have: give active_share: null",
     ):
         make_trainer(tmp_path, 1, callbacks=[InitializeFromData()]).fit(module, loader())
 

@@ -48,6 +48,13 @@ class Record(pl.Callback):
         },
         {"architecture": "standard"},
         {"architecture": "gated", "l1_coefficient": 0.3},
+        {
+            "architecture": "aen_gated",
+            "gamma": 0.0,
+            "l2_coefficient": 0.0,
+            "decoder_init_norm": 0.1,
+            "l1_coefficient": 0.3,
+        },
     ],
     ids=str,
 )

@@ -51,9 +51,58 @@ def test_a_hard_step_is_saelens_batchtopk_step(sparse_step: str):
         expected.losses["mse_loss"].backward()
         for name, parameter in theirs.named_parameters():
             assert_close(getattr(sae, name).grad, parameter.grad, msg=lambda m, n=name: f"{n}: {m}")
-    # theirs starts its average at 0, ours at the first batch's value: both move by a hundredth of the way
     least = float(acts[acts > 0].min())
     assert sae.hard_threshold.item() == pytest.approx(least, rel=0.2)
+
+
+@pytest.mark.parametrize("sparse_step", ["on", "off"])
+@pytest.mark.parametrize("dead", [0, 2, 30])  # fewer and more than d_in / 2
+def test_the_auxiliary_loss_is_that_of_saelens(sparse_step: str, dead: int):
+    sae = hardened(sparse_step=sparse_step, aux_loss_coefficient=0.7)
+    theirs = BatchTopKTrainingSAE(
+        BatchTopKTrainingSAEConfig(d_in=8, d_sae=40, k=K, dtype="float64", aux_loss_coefficient=0.7)
+    )
+    own = {name: value for name, value in sae.state_dict().items() if name in dict(theirs.named_parameters())}
+    theirs.load_state_dict({**theirs.state_dict(), **own})
+    given = step_input(batch())
+    given.dead_neuron_mask = torch.arange(40) < dead
+    ours, expected = sae.training_forward_pass(given), theirs.training_forward_pass(given)
+    name = "auxiliary_reconstruction_loss"
+    assert_close(ours.losses[name], expected.losses[name])
+    assert bool(ours.losses[name] > 0) == (dead > 0)
+    assert_close(ours.loss, expected.loss)
+    ours.loss.backward()
+    expected.loss.backward()
+    for name, parameter in theirs.named_parameters():
+        assert_close(getattr(sae, name).grad, parameter.grad, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_token_takes_no_more_silent_features_than_asked_for():
+    given = step_input(batch())
+    given.dead_neuron_mask = torch.arange(40) < 30
+    sae = hardened(aux_loss_coefficient=1.0, aux_loss_k=1)
+    x = given.sae_in
+    output = sae.training_forward_pass(given)
+    pre = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc)[:, :30]
+    best = pre.argmax(dim=1)
+    recons = pre.max(dim=1).values[:, None] * sae.W_dec[best]
+    error = (recons - (x - output.sae_out)).pow(2).sum(-1).mean()
+    assert_close(output.losses["auxiliary_reconstruction_loss"], error)
+
+
+def test_the_threshold_does_not_lag_where_the_phase_is_short():
+    sae = hardened()
+    for n in range(60):
+        with torch.no_grad():
+            sae.W_enc.mul_(1.005)  # activations that grow, as they do once a penalty is gone
+        output = sae.training_forward_pass(step_input(batch(n), n))
+    acts = output.feature_acts
+    least = float((acts.coalesce().values() if acts.is_sparse else acts[acts > 0]).min())
+    # a hundredth of the way a step, from the first batch on, would be 15 % below it
+    assert sae.hard_threshold.item() == pytest.approx(least, rel=0.06)
+    sae.eval()
+    l0 = (sae.encode(torch.cat([batch(n) for n in range(100, 120)])) > 0).sum(-1).double().mean()
+    assert float(l0) == pytest.approx(K, rel=0.15)
 
 
 @pytest.mark.parametrize("scale", [None, 0.5])
@@ -82,6 +131,9 @@ def test_a_training_folder_goes_on_hard(tmp_path: Path):
     sae.save_model(tmp_path)
     read = TrainingSAE.load_from_disk(tmp_path)
     assert read.cfg.hard_k == K
+    read.save_inference_model(tmp_path / "sae")  # exporting does not change what is trained on
+    read.save_model(tmp_path / "again")
+    assert TrainingSAE.load_from_disk(tmp_path / "again").cfg.inference_architecture == "standard"
     assert_close(read.hard_threshold, sae.hard_threshold)
 
 

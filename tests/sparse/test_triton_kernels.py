@@ -39,8 +39,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("products", "encoding"):
-        monkeypatch.setattr(f"aen_lightning.sparse.{module}.triton_serves", lambda device: True)
+    monkeypatch.setattr("aen_lightning.sparse.backend.triton_serves", lambda device: True)
 
 
 def pattern(batch: int, d_sae: int, dtype: torch.dtype) -> Tensor:
@@ -85,6 +84,7 @@ def test_compaction_fills_what_fits_and_counts_what_does_not(
     offsets[0] = 0
     tokens, features = (torch.full((capacity + 5,), -1, device=DEVICE) for _ in range(2))
     values = torch.full((capacity + 5,), -1.0, device=DEVICE)
+    sums = torch.empty(16, device=DEVICE)
     for start in (0, 6):  # two unequal blocks
         block = slice(start, 6 if start == 0 else 16)
         triton_kernels.compact(
@@ -96,8 +96,10 @@ def test_compaction_fills_what_fits_and_counts_what_does_not(
             tokens,
             features,
             values[:capacity],
+            sums,
         )
     assert torch.equal(offsets.diff(), kept.sum(dim=1))
+    assert_close(sums, pre.where(kept, 0).sum(dim=1), equal_nan=True)  # of all entries
     feature, token = kept.nonzero(as_tuple=True)
     n = min(capacity, len(feature))
     assert torch.equal(features[:n], feature[:n])

@@ -1,6 +1,6 @@
 """Run by test_ddp.py in a clean process: trains on N ranks and writes what rank 0 ends with.
 
-Usage: python -m tests.support.ddp_training N_RANKS OUTPUT.pt
+Usage: python -m tests.support.ddp_training N_RANKS OUTPUT.pt [ARCHITECTURE]
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Data(pl.LightningDataModule):
         return DataLoader(batches[self.trainer.global_rank :: self.trainer.world_size], batch_size=None)  # type: ignore[arg-type]
 
 
-def main(n_ranks: int, output: Path) -> None:
+def main(n_ranks: int, output: Path, architecture: str = "aen") -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     module = SAEModule(
         {
-            "architecture": "aen",
+            "architecture": architecture,
             "d_in": 16,
             "d_sae": 48,
             "l1_coefficient": 0.2,
@@ -88,4 +88,4 @@ def main(n_ranks: int, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

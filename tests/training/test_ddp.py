@@ -34,9 +34,18 @@ def run_module(name: str, *args: str) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def run(n_ranks: int, output: Path) -> dict[str, Any]:
-    run_module("tests.support.ddp_training", str(n_ranks), str(output))
+def run(n_ranks: int, output: Path, architecture: str = "aen") -> dict[str, Any]:
+    run_module("tests.support.ddp_training", str(n_ranks), str(output), architecture)
     return torch.load(output, weights_only=True)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_a_gate(tmp_path: Path):
+    one, two = (run(n, tmp_path / f"{n}.pt", "aen_gated") for n in (1, 2))
+    for name, value in one["state"].items():
+        if "metrics" not in name:
+            assert_close(two["state"][name], value, rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert one["state"]["tracked.0.sae.l1_weights"].std() > 0.05
 
 
 @pytest.mark.slow

@@ -413,3 +413,19 @@ def test_adaptive_callbacks_refuse_an_architecture_without_adaptive_weights(tmp_
         TypeError, match="DelayedWarmup schedules adaptive weights, which architecture 'topk' does not have"
     ):
         make_trainer(tmp_path, 1, callbacks=[DelayedWarmup()]).fit(module, loader())
+
+
+def test_the_auxiliary_loss_has_a_window_of_its_own(tmp_path: Path):
+    sae = {
+        "architecture": "aen",
+        "d_in": 16,
+        "d_sae": 48,
+        "aux_loss_coefficient": 1.0,
+        "aux_loss_window": 0.1,
+    }
+    module = SAEModule(sae, dead_feature_window=1000, seed=0)
+    make_trainer(tmp_path, 40).fit(module, loader())
+    tracked = module.tracked[0]
+    tracked.n_forward_passes_since_fired.copy_(torch.arange(48))
+    assert tracked.revived_neuron_mask.tolist() == [n > 4 for n in range(48)]
+    assert not tracked.dead_neuron_mask.any()

@@ -1,0 +1,93 @@
+"""The hard phase of an AEN-SAE: BatchTopK on the weights that a penalised phase has made."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from aen_lightning.saes.aen_config import AENTrainingSAEConfig
+from aen_lightning.saes.step_schedule import StepSchedule
+
+_THRESHOLD_RATE = 0.01  # of the running threshold; SAELens's BatchTopK takes the same
+
+
+class HardPhase:
+    """Mixin for a SAELens training SAE that can keep the largest activations of a batch only.
+
+    Its state is ``cfg.hard_k`` and the buffers ``hard_threshold`` and ``n_hard_steps``
+    (:class:`~aen_lightning.saes.adaptive.AdaptiveState`).
+    """
+
+    has_hard_phase = True
+
+    cfg: AENTrainingSAEConfig
+    training: bool
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    b_dec: nn.Parameter
+    hard_threshold: Tensor
+    n_hard_steps: Tensor
+
+    @torch.no_grad()
+    def harden(self, k: float) -> None:
+        """From now on keep the ``k * batch`` largest activations of each batch (BatchTopK) and drop the penalty.
+
+        Weights and statistics stay. What is exported is a ``jumprelu`` SAE, whose threshold is the running mean of
+        the least activation kept. The SAE is no longer differentiable throughout: activations below that level get
+        no gradient.
+
+        Args:
+            k: Mean active features per token (a count), above 0 and at most d_sae.
+
+        Raises:
+            ValueError: For another ``k``.
+        """
+        if not 0 < k <= self.cfg.d_sae:
+            raise ValueError(f"k must be above 0 and at most d_sae {self.cfg.d_sae}, got {k}")
+        self.cfg.hard_k = k
+
+    def keep_largest(self, hidden_pre: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch's activations (..., d_sae) of the hard phase, and the least one kept."""
+        assert self.cfg.hard_k is not None
+        positive = hidden_pre.relu()
+        n_kept = int(self.cfg.hard_k * positive[..., 0].numel())
+        least = positive.detach().flatten().topk(n_kept).values[-1]
+        return positive * (positive.detach() >= least), least
+
+    @torch.no_grad()
+    def observe_threshold(self, least: Tensor, schedule: StepSchedule) -> None:
+        """Move the running threshold towards the least activation kept in this batch, mean over the ranks."""
+        if not self.training:
+            return
+        least = schedule.reduce_mean(least.to(self.hard_threshold.dtype))
+        # the mean over the last quarter of the phase at first, so that it does not lag when the phase is short
+        rate = (4 / (4 + self.n_hard_steps)).clamp_min(_THRESHOLD_RATE)
+        self.hard_threshold.lerp_(least, rate.to(least.dtype))
+        self.n_hard_steps.add_(1)
+
+    def auxiliary_loss(
+        self, x: Tensor, sae_out: Tensor, W_dec: Tensor, dead_neuron_mask: Tensor | None
+    ) -> Tensor:
+        """SAELens's auxiliary loss of TopK SAEs: silent features reconstruct what the others leave over.
+
+        Args:
+            x: (..., d_in), with the normalisation that acts outside the SAE.
+            sae_out: Its reconstruction.
+            W_dec: (d_sae, d_in), the decoder with the gradient that training wants.
+            dead_neuron_mask: (d_sae,), who is silent; None: nobody.
+
+        Returns:
+            A scalar, weighted; 0 if nobody is silent.
+        """
+        coefficient = self.cfg.aux_loss_coefficient
+        # knowing who is silent is a synchronisation, as in SAELens
+        if not coefficient or dead_neuron_mask is None or not (n_dead := int(dead_neuron_mask.sum())):
+            return sae_out.new_zeros(())
+        dead = dead_neuron_mask.nonzero().squeeze(1)
+        wanted = self.cfg.aux_loss_k or max(1, x.shape[-1] // 2)
+        shifted = x - self.b_dec if self.cfg.apply_b_dec_to_input else x
+        hidden_pre = shifted @ self.W_enc[:, dead] + self.b_enc[dead]
+        kept = hidden_pre.topk(min(wanted, n_dead), sorted=False)
+        acts = torch.zeros_like(hidden_pre).scatter(-1, kept.indices, kept.values)
+        error = (acts @ W_dec[dead] - (x - sae_out).detach()).pow(2).sum(dim=-1).mean()
+        return coefficient * min(n_dead / wanted, 1.0) * error
