@@ -93,6 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{_name(args)}: error: {one_line(error)}", file=sys.stderr)
         return 2
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):  # which Lightning makes an exit with 1 of
+            raise
+        print(f"{_name(args)}: interrupted", file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
         print(f"{_name(args)}: interrupted", file=sys.stderr)
         return 130
