@@ -95,12 +95,11 @@ class RankWatch(pl.Callback):
         return seen.get(0) == b"done"
 
     def _end(self, trainer: pl.Trainer, rank: int) -> None:
-        print(
+        sys.stderr.write(
             f"rank {rank} has not answered for {self.timeout_seconds:g} s: rank {trainer.global_rank} (process "
-            f"{os.getpid()}) ends. Resume from the last checkpoint; RankWatch.timeout_seconds is the time",
-            file=sys.stderr,
-            flush=True,
+            f"{os.getpid()}) ends. Resume from the last checkpoint; RankWatch.timeout_seconds is the time\n"
         )
+        sys.stderr.flush()
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(9)  # the ranks that this one started
         exit_at_once(1)  # the main thread waits in a collective, which no exception reaches
