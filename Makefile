@@ -6,27 +6,38 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
+READY_DOCS := $(VENV)/.ready-docs
+# An index to take PyTorch from, and nothing else, e.g. that of its CPU builds; empty: like all other packages.
+TORCH_INDEX ?=
 # One process a core, each with one thread; many more would only import torch many more times.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
-.PHONY: demo test test-fast lint types check build clean help
+.PHONY: demo test test-fast lint types check docs docs-serve notebooks build clean help
 
 help:
 	@echo "make demo       set up, then train AEN beside L1 and TopK on synthetic data (minutes, no downloads of models or data)"
 	@echo "make test       set up, then run every test"
 	@echo "make test-fast  the tests without those that start processes or train for long"
-	@echo "make check      lint, types and tests, as CI does"
+	@echo "make check      lint, types, tests, docs and notebooks, as CI does"
+	@echo "make docs       build the documentation into build/site; any warning is an error"
+	@echo "make docs-serve the same, shown while you write"
+	@echo "make notebooks  run the notebooks"
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "aen-lightning needs Python 3.11 or newer, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 
 $(READY): pyproject.toml constraints.txt | $(BIN)/python
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --no-deps --index-url $(TORCH_INDEX) --constraint constraints.txt torch)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
 $(READY_DEV): $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+$(READY_DOCS): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	@touch $@
 
 demo: $(READY)
@@ -45,7 +56,16 @@ lint: $(READY_DEV)
 types: $(READY_DEV)
 	$(BIN)/mypy
 
-check: lint types test
+check: lint types test docs notebooks
+
+docs: $(READY_DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+docs-serve: $(READY_DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
+notebooks: $(READY_DOCS)
+	OMP_NUM_THREADS=1 $(BIN)/python notebooks/run.py
 
 build: $(READY_DEV)
 	$(BIN)/python -m build

@@ -61,7 +61,7 @@ def preset(name: str, *, architecture: str = "aen", l0: float = DEFAULT_L0) -> P
 def _recommended_aen(l0: float) -> Preset:
     return Preset(
         sae={
-            "lambda_1": 2e-3,  # where TargetL0 starts from
+            "lambda_1": 5e-4,  # where TargetL0 starts from
             "lambda_2": 0.0,
             "gamma": 0.0,
             "ema_decay": 0.99,
@@ -69,11 +69,14 @@ def _recommended_aen(l0: float) -> Preset:
             "remove_radial_gradient": True,
             "decoder_init_norm": 1.0,  # tied to the encoder
             "warmup_delay_steps": 0,
+            # of the hard phase, in which wide dictionaries would lose one or two features in a hundred
+            "aux_loss_coefficient": 1.0,
+            "aux_loss_window": 0.03,
         },
         training={"lr": 3e-3, "lr_decay_steps": 0.2},
         callbacks={
             InitializeFromData: {"b_dec": "mean", "active_share": 0.05},
-            TargetL0: {"l0": l0},
+            TargetL0: {"l0": l0, "reach_at": 0.15},
             HardFinish: {"k": l0, "at": 0.4},
         },
     )

@@ -20,8 +20,11 @@ share of live features that have a partner with cosine above .7 in the dictionar
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import itertools
 import json
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -52,6 +55,7 @@ from aen_lightning.evaluate.dictionary import load_dictionary, scaled_space, to_
 from aen_lightning.evaluate.downstream import evaluate_downstream  # noqa: E402
 from aen_lightning.evaluate.inputs import ShardInputs, TextInputs  # noqa: E402
 from aen_lightning.evaluate.reconstruction import evaluate_reconstruction  # noqa: E402
+from aen_lightning.presets import preset  # noqa: E402
 from aen_lightning.training.module import SAEModule  # noqa: E402
 
 D_IN, BATCH = 576, 1024
@@ -76,15 +80,32 @@ def _aen(l0: float, **sae: Any) -> Run:
 
 
 def recommended(l0: float, steps: int) -> Run:
-    """A guarded L1 start, then BatchTopK on the same weights."""
-    run = _aen(l0)
-    run.callbacks.append(HardFinish(l0, at=0.4))
+    """The preset: a guarded L1 start, then BatchTopK on the same weights."""
+    chosen = preset("recommended", l0=l0)
+    sae = {"architecture": "aen", **chosen.sae}
+    training = dict(chosen.training)
+    del training["lr_decay_steps"]  # the same for all
+    callbacks = [
+        make(**arguments) for make, arguments in chosen.callbacks.items() if make is not InitializeFromData
+    ]
+    return Run(sae, lr=training.pop("lr"), callbacks=callbacks, training=training)
+
+
+def hard_from_start(l0: float, steps: int) -> Run:
+    """BatchTopK with the auxiliary loss, in our parametrisation: unit decoder rows, no radial gradient."""
+    run = recommended(l0, steps)
+    run.callbacks = [HardFinish(l0, at=1 / steps)]
     return run
 
 
 def guarded_l1(l0: float, steps: int) -> Run:
     """The same without the finish: differentiable throughout."""
     return _aen(l0)
+
+
+def aen_gated(l0: float, steps: int) -> Run:
+    """The relaxed refit trained jointly: no hard phase."""
+    return _aen(l0, architecture="aen_gated")
 
 
 def l1(l0: float, steps: int) -> Run:
@@ -124,15 +145,9 @@ def topk(l0: float, steps: int) -> Run:
     )
 
 
-def hard_from_start(l0: float, steps: int) -> Run:
-    """BatchTopK with our parametrisation: unit decoder rows, no radial gradient, no auxiliary loss."""
-    run = _aen(l0)
-    run.callbacks = [HardFinish(l0, at=1 / steps)]
-    return run
-
-
 VARIANTS: dict[str, Callable[[float, int], Run]] = {
-    f.__name__: f for f in (recommended, batchtopk, hard_from_start, guarded_l1, mcp, topk, l1, gated)
+    f.__name__: f
+    for f in (recommended, batchtopk, hard_from_start, guarded_l1, mcp, aen_gated, topk, l1, gated)
 }
 
 
@@ -162,6 +177,11 @@ def train(run: Run, activations: str, *, d_sae: int, seed: int, steps: int, out:
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
     module.export(out)
+    gc.collect()
+    if (
+        sys.platform == "linux"
+    ):  # blocks of many sizes leave glibc's heap in pieces, by gigabytes after ten runs
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @torch.no_grad()

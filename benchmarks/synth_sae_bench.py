@@ -1,7 +1,7 @@
 """SynthSAEBench (arXiv:2602.14687): data with known features, SAELens's generator and metrics, all variants
 with the same start, samples, order and budget.
 
-    python benchmarks/synth_sae_bench.py                      an eighth of the benchmark's size, three seeds
+    python benchmarks/synth_sae_bench.py                      an eighth of the published size, three seeds
     python benchmarks/synth_sae_bench.py --quick --json FILE  a few minutes: one seed, one learning rate
     python benchmarks/synth_sae_bench.py --full               the published model, 200 M samples: a GPU
 
@@ -49,6 +49,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from aen_lightning.callbacks import HardFinish, InitializeFromData, TargetL0
 from aen_lightning.files import write_json
+from aen_lightning.presets import preset, with_preset
 from aen_lightning.training.module import SAEModule
 
 RESULTS_FILE = "results.json"
@@ -193,20 +194,6 @@ class SteerJumpReLU(pl.Callback):
         self._log = min(math.log(100), max(math.log(1e-3), self._log))
 
 
-def _guarded(**fields: Any) -> dict[str, Any]:
-    return {
-        "architecture": "aen",
-        "lambda_1": 2e-3,
-        "lambda_2": 0.0,
-        "gamma": 0.0,
-        "starvation_guard": 0.1,
-        "remove_radial_gradient": True,
-        "decoder_init_norm": 1.0,
-        "warmup_delay_steps": 0,
-        **fields,
-    }
-
-
 VARIANTS: dict[str, dict[str, Any]] = {
     "l1": {"architecture": "standard", "l1_coefficient": 0.2, "decoder_init_norm": 1.0},
     "batchtopk": {"architecture": "batchtopk", "decoder_init_norm": 1.0},
@@ -219,18 +206,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "pre_act_loss_coefficient": None,
         "decoder_init_norm": 0.5,
     },
-    "recommended": _guarded(),
-    "aen": _guarded(),
-    "aen-mcp": _guarded(penalty="mcp"),
+    "recommended": {"architecture": "aen"},
+    "aen": {"architecture": "aen"},
+    "aen-mcp": {"architecture": "aen", "penalty": "mcp"},
 }
-"""SAE fields by variant. ``aen`` and ``aen-mcp`` are differentiable throughout, ``recommended`` is not."""
+"""SAE fields by variant, those of AEN-SAEs besides the preset ``recommended``, of which ``aen`` and ``aen-mcp``
+leave out the hard finish: they are differentiable throughout."""
 
 
 def make_run(variant: str, size: Size, *, lr: float, seed: int) -> tuple[SAEModule, list[pl.Callback]]:
     """The module and the callbacks of a variant."""
     fields = {**VARIANTS[variant], "d_in": size.d_in, "d_sae": size.d_sae}
     callbacks: list[pl.Callback] = [InitializeFromData(active_share=0.05)]
-    if variant == "batchtopk":
+    if variant == "l1":
+        callbacks.append(TargetL0(size.l0))
+    elif variant == "batchtopk":
         fields["k"] = size.l0
     elif variant == "jumprelu":  # its threshold is part of its start
         callbacks = [
@@ -238,14 +228,15 @@ def make_run(variant: str, size: Size, *, lr: float, seed: int) -> tuple[SAEModu
             SteerJumpReLU(size.l0, gain=max(3e-4, 35 / size.steps)),
         ]
     else:
-        callbacks.append(TargetL0(size.l0))
-    if variant == "recommended":
-        callbacks.append(HardFinish(k=size.l0, at=0.4))
+        chosen = preset("recommended", l0=size.l0)
+        fields = with_preset(fields, chosen.sae)
+        wanted = [c for c in chosen.callbacks if variant == "recommended" or c is not HardFinish]
+        callbacks = [make(**chosen.callbacks[make]) for make in wanted]
     module = SAEModule(
         fields,
         seed=seed,
         lr=lr,
-        lr_decay_steps=size.steps // 5,
+        lr_decay_steps=0.2,
         dead_feature_window=max(20, min(1000, size.steps // 20)),
     )
     return module, callbacks

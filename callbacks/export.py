@@ -55,6 +55,8 @@ class ExportSAE(pl.Callback):
     ) -> None:
         """Write the dictionary beside a checkpoint that is being saved during the fit."""
         if self.with_checkpoints and trainer.state.fn == TrainerFn.FITTING:
+            if (require_finite := getattr(pl_module, "require_finite", None)) is not None:
+                require_finite()  # on all ranks, before one of them writes
             self.export(trainer, pl_module, step_folder(trainer.global_step))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

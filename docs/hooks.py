@@ -30,7 +30,9 @@ def on_page_content(html: str, **_: Any) -> str:
     """Take reStructuredText's roles out of what docstrings say: ``:class:`X``` is code like any other."""
     html = re.sub(r":(?:class|func|meth|mod|attr|data|math):(?=<code)", "", html)
     html = re.sub(r"<code>~?((?:\w+\.)+)(\w+)</code>(?=[^<]*)", _last_name, html)
-    html = re.sub(r"<code>(\\?[^<]*\\(?:mathrm|epsilon|gamma|phi|theta|bar|tau)[^<]*)</code>", _plain_math, html)
+    html = re.sub(
+        r"<code>(\\?[^<]*\\(?:mathrm|epsilon|gamma|phi|theta|bar|tau)[^<]*)</code>", _plain_math, html
+    )
     return html.replace("::</p>", ":</p>")
 
 
@@ -62,7 +64,7 @@ def commands() -> str:
 
 
 def _help_of(command: str) -> str:
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = "92"
     printed = io.StringIO()
     # a plain command's parser exits after its help, the others return
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):

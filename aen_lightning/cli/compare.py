@@ -93,6 +93,16 @@ def comparison_table(result: dict[str, Any]) -> str:
         shares = result["found_in_all"]
         body = [[name, *(f"{100 * shares[name][t]:.1f} %" for t in thresholds)] for name in shares]
         text.append(table(body, header=["found in all others", *thresholds]))
+    for pair in result["pairs"]:
+        if (left := pair["unstable"]) is not None:
+            text.append(
+                f"{pair['a']}  ~  {pair['b']}: of the {left['n_a']:,} and {left['n_b']:,} features not found again "
+                f"at {left['threshold']}, the second's {left['rank_b']}-dimensional subspace holds "
+                f"{100 * left['a_in_b']:.1f} % of the first's directions "
+                f"(by chance {100 * left['a_in_b_by_chance']:.1f} %), "
+                f"the first's {left['rank_a']}-dimensional one {100 * left['b_in_a']:.1f} % of the second's "
+                f"({100 * left['b_in_a_by_chance']:.1f} %)"
+            )
     dead = result["dead_features_left_out"]
     counts = ", ".join(
         f"{name}: {result['n_compared'][name]:,} of {n:,}" for name, n in result["n_features"].items()

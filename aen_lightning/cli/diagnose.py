@@ -152,10 +152,19 @@ def diagnosis_table(result: dict[str, Any]) -> str:
     if (co := result["composition"]) is not None:
         names = (
             ("lost_share", "lost"), ("spurious", "spurious"), ("magnitude_ratio", "magnitude"),
-            ("reconstruction_error", "error"), ("interference", "interference"),
+            ("spurious_energy", "spurious energy"), ("reconstruction_error", "error"), ("interference", "interference"),
         )  # fmt: skip
-        body = [[str(k), *(number(co[name][i]) for name, _ in names)] for i, k in enumerate(co["sizes"])]
-        text.append("features active together, decoded and encoded again")
-        text.append(table(body, header=["k", *(label for _, label in names)]))
+        body = [
+            [
+                str(k),
+                *(number(co[name][i]) for name, _ in names),
+                number(co["random_sphere"]["interference"][i]),
+            ]
+            for i, k in enumerate(co["sizes"])
+        ]
+        text.append(
+            "features active together, decoded and encoded again (last: interference of random atoms)"
+        )
+        text.append(table(body, header=["k", *(label for _, label in names), "at random"]))
     text += [f"skipped {name}: {why}" for name, why in result["skipped"].items()]
     return "\n\n".join(text)

@@ -12,6 +12,7 @@ def evaluate(
     dictionary: list[str],
     *,
     out: str | None = None,
+    suite: str = "core",
     downstream: bool = True,
     n_downstream_rows: int = 64,
     downstream_batch_size_prompts: int = 4,
@@ -27,6 +28,8 @@ def evaluate(
     Args:
         dictionary: Folder with cfg.json, or RELEASE:ID as for SAE.from_pretrained.
         out: File for the result, of one dictionary only. null: evaluation.json in its folder.
+        suite: What to measure, with commas between: core; mdl (bits that the codes take); probing (whether few
+            features tell kinds of text apart, on short texts that come with the package).
         downstream: CE and KL of the language model. Without them it is cut after the hook, which is quicker.
         n_downstream_rows: Rows for CE and KL, which take four passes of the whole model each; 0: as many as
             for the rest.
@@ -39,13 +42,14 @@ def evaluate(
     from aen_lightning.cli.opening import InputOpener, device_of
     from aen_lightning.cli.output import answer, remark
     from aen_lightning.evaluate.dictionary import load_dictionary
-    from aen_lightning.evaluate.evaluate import RESULT_FILE, evaluate_dictionary
+    from aen_lightning.evaluate.evaluate import RESULT_FILE, check_suites, evaluate_dictionary
     from aen_lightning.evaluate.results import result_path, short_names, write_result
 
     if out is not None and len(dictionary) > 1:
         raise ValueError(
             "--out takes one dictionary; several are written to evaluation.json in their own folders"
         )
+    suites = check_suites([word.strip() for word in suite.split(",")])
     opener = InputOpener(inputs, whole_lm=downstream)
     results = []
     for reference in dictionary:
@@ -58,6 +62,7 @@ def evaluate(
             downstream_batch_size_prompts=downstream_batch_size_prompts,
             ablate=ablate,
             per_feature=per_feature,
+            suites=suites,
         )
         results.append(result)
         # one by one, so that an error in the next takes nothing away
@@ -93,6 +98,13 @@ _SCREEN = (
     ("matched cosine", ("ground_truth", "matched_cosine")),
     ("support F1", ("ground_truth", "support", "f1")),
     ("exact support rate", ("ground_truth", "support", "exact_support_rate")),
+    ("minimum description length", ()),
+    ("bits per token", ("mdl", "chosen", "bits_per_token")),
+    ("levels a feature is rounded to", ("mdl", "chosen", "levels")),
+    ("probing: mean accuracy over kinds of text", ()),
+    ("by one feature", ("probing", "accuracy", 0)),
+    ("by five features", ("probing", "accuracy", 2)),
+    ("by all raw activations", ("probing", "accuracy_of_activations")),
 )
 
 
@@ -123,7 +135,7 @@ def evaluation_table(results: Sequence[dict[str, Any]], names: Sequence[str]) ->
     return table(rows, header=["", *names])
 
 
-def _at(result: Any, path: Sequence[str]) -> Any:
+def _at(result: Any, path: Sequence[Any]) -> Any:
     for key in path:
         if result is None:
             return None

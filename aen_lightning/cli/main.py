@@ -93,6 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{_name(args)}: error: {one_line(error)}", file=sys.stderr)
         return 2
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):  # which Lightning makes an exit with 1 of
+            raise
+        print(f"{_name(args)}: interrupted", file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
         print(f"{_name(args)}: interrupted", file=sys.stderr)
         return 130
@@ -214,6 +219,6 @@ def _usage(names: Iterable[str]) -> str:
             "read take --json (one JSON object on standard output).",
             "",
             "Exit codes: 0 done; 1 failed while it ran; 2 wrong use, said in one line (AEN_DEBUG=1 shows where",
-            "it was noticed); 130 interrupted.",
+            "it was noticed); 75 stopped by SIGTERM or a scheduler and saved: start it again; 130 interrupted.",
         ]
     )

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from transformers import AutoConfig, PretrainedConfig
 
+from aen_lightning.checked import shortened
 from aen_lightning.cli.config import configs_in, read_config
 from aen_lightning.cli.errors import UsageError
 from aen_lightning.cli.harvest import HarvestCLI
@@ -66,6 +67,11 @@ def plan(args: Sequence[str]) -> None:
     sections: dict[str, Any] = {}
     for path in configs_in(normalized(args)):
         sections |= read_config(path)
+    for name in ("model", "data", "trainer"):
+        if not isinstance(sections.get(name), dict | None):
+            raise UsageError(
+                f"{name} in the config must hold settings by name, got {shortened(sections[name])}"
+            )
     model = sections.get("model") or {}
     if "hook_names" in model:
         cli: LightningCLI = _Harvest(args)

@@ -9,33 +9,41 @@ import pandas as pd
 
 from aen_lightning.cli.output import answer, remark
 from aen_lightning.cli.summary import fit_result, nearest_path
-from aen_lightning.cli.training import AENCLI, errors_of_use
+from aen_lightning.cli.training import AENCLI
+from aen_lightning.files import replacing
 from aen_lightning.runs.layout import REFIT_FILE
 from aen_lightning.training.refit import RefitModule
 
 
 class RefitCLI(AENCLI):
-    """A refit has no preset: it takes what the dictionary is."""
+    """A refit has no preset, as it takes what the dictionary is; that is measured before it is refitted."""
 
     takes_presets = False
+    before: dict[str, float]
+
+    def before_fit(self) -> None:
+        """Called by LightningCLI."""
+        self.before = _held_out(self)
+
+    def after_fit(self) -> None:
+        """Called by LightningCLI; the table of before and after says how it ended."""
 
 
 def refit(args: Sequence[str]) -> None:
     """Refit a dictionary; the arguments are those of ``aen fit``, with ``--model.dictionary``."""
-    cli = RefitCLI(RefitModule, args, run=False)
-    with errors_of_use(cli):
-        before = _held_out(cli)
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    cli = RefitCLI(RefitModule, ["fit", *args], command="refit")
     ended = fit_result(cli.trainer)
     after = _held_out(cli)
     # on every rank, as the ranks agree on it
     path = Path(cli.trainer.log_dir or cli.trainer.default_root_dir) / REFIT_FILE
     if cli.trainer.is_global_zero and after:
-        table = pd.DataFrame({"before": before, "after": after})
+        table = pd.DataFrame({"before": cli.before, "after": after})
         path.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(path, index_label="metric")
+        with replacing(path) as temporary:
+            table.to_csv(temporary, index_label="metric")
         answer(
-            ended | {"command": "refit", "before": before, "metrics": after, "metrics_from": "validation"},
+            ended
+            | {"command": "refit", "before": cli.before, "metrics": after, "metrics_from": "validation"},
             lambda: table.to_string(float_format=lambda value: f"{value:.4g}"),
         )
         remark(f"wrote {nearest_path(path)}")

@@ -18,7 +18,7 @@ def sweep(args: Sequence[str]) -> None:
 
     The arguments are those of ``aen fit``; ``model.sae`` may hold lists, or be a list of dicts.
     """
-    cli = SweepCLI(SweepModule, ["fit", *args])
+    cli = SweepCLI(SweepModule, ["fit", *args], command="sweep")
     table = sweep_table(cli.trainer, cli.model, cli.datamodule)
     folder = Path(cli.trainer.log_dir or cli.trainer.default_root_dir)  # on every rank: the ranks agree on it
     if cli.trainer.is_global_zero:

@@ -5,28 +5,32 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import sys
 import warnings
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import aen_lightning.data  # noqa: F401  # lets a config name our data modules by class name alone
+from aen_lightning.callbacks import Interrupted
 from aen_lightning.cli.config import with_configs_found
 from aen_lightning.cli.errors import UsageError, explain
 from aen_lightning.cli.output import is_quiet, remark
 from aen_lightning.cli.parser import OneLineErrors, normalized
 from aen_lightning.cli.presets import ChosenPreset, add_preset_arguments
+from aen_lightning.cli.resume import checkpoint_to_resume, remove_failed_start, resume_line
 from aen_lightning.cli.run_progress import RunProgress
 from aen_lightning.cli.saved_config import SaveConfigWithoutSecrets
 from aen_lightning.cli.summary import say_metrics, say_result
+from aen_lightning.runs.checkpoint import require_checkpoint
 from aen_lightning.saes.aen_config import AENTrainingSAEConfig
 from aen_lightning.training.module import SAEModule
 
@@ -102,25 +106,46 @@ class OneLineCLI(LightningCLI):
 
 
 class AENCLI(OneLineCLI):
-    """LightningCLI with presets, and a CSV and a TensorBoard log by default, both in one folder per run."""
+    """LightningCLI with presets, and a CSV and a TensorBoard log by default, both in one folder per run.
+
+    Args:
+        model_class: What is trained.
+        args: What was typed after ``aen COMMAND``, with the subcommand of LightningCLI before it.
+        command: Where it is not the subcommand.
+        run: Run it, not only put it together.
+    """
 
     takes_presets = True
 
     def __init__(
-        self, model_class: type[pl.LightningModule], args: Sequence[str], *, run: bool = True
+        self,
+        model_class: type[pl.LightningModule],
+        args: Sequence[str],
+        *,
+        command: str | None = None,
+        run: bool = True,
     ) -> None:
         prepare_process()
         self._preset_parsers: list[LightningArgumentParser] = []
-        super().__init__(
-            model_class,
-            pl.LightningDataModule,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            save_config_callback=SaveConfigWithoutSecrets,
-            save_config_kwargs={"overwrite": True},
-            args=args,
-            run=run,
-        )
+        self._run_folder: Path | None = None
+        try:
+            super().__init__(
+                model_class,
+                pl.LightningDataModule,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                save_config_callback=SaveConfigWithoutSecrets,
+                save_config_kwargs={"overwrite": True},
+                args=args,
+                run=run,
+            )
+        except BaseException as error:
+            if self._run_folder is not None and rank_zero_only.rank == 0:
+                remove_failed_start(self._run_folder)
+            if isinstance(error, Interrupted) and error.code:
+                line = resume_line(command or args[0], args[1:], error.checkpoint)
+                print(f"aen {command or args[0]}: {error}; to go on:\n{line}", file=sys.stderr)
+            raise
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Settings of the process that are no business of the model's."""
@@ -131,12 +156,35 @@ class AENCLI(OneLineCLI):
             help="CPU threads of torch in this process. null: torch's default. One is often faster on shared "
             "cores.",
         )
+        parser.add_argument(
+            "--resume",
+            type=Literal["auto"] | None,
+            default=None,
+            help="auto: go on from the newest whole checkpoint of the newest run with these settings in "
+            "trainer.default_root_dir, or begin anew if there is none.",
+        )
+        parser.add_argument(
+            "--force_resume",
+            type=bool,
+            default=False,
+            help="Go on from a checkpoint of a run with other settings, which are named.",
+        )
         if self.takes_presets:
             add_preset_arguments(parser)
             self._preset_parsers.append(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Once for the preset, and with a preset once more: its settings are defaults, so that given ones win."""
+        """Once for the preset, and with a preset once more: its settings are defaults, so that given ones win.
+
+        The checkpoint's path is kept from LightningCLI until it has read the configuration: it would replace the
+        model's settings by those in the checkpoint, whatever was typed; we compare them.
+        """
+        self._parse_with_preset(parser, args)
+        self._ckpt_path = self._section().get("ckpt_path")
+        if self._ckpt_path is not None:
+            self._section()["ckpt_path"] = None
+
+    def _parse_with_preset(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
         if not self.takes_presets:
             return
@@ -164,12 +212,26 @@ class AENCLI(OneLineCLI):
             if n_threads < 1:
                 raise ValueError(f"num_threads must be >= 1, got {n_threads}")
             torch.set_num_threads(n_threads)
+        config = self.config.get(str(self.subcommand), self.config)
+        if self._ckpt_path is not None:
+            config["ckpt_path"] = self._ckpt_path
+        if config.get("resume") == "auto" or config.get("ckpt_path") == "last":
+            found = checkpoint_to_resume(config.as_dict())
+            config["ckpt_path"], config["resume"] = None if found is None else str(found), None
+
+    def instantiate_classes(self) -> None:
+        """Tell the module how it was configured, for its checkpoints."""
+        super().instantiate_classes()
+        self.model.run_config = self.config.get(str(self.subcommand), self.config).as_dict()
+        self.model.accept_changed_config = bool(self._setting(self.config, "force_resume"))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Give the Trainer both loggers where the config names none."""
         if self._setting(self.config_init, "trainer.logger") in (None, True) and "logger" not in kwargs:
             root = self._setting(self.config_init, "trainer.default_root_dir") or str(Path.cwd())
             csv = CSVLogger(root, name="")
+            if not Path(csv.log_dir).exists():
+                self._run_folder = Path(csv.log_dir)
             kwargs["logger"] = [csv, TensorBoardLogger(root, name="", version=csv.version)]
         return super().instantiate_trainer(**kwargs)
 
@@ -227,8 +289,11 @@ def _check_checkpoint(path: str | None) -> None:
         return
     if not Path(path).exists():
         raise UsageError(f"no checkpoint {path!r}")
-    if Path(path).is_file() and not zipfile.is_zipfile(path):  # what torch.save writes is one
-        raise UsageError(f"{path} is no checkpoint, or was cut off while it was written")
+    if Path(path).is_file():  # a sharded one is a folder
+        try:
+            require_checkpoint(path)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
 
 def prepare_process() -> None:

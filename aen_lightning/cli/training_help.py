@@ -80,7 +80,21 @@ _RUN = (
     Option("--seed_everything", "int", "0", "Seed of all that is random."),
     Option("--num_threads", "int", "None", "CPU threads of torch. None: torch's own choice."),
 )
-_CKPT_PATH = Option("--ckpt_path", "str", "None", "Checkpoint to go on from, or to validate or test.")
+_CKPT_PATH = Option(
+    "--ckpt_path",
+    "str",
+    "None",
+    "Checkpoint to go on from, or to validate or test; last: the newest of such a run.",
+)
+_RESUME = (
+    Option(
+        "--resume",
+        "auto",
+        "None",
+        "Go on from the newest whole checkpoint with these settings, if there is any.",
+    ),
+    Option("--force_resume", "bool", "False", "Go on from a checkpoint of a run with other settings."),
+)
 
 
 def training_help(command: str, common: Sequence[Option] = ()) -> str:
@@ -112,7 +126,7 @@ def _fit() -> list[Section]:
         (sae, [*_SAE, *_options("saes.aen_config:AENTrainingSAEConfig")]),
         ("Its training, --model.KEY:", [o for o in training if o.name in _TRAINING]),
         _data(),
-        ("The run:", [*_RUN, _CKPT_PATH]),
+        ("The run:", [*_RUN, _CKPT_PATH, *_RESUME]),
     ]
 
 

@@ -110,7 +110,8 @@ class SpikedDataModule(pl.LightningDataModule):
             )
         if input_scaling == "average":
             raise ValueError("SpikedDataModule scales 'none' or 'per_token', got 'average'")
-        self.save_hyperparameters()
+        # LightningCLI adds its own, which would end in the dictionary's metadata
+        self.save_hyperparameters(ignore=["_class_path", "_instantiator"])
         self.d_in = d_in
         self.input_scaling = InputScaling(input_scaling)
         self.dictionary = spiked_dictionary(d_in, n_features, rho=rho, seed=seed)

@@ -17,7 +17,8 @@ The JSON of ``aen diagnose`` (``diagnosis.json`` in the dictionary's folder), sc
                   features_only_encoder, dead, dead_used_by_exact},
                   certificate: {max_relative_gap, encoder_gap_mean, dtype}           -> diagnostics.coding_gap.coding_gap
     composition   n_samples, by_frequency, sizes: [k, ...], and lists as long: lost_share, spurious, spurious_mass,
-                  magnitude_ratio, relative_error, reconstruction_error, interference; half_lost_at
+                  spurious_energy, magnitude_ratio, relative_error, reconstruction_error, interference,
+                  tied_spurious_energy; random_sphere: {interference, tied_spurious_energy}; half_lost_at
     skipped       {section: why}
 
 Sections not asked for, or skipped, are null. All but coherence is measured in the space the dictionary was

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aen_lightning.diagnostics.quantiles import summarize
 from aen_lightning.metrics import Matching, match_features
+from aen_lightning.metrics.matching import unit_rows
 from aen_lightning.progress import counted
 
 
@@ -36,7 +37,8 @@ def compare_dictionaries(
     Returns:
         The JSON of ``aen compare`` but for its head: ``n_features`` and ``n_compared`` by name; ``pairs``, a
         list of ``{"a", "b", "exact", "n_pairs", "cosine" (mean and quantiles over pairs), "found_again":
-        {threshold: {"of_a", "of_b"}}}``, shares of each dictionary's compared features; ``found_in_all``: by
+        {threshold: {"of_a", "of_b"}}, "unstable": ...}``, shares of each dictionary's compared features, and
+        what :func:`shared_subspace` says of those not found again at the lowest threshold; ``found_in_all``: by
         name and threshold the share of its features that have a partner in every other dictionary;
         ``random_baseline``: by name ``cosine`` and ``found_again`` against as many random directions.
 
@@ -65,6 +67,7 @@ def compare_dictionaries(
                 "n_pairs": len(matching.cosine),
                 "cosine": summarize(matching.cosine),
                 "found_again": _found_again(matching, len(atoms[a]), len(atoms[b]), thresholds),
+                "unstable": _unstable(matching, atoms[a], atoms[b], min(thresholds)),
             }
         )
         for name, index in ((a, matching.first), (b, matching.second)):
@@ -85,6 +88,52 @@ def compare_dictionaries(
         found["random_baseline"] = {
             name: _random_baseline(W, thresholds, **matching_options) for name, W in atoms.items()
         }  # fmt: skip
+    return found
+
+
+def _unstable(matching: Matching, W_a: Tensor, W_b: Tensor, threshold: float) -> dict[str, Any] | None:
+    again = matching.cosine >= threshold
+    left = []
+    for W, index in ((W_a, matching.first), (W_b, matching.second)):
+        mask = torch.ones(len(W), dtype=torch.bool)
+        mask[index[again]] = False
+        left.append(W[mask.to(W.device)])
+    if not all(map(len, left)):
+        return None
+    return {"threshold": threshold, **shared_subspace(*left)}
+
+
+def shared_subspace(W_a: Tensor, W_b: Tensor, *, energy: float = 0.9) -> dict[str, Any]:
+    """Whether two sets of directions, none of which is found in the other, still fill the same subspace.
+
+    Args:
+        W_a: Shape (n_a, d_in).
+        W_b: Shape (n_b, d_in).
+        energy: Share of a set's squared norm that its subspace must hold.
+
+    Returns:
+        ``n_a``, ``n_b``; ``rank_a``, ``rank_b``: dimensions of the smallest subspace that holds ``energy`` of
+        the set's unit directions; ``a_in_b``: share of the squared norm of a's unit directions inside b's
+        subspace, and ``b_in_a``; ``a_in_b_by_chance`` and ``b_in_a_by_chance``: the same for directions that
+        know nothing of it, rank / d_in.
+
+    Source: that features which differ between seeds share a reproducible subspace is reported in
+        arXiv:2606.12138.
+    """
+    d_in = W_a.shape[1]
+    grams = [unit.T @ unit for unit in (unit_rows(W).double() for W in (W_a, W_b))]
+    found: dict[str, Any] = {"n_a": len(W_a), "n_b": len(W_b)}
+    bases = {}
+    for name, gram in zip("ab", grams, strict=True):
+        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+        rank = int((values.cumsum(0) < energy * values.sum() * (1 - 1e-12)).sum()) + 1
+        found[f"rank_{name}"], bases[name] = rank, vectors[:, :rank]
+    for name, other, gram in (("a", "b", grams[0]), ("b", "a", grams[1])):
+        basis = bases[other]
+        held = (basis * (gram @ basis)).sum() / gram.trace().clamp_min(1e-300)
+        found[f"{name}_in_{other}"] = float(held)
+        found[f"{name}_in_{other}_by_chance"] = basis.shape[1] / d_in
     return found
 
 

@@ -22,6 +22,8 @@ null, "se": number | null}``, its standard error by the jackknife over groups of
                     kl_recovered: {zero, mean}                              1 - spliced / ablated
     ground_truth    null, or matched_cosine, found_at_0.9, support: {precision, recall, f1, jaccard,
                     exact_support_rate, l0, true_l0}
+    mdl             null, or what aen_lightning.evaluate.mdl.description_length returns      (--suite core,mdl)
+    probing         null, or what aen_lightning.evaluate.probing.sparse_probing returns      (--suite core,probing)
 
 ``raw`` is the space the dictionary takes and returns; in ``scaled`` each token's ``x`` and ``x_hat`` are
 multiplied by ``sqrt(d_in) / ||x||``, the space the paper trains and measures in, where no token counts more

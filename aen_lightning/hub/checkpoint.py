@@ -10,7 +10,6 @@ import argparse
 import pathlib
 import pickle
 import re
-import struct
 import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from aen_lightning.hub.checkpoint_settings import KINDS, Kind, checked_k, kind_of, last_metrics, settings_of
 from aen_lightning.hub.retry import summary
+from aen_lightning.runs.checkpoint import DAMAGED
 
 _WEIGHTS = ("b_dec", "encoder.weight", "encoder.bias", "decoder.weight")
 _ADAPTIVE_STATE = ("ema_abs_activations", "_step_count")
@@ -157,7 +157,7 @@ def _load(path: Path) -> Mapping[str, Any]:
             else "holds more than tensors and settings"
         )
         raise ValueError(f"{where}: its pickle {why}; nothing of it was run") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, struct.error) as error:
+    except DAMAGED as error:
         raise ValueError(f"{where}: it is damaged, or no PyTorch checkpoint ({summary(error)})") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{where}: it holds a {type(content).__name__}, not the dict that the authors save")
@@ -165,8 +165,12 @@ def _load(path: Path) -> Mapping[str, Any]:
 
 
 def _globals_of(path: Path) -> list[str]:
+    """What its pickle names beyond tensors and plain data; nothing, if the pickle cannot be read to its end."""
     with torch.serialization.safe_globals(_HARMLESS):
-        return list(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        try:
+            return list(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        except DAMAGED:  # it is refused in any case
+            return []
 
 
 def _check_tensors(state: Mapping[str, Any], where: str) -> None:

@@ -63,7 +63,9 @@ def pull(
     remote = look_up(repo_id, revision, endpoint=endpoint, token=token)
     chosen = check_id(choose(remote, sae_id))
     cfg = read_config(remote, chosen, endpoint=endpoint, token=token)
-    expected_shapes(cfg)  # refuse a config that cannot be loaded before gigabytes are fetched
+    expected_shapes(
+        cfg, f"{repo_id}, {chosen}/cfg.json"
+    )  # refuse a config that cannot be loaded before gigabytes are fetched
     api = HfApi(endpoint=endpoint, token=token)
     weights = download(remote, f"{chosen}/{SAE_WEIGHTS_FILENAME}", api)
     if f"{chosen}/{SPARSITY_FILENAME}" in remote.files:

@@ -71,8 +71,13 @@ def stage(
         metadata["dataset_path"] = dataset
     cfg["metadata"] = {**scrub(metadata), "provenance": collect_provenance(dictionary)}
     cfg["device"] = "cpu"
-    check_weights(cfg, path / SAE_WEIGHTS_FILENAME)
-    cfg_file = write_json(folder / SAE_CFG_FILENAME, cfg)
+    check_weights(cfg, path / SAE_WEIGHTS_FILENAME, where=dictionary.path / SAE_CFG_FILENAME)
+    try:
+        cfg_file = write_json(folder / SAE_CFG_FILENAME, cfg)
+    except ValueError as error:
+        raise ValueError(
+            f"{dictionary.path / SAE_CFG_FILENAME} holds a nan or an infinity, which JSON has not: take it out"
+        ) from error
     files = {SAE_CFG_FILENAME: cfg_file, SAE_WEIGHTS_FILENAME: path / SAE_WEIGHTS_FILENAME}
     if (dictionary.path / SPARSITY_FILENAME).is_file():
         files[SPARSITY_FILENAME] = dictionary.path / SPARSITY_FILENAME

@@ -10,9 +10,9 @@ from typing import Any
 from aen_lightning.diagnostics.diagnose import RESULT_FILE as DIAGNOSIS_FILE
 from aen_lightning.evaluate.evaluate import RESULT_FILE as EVALUATION_FILE
 from aen_lightning.evaluate.results import short_names
-from aen_lightning.files import read_json
 from aen_lightning.redaction import without_secrets_in_config
 from aen_lightning.report.naming import family_of, name_dictionaries
+from aen_lightning.report.result_files import read_result
 from aen_lightning.report.trained import TrainedSAE, read_bare, read_run
 from aen_lightning.runs.dictionary import dictionaries_in
 from aen_lightning.runs.layout import CONFIG_FILE, is_dictionary, is_run, is_version, versions
@@ -101,26 +101,12 @@ def _run_names(folders: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else short_names([str(f) for f in folders])
 
 
-def read_result(path: str | Path) -> dict[str, Any]:
-    """Read a JSON that a command of this package wrote.
-
-    Raises:
-        FileNotFoundError: If it is not there.
-        ValueError: If it is none.
-    """
-    content = read_json(Path(path))
-    known = (*_RESULTS, "compare")
-    if content.get("command") not in known:
-        raise ValueError(
-            f"{path} is no result of aen {', aen '.join(known)}: its 'command' is {content.get('command')!r}"
-        )
-    return content
-
-
 def _add_result(report: Report, content: dict[str, Any], path: Path) -> None:
     if content["command"] == "compare":
         report.comparisons.append(content)
         return
+    if content.get("dictionary") is None:
+        raise ValueError(f"{path} does not say which dictionary it is about: dictionary.path is missing")
     about = Path(content["dictionary"]["path"]).resolve()
     mine = [d for d in report.dictionaries if d.folder is not None and d.folder.resolve() == about]
     if not mine and len(report.dictionaries) == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from aen_lightning.checked import shortened
 from aen_lightning.evaluate.results import number
 from aen_lightning.report.collect import Report
 from aen_lightning.report.tables import Cell, Table, TableCard, value_cell
@@ -88,14 +89,22 @@ def _result_table(
     for path, heading, meaning in rows:
         values = [_at(result, path.split("/")) for result in results]
         if any(value is not None for value in values):
-            body.append([Cell(heading, hint=meaning), *(Cell(_plain(value)) for value in values)])
+            cells = [Cell(_plain(v, f"{d.folder}: {path}")) for v, d in zip(values, saes, strict=True)]
+            body.append([Cell(heading, hint=meaning), *cells])
     return Table([Cell(""), *(Cell(d.label, label=d.label) for d in saes)], body, sortable=False)
 
 
-def _plain(value: Any) -> str:
-    """A number or an estimate of :mod:`aen_lightning.evaluate`, for people."""
+def _plain(value: Any, where: str) -> str:
+    """A number or an estimate of :mod:`aen_lightning.evaluate`, for people.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    parts = [value.get("value"), value.get("se")] if isinstance(value, dict) else [value]
+    if not all(part is None or isinstance(part, int | float) for part in parts):
+        raise ValueError(f"{where}: expected a number or an estimate, got {shortened(value)}")
     if isinstance(value, dict):
-        return number(value["value"], value["se"])
+        return number(*parts)
     return f"{value:,}" if isinstance(value, int) else number(value)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from aen_lightning.checked import FOREIGN, Count, Foreign, Number, Size, Text, Word, check, shortened
 from aen_lightning.runs.layout import METRICS_FILE, SWEEP_FILE
+from aen_lightning.spelling import printable
 
 METRICS = ("l0", "explained_variance", "mse", "shrinkage_ratio", "dead_features_pct")
 """What every SAE is measured by on held-out data: keys behind ``val/metrics/``, columns of ``sweep.csv``."""
@@ -17,6 +20,26 @@ _SPLITS = ("val", "test")
 _TRAINING = ("details", "losses", "metrics", "sparsity", "weights")
 _HELD_OUT = ("metrics", "downstream", "raw", "features", "ground_truth")  # behind the split
 _N_SAMPLES = "details/n_training_samples"  # logged with every training row, and with no other
+
+
+_MAX_STEP = 2**53  # beyond it a float64 no longer counts
+
+
+class _SweepRow(Foreign):
+    """A row of ``sweep.csv``; what varies in the sweep stands in further columns."""
+
+    model_config = FOREIGN | {"allow_inf_nan": True}  # a member may have diverged
+
+    name: Word
+    architecture: Text | None = None
+    l0: Number | None = None
+    explained_variance: Number | None = None
+    mse: Number | None = None
+    shrinkage_ratio: Number | None = None
+    dead_features_pct: Number | None = None
+    d_in: Size | None = None
+    d_sae: Size | None = None
+    n_training_samples: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +86,7 @@ class Curves:
     def n_training_samples(self) -> int | None:
         """Activations trained on, as logged last; None if that was not logged."""
         value = self.last().get(_N_SAMPLES)
-        return None if value is None else int(value)
+        return None if value is None or not math.isfinite(value) else int(value)
 
     @property
     def n_training_steps(self) -> int | None:
@@ -79,13 +102,17 @@ def read_curves(run: Path) -> Curves | None:
     Where a step was logged twice, as by a run that was resumed, the later row counts.
 
     Raises:
-        ValueError: If it is not what Lightning's CSVLogger writes.
+        ValueError: If it is not what Lightning's CSVLogger writes, or a step is none.
     """
     path = run / METRICS_FILE
     if not path.is_file():
         return None
     table = _read_csv(path, "step")
-    table["step"] = pd.to_numeric(table["step"], errors="coerce")
+    table["step"] = steps = pd.to_numeric(table["step"], errors="coerce")
+    if not (wrong := steps[steps.notna() & ~steps.between(0, _MAX_STEP)]).empty:
+        raise ValueError(
+            f"{path}: expected a step from 0 on in row {wrong.index[0] + 2}, got {wrong.iloc[0]:g}"
+        )
     # a row holds the values of training or of validation: the other fields are empty
     table = table.groupby("step", sort=True).last()
     by_name: dict[str, dict[str, pd.Series[float]]] = {}
@@ -101,22 +128,29 @@ def read_sweep(run: Path) -> pd.DataFrame | None:
     """``sweep.csv`` of a run, a row for each of its SAEs, indexed by their names; None if it is no sweep.
 
     Raises:
-        ValueError: If it has no column ``name``.
+        ValueError: If it has no column ``name``, names two SAEs alike, or a metric is no number; it names row
+            and column.
     """
     path = run / SWEEP_FILE
     if not path.is_file():
         return None
     names = _read_csv(path, "name")["name"]
-    return pd.read_csv(path).drop(columns="name").set_axis(names, axis="index")
+    table = pd.read_csv(path, index_col=False).drop(columns="name")
+    for number, row in enumerate(table.astype(object).to_dict("records")):
+        content = {str(key): value for key, value in row.items() if not pd.isna(value)}
+        check(_SweepRow, {**content, "name": names[number]}, f"{path}, row {number + 2}")
+    if not (twice := names[names.duplicated()]).empty:
+        raise ValueError(f"{path} has two rows named {shortened(twice.iloc[0])}")
+    return table.set_axis(names, axis="index")
 
 
 def _read_csv(path: Path, column: str) -> pd.DataFrame:
     """A table of text; an empty field is missing, and nothing else is."""
-    options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_values": [""]}
+    options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_values": [""], "index_col": False}
     try:
         table = pd.read_csv(path, **options)
-    except pd.errors.ParserError as error:
-        raise ValueError(f"{path} is no CSV file: {error}") from error
+    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no CSV file: {printable(str(error).strip())}") from error
     except pd.errors.EmptyDataError:
         table = pd.DataFrame()
     if column not in table:

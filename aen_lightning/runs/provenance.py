@@ -131,6 +131,16 @@ def is_local_path(value: str) -> bool:
     return bool(re.match(r"(/|~|\.\.?(/|$)|[A-Za-z]:[\\/]|file:)", value)) and "\n" not in value
 
 
+def _as_json(value: Any) -> Any:
+    """What YAML has and JSON has not (dates, a nan) as text."""
+    if isinstance(value, dict):
+        return {str(key): _as_json(v) for key, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_as_json(v) for v in value]
+    plain = isinstance(value, str | int | None) or (isinstance(value, float) and math.isfinite(value))
+    return value if plain else str(value)
+
+
 def _recipe(run: Path) -> dict[str, Any]:
     config_file = run / CONFIG_FILE
     if not config_file.is_file():
@@ -149,6 +159,6 @@ def _recipe(run: Path) -> dict[str, Any]:
     }
     seed = config.get("seed_everything")
     return {
-        "recipe": {k: v for k, v in recipe.items() if v not in (None, {}, [])},
-        "seed": seed if isinstance(seed, int) else None,
+        "recipe": {k: _as_json(v) for k, v in recipe.items() if v not in (None, {}, [])},
+        "seed": seed if isinstance(seed, int) and abs(seed) < 2**63 else None,
     }

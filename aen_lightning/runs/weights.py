@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.util import str_to_dtype
@@ -67,7 +68,7 @@ def check_config(cfg: dict[str, Any], where: str | Path) -> dict[str, Any]:
     return cfg
 
 
-def expected_shapes(cfg: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def expected_shapes(cfg: dict[str, Any], where: str | Path = SAE_CFG_FILENAME) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights that SAELens will want for this config, by name.
 
     Raises:
@@ -81,29 +82,30 @@ def expected_shapes(cfg: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             sae: SAE[Any] = SAE.from_dict({**cfg, "architecture": architecture, "device": "meta"})
     except FOREIGN_ERRORS as error:  # a field is missing or has another type
         raise ValueError(
-            f"the config cannot be read as that of a {cfg.get('architecture', 'standard')!r} dictionary: "
+            f"{where}: the config cannot be read as that of a {cfg.get('architecture', 'standard')!r} dictionary: "
             f"{printable(str(error))}"
         ) from error
     if architecture not in SAE_CLASS_REGISTRY:
         raise ValueError(
-            f"the config names the architecture {architecture!r}, which this installation does not have; it "
+            f"{where}: the config names the architecture {architecture!r}, which this installation does not have; it "
             f"has {', '.join(sorted(SAE_CLASS_REGISTRY))}"
         )
     return {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
 
 
-def check_weights(cfg: dict[str, Any], weights: Path) -> None:
+def check_weights(cfg: dict[str, Any], weights: Path, *, where: str | Path | None = None) -> None:
     """Compare names, shapes and dtypes in a safetensors file with its config, and see that all is finite.
 
     Args:
         cfg: Content of ``cfg.json``.
         weights: Path of ``sae_weights.safetensors``.
+        where: Of the config, for the message; None: beside the weights.
 
     Raises:
         ValueError: If they disagree, the file is no safetensors, or a number in it is not finite; it says
             in what.
     """
-    wanted = expected_shapes(cfg)
+    wanted = expected_shapes(cfg, where or weights.with_name(SAE_CFG_FILENAME))
     found = read_safetensors_header(weights)
     shapes = {name: info.shape for name, info in found.items()}
     dtypes = {_DTYPE_NAMES.get(info.dtype, info.dtype) for info in found.values()}

@@ -82,7 +82,7 @@ def config_class(architecture: str) -> type[TrainingSAEConfig]:
     Raises:
         ValueError: If SAELens can train none of that name.
     """
-    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+    if not isinstance(architecture, str) or architecture not in SAE_TRAINING_CLASS_REGISTRY:
         near = suggest(architecture, SAE_TRAINING_CLASS_REGISTRY)
         known = ", ".join(sorted(SAE_TRAINING_CLASS_REGISTRY))
         raise ValueError(f"unknown SAE architecture {architecture!r}{near}; SAELens can train {known}")

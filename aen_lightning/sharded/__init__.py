@@ -4,6 +4,7 @@ One all-reduce of the reconstruction a step, besides vectors of one number a fea
 Shoeybi et al. (arXiv:1909.08053), with the reconstruction as the row-parallel product.
 """
 
+from aen_lightning.sharded.checkpoint import take_parts_of_whole
 from aen_lightning.sharded.export import export_sharded_sae
 from aen_lightning.sharded.gradients import clip_gradients_
 from aen_lightning.sharded.saes import FeatureSharded, empty_sharded_sae
@@ -12,5 +13,5 @@ from aen_lightning.sharded.strategy import feature_mesh, in_turns
 
 __all__ = [
     "FeatureSharded", "FeatureSharding", "clip_gradients_", "empty_sharded_sae", "export_sharded_sae",
-    "feature_mesh", "in_turns",
+    "feature_mesh", "in_turns", "take_parts_of_whole",
 ]  # fmt: skip

@@ -220,6 +220,10 @@ def empty_sharded_sae(cfg: TrainingSAEConfig) -> TrainingSAE[Any]:
     device, cfg.device = cfg.device, "meta"
     sae = _CLASSES[cfg.architecture()](cfg)
     sae.cfg.device = device
+    for name, parameter in list(sae.named_parameters()):  # nothing, so that moving the module does no harm
+        setattr(sae, name, nn.Parameter(torch.empty(0, dtype=parameter.dtype)))
+    for name, buffer in list(sae.named_buffers()):
+        setattr(sae, name, torch.empty(0, dtype=buffer.dtype))
     return sae
 
 

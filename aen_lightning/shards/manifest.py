@@ -41,7 +41,8 @@ class ShardRecord:
         n_tokens: Rows, after filters.
         n_bytes: Size of the file.
         sha256: Of the whole file, hexadecimal.
-        counts: Tokens of the text behind it, by fate: ``read``, ``special``, ``outlier``; may be empty.
+        counts: Tokens of the text behind it, by fate: ``read``, ``special``, ``outlier``,
+            ``non_finite``; may be empty.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = OUR_RECORD

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sae_lens import TrainingSAE
 from torch import Tensor, nn
@@ -30,9 +32,19 @@ from aen_lightning.saes.lengths import Length
 from aen_lightning.saes.step_schedule import StepSchedule
 from aen_lightning.sparse.precision import MatmulPrecision, set_matmul_precision
 from aen_lightning.training.checkpoints import WholeCheckpointIO
+from aen_lightning.training.finite import (
+    FiniteWatch,
+    NonFiniteError,
+    OnNonFinite,
+    non_finite_tensors,
+    require_finite,
+    say,
+    state_of,
+)
 from aen_lightning.training.hand_back import HandBack
 from aen_lightning.training.optimizer import OptimizerSettings
 from aen_lightning.training.progress_bar import show_in_bar
+from aen_lightning.training.settings import differences, settings_of_run
 from aen_lightning.training.sharded_features import ShardedFeatures, refuse_model_parallel
 from aen_lightning.training.tracked_sae import TrackedSAE
 
@@ -49,7 +61,16 @@ class SAETrainingModule(pl.LightningModule):
         compile_sae: Compile the training forward pass with ``torch.compile``; the step is then dense.
         sae_compilation_mode: ``torch.compile``'s mode.
         sae_compilation_backend: ``torch.compile``'s backend; ``inductor`` needs a C++ compiler on a CPU.
+        on_non_finite: What a row of activations with a nan or an infinity does. ``stop``: it ends the run, at the
+            next logging step or before anything is written, with its step, batch and rank. ``skip``: other rows
+            of its batch take its place, and it is counted (``details/n_skipped_rows``). A loss or a weight that is
+            not finite always ends the run.
         **optimizer: As for :class:`~aen_lightning.training.optimizer.OptimizerSettings`.
+
+    Attributes:
+        run_config: The whole configuration of a command, to be compared when its run is resumed; None: the
+            hyper-parameters are.
+        accept_changed_config: Resume from a checkpoint of a run with other settings.
 
     Raises:
         ValueError: For settings that make no sense.
@@ -63,6 +84,7 @@ class SAETrainingModule(pl.LightningModule):
         compile_sae: bool = False,
         sae_compilation_mode: str | None = None,
         sae_compilation_backend: str = "inductor",
+        on_non_finite: OnNonFinite = "stop",
         **optimizer: Any,
     ) -> None:
         super().__init__()
@@ -91,6 +113,10 @@ class SAETrainingModule(pl.LightningModule):
             ),
         )
         self.n_training_samples = 0
+        self.n_skipped_rows = 0
+        self.finite_watch = FiniteWatch(on_non_finite)
+        self.run_config: Mapping[str, Any] | None = None
+        self.accept_changed_config = False
         self.input_scaling = InputScaling()
         self.step_schedule = StepSchedule()
         self.bar_values: dict[str, float] = {}
@@ -185,6 +211,7 @@ class SAETrainingModule(pl.LightningModule):
             sae.to(device=self.device)
             if sae.W_enc.dtype != sae.dtype:
                 sae.to(dtype=sae.W_enc.dtype)
+        self.finite_watch.begin(self.n_skipped_rows if self.trainer.is_global_zero else 0)
         for tracked in self.tracked:
             tracked.run_steps = self.trainer.estimated_stepping_batches
         self._undo.append(show_in_bar(self.trainer.progress_bar_callback, self.bar_values))  # type: ignore[attr-defined]
@@ -289,11 +316,13 @@ class SAETrainingModule(pl.LightningModule):
         # equal batches on every rank, as everywhere in a data-parallel step
         n_tokens = len(batch) * (1 if self.shard_features else self.trainer.world_size)
         self.n_training_samples += n_tokens
-        losses, n_firings, logs = [], {}, {}
         for tracked in self.tracked:
             self._check_batch(batch, tracked)
             if self.sharded_features is not None:
                 self.sharded_features.compare_first(batch)
+        batch = self.finite_watch.rows(batch, step=n_steps, batch_idx=batch_idx)
+        losses, n_firings, logs = [], {}, {}
+        for tracked in self.tracked:
             output = tracked.training_forward_pass(
                 batch, self.step_schedule, n_training_steps=n_steps, is_logging_step=is_logging_step
             )
@@ -303,9 +332,44 @@ class SAETrainingModule(pl.LightningModule):
                 tracked.note_firings(n_firings[tracked.name])
                 if is_logging_step:
                     logs[tracked.name] = tracked.log_values(output, n_steps)
+        stacked = torch.stack(losses)
+        self.finite_watch.losses(stacked, step=n_steps, batch_idx=batch_idx)
         if is_logging_step:
+            self.check_finite(batch_size=len(batch))
             self._log_training(logs)
-        return {"loss": torch.stack(losses).sum(), "n_firings": n_firings, "n_tokens": n_tokens}
+        return {"loss": stacked.sum(), "n_firings": n_firings, "n_tokens": n_tokens}
+
+    def check_finite(self, *, batch_size: int | None = None) -> None:
+        """End the run if a batch, a loss or an SAE was or is not finite. Every rank must call it; waits for the device.
+
+        Raises:
+            NonFiniteError: With the first step, batch and rank, and the names of the tensors.
+        """
+        strategy = self.trainer.strategy
+        found = strategy.all_gather(self.finite_watch.found().to(self.device)).reshape(-1, 2, 4).cpu()
+        tensors = [
+            prefixed(name, tensor)
+            for name, sae in self.saes.items()
+            for tensor in non_finite_tensors(state_of(sae))
+        ]
+        somewhere = strategy.reduce_boolean_decision(bool(tensors), all=False)
+        problem = say(found, tensors, batch_size=batch_size)
+        if problem or somewhere:
+            raise NonFiniteError(
+                f"not finite: {problem or 'weights on another rank'}. Nothing of it was written. For rows of "
+                "activations look at the data or set model.on_non_finite to skip; for a loss lower model.lr"
+            )
+        if self.finite_watch.mode == "skip":
+            local = torch.as_tensor(self.finite_watch.n_skipped_rows, device=self.device)
+            self.n_skipped_rows = int(cast(Tensor, strategy.reduce(local.clone(), reduce_op="sum")))
+
+    def on_train_end(self) -> None:
+        """Look once more before the last dictionary is written."""
+        self.check_finite()
+        if self.n_skipped_rows:
+            rank_zero_warn(
+                f"{self.n_skipped_rows} rows of activations were not finite and left out of training"
+            )
 
     def _check_batch(self, batch: Tensor, tracked: TrackedSAE) -> None:
         d_in = tracked.sae.cfg.d_in
@@ -325,6 +389,8 @@ class SAETrainingModule(pl.LightningModule):
         log["details/n_training_samples"] = float(self.n_training_samples)
         log["details/current_learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_dict(log, sync_dist=True)
+        if self.finite_watch.mode == "skip":
+            self.log("details/n_skipped_rows", float(self.n_skipped_rows))
 
         def mean(key: str) -> Tensor:
             return torch.stack([values[key].float() for values in logs.values()]).mean()
@@ -373,25 +439,95 @@ class SAETrainingModule(pl.LightningModule):
 
     # --- saving --------------------------------------------------------------------------------------------
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the weights alone do not say, as plain values."""
+        """Add what the weights alone do not say, as plain values.
+
+        Raises:
+            NonFiniteError: If the run has diverged, before anything is written.
+        """
+        self.require_finite()
         checkpoint["aen_lightning"] = {
             "n_training_samples": self.n_training_samples,
+            "n_skipped_rows": self.n_skipped_rows,
+            "settings": settings_of_run(self, self.run_config),
             "input_scaling": {"kind": self.input_scaling.kind, "factor": self.input_scaling.factor},
             "tracked": [tracked.extra_state() for tracked in self.tracked],
         }
 
+    def _is_attached(self) -> bool:
+        """Whether a Trainer drives the module; ``load_from_checkpoint`` needs none."""
+        try:
+            return self.trainer is not None
+        except RuntimeError:
+            return False
+
+    def _compare_settings(self, checkpoint: dict[str, Any]) -> None:
+        if not self._is_attached() or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        # without settings: of an earlier version
+        old = checkpoint["aen_lightning"].get("settings") or {"model": checkpoint.get("hyper_parameters", {})}
+        if not (changed := differences(old, settings_of_run(self, self.run_config))):
+            return
+        said = "the checkpoint is of a run with other settings: " + "; ".join(changed)
+        if not self.accept_changed_config:
+            raise ValueError(
+                f"{said}. Take the same settings, or --force_resume (in Python module.accept_changed_config = True)"
+            )
+        rank_zero_warn(
+            f"{said}. Weights, optimizer and schedule, the learning rate too, go on as in the checkpoint"
+        )
+
+    def require_finite(self) -> None:
+        """Refuse to have a diverged run written: on all ranks together while it trains, on each by itself after it."""
+        if self.trainer.state.status == TrainerStatus.RUNNING and self.trainer.state.fn == TrainerFn.FITTING:
+            self.check_finite()
+            return
+        for name, sae in self.saes.items():
+            require_finite(sae, f"the SAE {name!r}" if name else "the SAE")
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what :meth:`on_save_checkpoint` added."""
+        """Restore what :meth:`on_save_checkpoint` added.
+
+        Raises:
+            NonFiniteError: If a weight, a statistic or the optimizer's state is not finite.
+            ValueError: In a fit, if the run was another one; not with ``accept_changed_config``, which warns.
+        """
+        self._compare_settings(checkpoint)
+        optimizers = checkpoint.get("optimizer_states", [])
+        if bad := non_finite_tensors(_tensors_in([checkpoint["state_dict"], *optimizers])):
+            raise NonFiniteError(
+                f"the checkpoint holds numbers that are not finite, in {', '.join(bad[:4])}: it was saved after the "
+                "run diverged; resume from an earlier one"
+            )
         state = checkpoint["aen_lightning"]
         self.n_training_samples = state["n_training_samples"]
+        self.n_skipped_rows = state.get("n_skipped_rows", 0)  # 0: of an earlier version
         self.input_scaling = InputScaling(**state["input_scaling"])
         for tracked, extra in zip(self.tracked, state["tracked"], strict=True):
             tracked.load_extra_state(extra)
+        if self.sharded_features is not None:
+            self.sharded_features.load(self.trainer, self)
 
     def export(self, path: str | Path, log_sparsity: Tensor | None = None, *, name: str = "") -> Path:
         """Write one dictionary as a SAELens folder for raw activations.
 
         See :func:`aen_lightning.saes.export.export_sae`; with sharded features every rank must call it.
+
+        Raises:
+            NonFiniteError: If it holds numbers that are not finite.
         """
+        if (
+            not self.shard_features
+        ):  # else one rank alone must not leave; all have looked together before this
+            require_finite(self.saes[name], f"the SAE {name!r}" if name else "the SAE")
         write = sharded.export_sharded_sae if self.shard_features else export_sae
         return write(self.saes[name], path, input_scaling=self.input_scaling, log_sparsity=log_sparsity)
+
+
+def _tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested dicts and lists, by the path to each."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping | list):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, member in items:
+            yield from _tensors_in(member, f"{name}.{key}" if name else str(key))

@@ -86,7 +86,7 @@ def require_whole(path: Path) -> None:
 
 @lru_cache(maxsize=64)  # looked at when it is chosen and again when it is read
 def _problem(path: str, size: int, mtime_ns: int) -> str | None:
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         file.seek(max(0, size - _COMMENT_BYTES))
         comment = file.read()
         if comment.startswith(_PREFIX):
@@ -128,7 +128,7 @@ def is_whole(path: Path) -> bool:
 
 def newest_whole(paths: Iterable[Path]) -> tuple[Path | None, list[Path]]:
     """The newest checkpoint that is whole, and the newer ones that are not."""
-    damaged = []
+    damaged: list[Path] = []
     for path in sorted(paths, key=lambda p: p.stat().st_mtime_ns, reverse=True):
         if is_whole(path):
             return path, damaged

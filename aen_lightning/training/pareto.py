@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pandas as pd
 
+from aen_lightning.files import replacing, write_text
 from aen_lightning.runs.curves import METRICS
 from aen_lightning.runs.layout import PARETO_FILE, SWEEP_FILE, SWEEP_PARQUET_FILE
 from aen_lightning.training.module import SweepModule
@@ -49,17 +50,19 @@ def write_table(table: pd.DataFrame, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     csv, parquet, pareto = folder / SWEEP_FILE, folder / SWEEP_PARQUET_FILE, folder / PARETO_FILE
-    table.to_csv(csv, index=False)
+    with replacing(csv) as temporary:
+        table.to_csv(temporary, index=False)
     # a column may hold numbers for one architecture and strings for another, which parquet cannot
     mixed = [
         column for column in table if table[column].map(type).nunique() > 1 and table[column].dtype == object
     ]
-    table.astype(dict.fromkeys(mixed, str)).to_parquet(parquet, index=False)
+    with replacing(parquet) as temporary:
+        table.astype(dict.fromkeys(mixed, str)).to_parquet(temporary, index=False)
     fronts = {
         "explained_variance": pareto_fronts(table, "explained_variance", higher_is_better=True),
         "dead_features_pct": pareto_fronts(table, "dead_features_pct", higher_is_better=False),
     }
-    pareto.write_text(json.dumps(fronts, indent=1) + "\n", encoding="utf-8")
+    write_text(pareto, json.dumps(fronts, indent=1) + "\n")
     return [csv, parquet, pareto]
 
 

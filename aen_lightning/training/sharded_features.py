@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,7 +12,7 @@ from sae_lens import TrainingSAE
 from torch import Tensor
 
 from aen_lightning.callbacks import EvaluateDictionaries, HardFinish, InitializeFromData
-from aen_lightning.sharded import FeatureSharded, feature_mesh, in_turns
+from aen_lightning.sharded import FeatureSharded, feature_mesh, in_turns, take_parts_of_whole
 
 _REFUSED = (EvaluateDictionaries, HardFinish, InitializeFromData)
 
@@ -34,7 +35,6 @@ class ShardedFeatures:
         Raises:
             ValueError: With what to change.
         """
-        feature_mesh(trainer)
         if compile_sae:
             raise ValueError("compile_sae does not go with shard_features: set one of them to false")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
@@ -42,12 +42,19 @@ class ShardedFeatures:
                 raise ValueError(
                     f"{type(callback).__name__} does not go with shard_features: remove the callback"
                 )
+        feature_mesh(trainer)
 
     def make_weights(self, trainer: pl.Trainer) -> None:
         """Make this rank's part of the weights where it belongs, once; one whole SAE at a time in a node's memory."""
         if self.sae.sharding is None:
             for _ in in_turns(trainer):
                 self.sae.shard(self._make_whole(), feature_mesh(trainer), trainer.strategy.root_device)
+
+    def load(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """After Lightning has loaded a checkpoint: load it right if it is one of whole weights."""
+        path = trainer.ckpt_path
+        if path is not None and Path(path).is_file():
+            take_parts_of_whole(path, module, trainer.optimizers)
 
     def compare_first(self, batch: Tensor) -> None:
         """See that every rank has the same first batch.

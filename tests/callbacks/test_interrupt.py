@@ -110,8 +110,8 @@ def test_a_slurm_job_is_requeued_and_goes_on_by_itself(
 
     whole, root = make_module(), tmp_path / "run"
     make_trainer(tmp_path / "whole", 30, plugins=[SLURMEnvironment()]).fit(whole, loader())
+    trainer = make_trainer(root, 30, plugins=[SLURMEnvironment()], callbacks=[Signals(12, signum)])
     with pytest.raises(Interrupted) as raised:
-        trainer = make_trainer(root, 30, plugins=[SLURMEnvironment()], callbacks=[Signals(12, signum)])
         trainer.fit(make_module(), loader())
     assert raised.value.code == 75
     asked = tmp_path / "asked"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,22 +95,22 @@ class _Nothing:
     def __exit__(self, *_: object) -> None: ...
 
 
-def trainer(**kwargs: Any) -> pl.Trainer:
+def trainer(folder: Path, **kwargs: Any) -> pl.Trainer:
     return pl.Trainer(
         accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False,
-        log_every_n_steps=1, callbacks=[RunProgress()], **kwargs,
+        log_every_n_steps=1, callbacks=[RunProgress()], default_root_dir=folder, **kwargs,
     )  # fmt: skip
 
 
-def test_a_run_is_shown_with_its_steps_and_metrics() -> None:
+def test_a_run_is_shown_with_its_steps_and_metrics(tmp_path: Path) -> None:
     torch.manual_seed(0)
     data = SpikedDataModule(d_in=8, n_features=16, k=2, train_batch_size_tokens=16, n_eval_samples=32)
     module = SAEModule({"architecture": "aen", "d_in": 8, "d_sae": 16})
     seen = Shown()
     with shown(seen):
-        trainer(max_steps=3).fit(module, datamodule=data)
-        trainer().validate(module, datamodule=data, verbose=False)
-        trainer().test(module, datamodule=data, verbose=False)
+        trainer(tmp_path, max_steps=3).fit(module, datamodule=data)
+        trainer(tmp_path).validate(module, datamodule=data, verbose=False)
+        trainer(tmp_path).test(module, datamodule=data, verbose=False)
     training, validating, testing = seen.tasks
     assert (training.what, training.done, training.total, training.unit) == ("training", 3, 3, "steps")
     assert "loss " in training.note

@@ -36,6 +36,7 @@ from aen_lightning.diagnostics import (
     solve_coding,
 )
 from aen_lightning.diagnostics.coding import solve_on_support, spectral_norm
+from aen_lightning.diagnostics.stability import shared_subspace
 from aen_lightning.evaluate import SyntheticInputs, load_dictionary, scaled_space, to_scaled_space
 from aen_lightning.evaluate.results import write_result
 from aen_lightning.metrics import match_features
@@ -338,6 +339,8 @@ def test_composition_of_an_orthonormal_dictionary_loses_nothing_and_a_coherent_o
     assert found["relative_error"] == pytest.approx([0.125] * 3, rel=1e-5)
     assert found["reconstruction_error"] == pytest.approx([0.125**2] * 3, rel=1e-4)
     assert found["interference"] == pytest.approx([0, 0, 0], abs=1e-6)
+    assert found["spurious_energy"] == pytest.approx([0, 0, 0], abs=1e-6)
+    assert found["tied_spurious_energy"] == pytest.approx([0, 0, 0], abs=1e-6)
     assert found["half_lost_at"] is None
 
     crowded = relu_dictionary(8, 64)
@@ -361,6 +364,8 @@ def test_composition_counts_spurious_features_and_leaves_dead_ones_out():
     )
     assert found["sizes"] == [1]
     assert (found["spurious"], found["spurious_mass"], found["magnitude_ratio"]) == ([1], [0.5], [1])
+    assert found["spurious_energy"] == [1]  # the twin's 2 squared over 2 squared
+    assert found["tied_spurious_energy"] == [0]  # it is dead
     with pytest.raises(ValueError, match="no feature fired"):
         composition(sae, torch.zeros(3), torch.ones(3))
 
@@ -411,6 +416,45 @@ def test_chance_is_not_fooled_by_a_dictionary_made_from_a_small_seed():
     for seed in (0, 42):
         W = torch.randn(64, 16, generator=generator(seed))
         assert compare_dictionaries({"a": W, "b": W})["random_baseline"]["a"]["cosine"]["max"] < 0.95
+
+
+def test_random_directions_of_the_same_shape_give_what_chance_does():
+    d_in, d_sae = 32, 512
+    sae = relu_dictionary(d_in, d_sae)
+    found = composition(sae, torch.full((d_sae,), 0.1), torch.ones(d_sae), sizes=(1, 8), n_samples=64)
+    # each other direction reads a normal number of variance |h|^2 / d_in, of whose square half is positive
+    expected = [(d_sae - k) / (2 * d_in) for k in (1, 8)]
+    assert found["random_sphere"]["tied_spurious_energy"] == pytest.approx(expected, rel=0.15)
+    assert found["random_sphere"]["interference"][0] == pytest.approx(0, abs=1e-6)
+    # a dictionary of such directions is not told from its control
+    assert found["tied_spurious_energy"] == pytest.approx(expected, rel=0.15)
+
+
+def test_unstable_features_may_share_a_subspace():
+    def directions(n: int, dims: slice, seed: int) -> torch.Tensor:
+        W = torch.zeros(n, 12, dtype=F64)
+        W[:, dims] = torch.randn(n, len(range(12)[dims]), dtype=F64, generator=generator(seed))
+        return W
+
+    same = shared_subspace(directions(200, slice(0, 3), 0), directions(300, slice(0, 3), 1), energy=0.99)
+    assert (same["n_a"], same["n_b"], same["rank_a"], same["rank_b"]) == (200, 300, 3, 3)
+    assert same["a_in_b"] == pytest.approx(1)
+    assert same["b_in_a"] == pytest.approx(1)
+    assert same["a_in_b_by_chance"] == 3 / 12
+    apart = shared_subspace(directions(200, slice(0, 3), 0), directions(200, slice(3, 7), 1), energy=0.99)
+    assert apart["rank_b"] == 4
+    assert apart["a_in_b"] == pytest.approx(0)
+    # half of the second's plane: e1 + e2 and e1 - e2 span e1, e2; of a = e1, e3 the plane holds e1 alone
+    a, b = torch.eye(12)[[0, 2]], torch.tensor([[1.0, 1.0], [1.0, -1.0]]) @ torch.eye(12)[:2]
+    assert shared_subspace(a, b, energy=1.0)["a_in_b"] == pytest.approx(0.5)
+    shuffled = compare_dictionaries(
+        {"a": directions(40, slice(0, 3), 2), "b": directions(40, slice(0, 3), 3)}, thresholds=(0.9999,)
+    )
+    left = shuffled["pairs"][0]["unstable"]
+    assert left["threshold"] == 0.9999
+    assert left["a_in_b"] > 0.8 > 0.3 > left["a_in_b_by_chance"]
+    W = torch.eye(12)
+    assert compare_dictionaries({"a": W, "b": W})["pairs"][0]["unstable"] is None
 
 
 # --- the commands -----------------------------------------------------------------------------------------

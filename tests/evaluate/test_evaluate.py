@@ -664,7 +664,7 @@ def test_saebench_gets_unit_atoms_the_same_outputs_and_the_names_it_reads(
 def test_results_are_written_whole_and_read_well(tmp_path: Path):
     path = write_result({"a": 1.5, "b": None}, tmp_path / "deep" / "x.json")
     assert json.loads(path.read_text()) == {"a": 1.5, "b": None}
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(ValueError, match="which JSON has not"):
         write_result({"a": float("nan")}, path)
     assert json.loads(path.read_text()) == {"a": 1.5, "b": None}
     assert [p.name for p in path.parent.iterdir()] == ["x.json"]

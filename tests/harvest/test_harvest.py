@@ -80,7 +80,7 @@ def hidden(model_path: str, rows: torch.Tensor, **kwargs: Any) -> torch.Tensor:
 
 def harvest(
     path: Path, model: str | HarvestModule, text: str, *, shard_size_mib: float = 0.01, model_kwargs: dict[str, Any] | None = None,
-    **data_kwargs: Any,
+    on_non_finite: Any = "stop", **data_kwargs: Any,
 ) -> Manifest:  # fmt: skip
     module = (
         model if isinstance(model, HarvestModule) else HarvestModule(model, [HOOK], **(model_kwargs or {}))
@@ -88,7 +88,7 @@ def harvest(
     data = HarvestDataModule(text, **({"context_size": CONTEXT, "batch_size_prompts": 4} | data_kwargs))
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, default_root_dir=path.parent,
-        callbacks=[ShardWriter(str(path), shard_size_mib=shard_size_mib)],
+        callbacks=[ShardWriter(str(path), shard_size_mib=shard_size_mib, on_non_finite=on_non_finite)],
     )  # fmt: skip
     return run_harvest(trainer, module, data)
 
@@ -213,6 +213,27 @@ def test_norm_outliers_are_left_out_and_counted(tmp_path: Path, text: str, docum
     expected = packed(documents).flatten()
     assert 7 not in ids
     assert manifest.counts["outlier"] == int((expected == 7).sum()) > 0
+    assert len(ids) == int(((expected != 7) & (expected != EOS)).sum())
+    verify(tmp_path / "set")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_end_the_harvest_or_are_left_out_and_counted(
+    tmp_path: Path, text: str, documents: list[list[int]], value: float
+):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7, 3] = value
+    module = HarvestModule(saved(model, tmp_path), ["hook_embed"])
+    place = r"rows of activations at 'hook_embed' are not finite \(shard 0, batch 0 of rank 0\)"
+    with pytest.raises(ValueError, match=place):
+        harvest(tmp_path / "set", module, text)
+    assert not list((tmp_path / "set").glob("*.safetensors*"))
+    manifest = harvest(tmp_path / "set", module, text, on_non_finite="skip")
+    ids = ShardSet(tmp_path / "set").token_ids()
+    expected = packed(documents).flatten()
+    assert 7 not in ids
+    assert manifest.counts["non_finite"] == int((expected == 7).sum()) > 0
     assert len(ids) == int(((expected != 7) & (expected != EOS)).sum())
     verify(tmp_path / "set")
 

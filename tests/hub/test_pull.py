@@ -169,5 +169,7 @@ def test_nothing_from_a_repository_is_obeyed_by_the_terminal(
 
 def test_a_config_that_cannot_be_is_refused_before_weights_are_fetched(hub: HubServer) -> None:
     hub.add("tester/wrong", {"a/cfg.json": b'{"d_in": -1, "d_sae": 4}', "a/sae_weights.safetensors": b"x"})
-    with pytest.raises(ValueError, match=r"tester/wrong, a/cfg\.json: d_in: expected greater than or equal to 1"):
+    with pytest.raises(
+        ValueError, match=r"tester/wrong, a/cfg\.json: d_in: expected greater than or equal to 1"
+    ):
         pull("tester/wrong")

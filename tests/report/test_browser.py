@@ -66,6 +66,12 @@ def test_in_a_browser_every_figure_is_drawn_and_features_are_searched(page_of_ev
     assert re.findall(r'<tr class="row"[^>]*id="feature-(\d+)"', dom) == [str(wanted["id"])]
     assert "Where it is strongest" in dom  # a single hit is unfolded
     assert f"1 of {len(features['features'])} features" in dom
+    linked = dump_dom(BROWSER, page_of_everything, f"feature-{wanted['id']}")
+    assert re.findall(r'<tr class="row"[^>]*id="feature-(\d+)"', linked) == [str(wanted["id"])]
+    assert linked.count('class="histogram"') == 2
+    for other, _ in wanted["neighbours"] + wanted["together"]:
+        assert f'href="#feature-{other}"' in linked
+    assert "feature 999 is not on this page" in dump_dom(BROWSER, page_of_everything, "feature-999")
 
 
 @pytest.mark.slow

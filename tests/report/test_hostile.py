@@ -91,10 +91,11 @@ def comparison(names: list[str], text: str) -> dict[str, Any]:
 
 
 def feature_set(text: str) -> dict[str, Any]:
-    context = {"kind": "top", "peak": 1, "tokens": [text, text], "acts": [None, 1.0]}
+    context = {"quantile": None, "peak": 1, "tokens": [text, text], "acts": [None, 1.0]}
     feature = {
         "id": 3, "density": 0.5, "mean": 0.5, "max": 1.0, "neighbours": [[4, 0.5]], "promoted": [[text, 1.0]],
-        "suppressed": [[text, -1.0]], "contexts": [context],
+        "suppressed": [[text, -1.0]], "contexts": [context], "together": [[4, 0.5]], "logits": None,
+        "acts": {"from": 0, "to": 1.0, "counts": [1, 0, 2]},
     }  # fmt: skip
     return {"label": text, "note": text, "features": [feature]}
 

@@ -16,6 +16,7 @@ from tests.support.tiny_models import save_tiny_model
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_each_rank_runs_its_share_of_the_rows_and_trains_on_all(tmp_path: Path) -> None:
     folder, text = save_tiny_model("llama", tmp_path / "model"), tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents(120)))

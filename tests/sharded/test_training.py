@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from sae_lens import SAE
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from aen_lightning.training.module import SAEModule
 from tests.support.ranks import run_ranks
 from tests.support.sharded_training import D_IN, D_SAE, SAES, fit
 from tests.support.streams import batch_at
 
-Runs = Callable[[str], dict[str, Any]]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first test waits for all runs
 
 
 def _launch(folder: Path, n_ranks: int, plan: list[dict[str, Any]], n_nodes: int = 1) -> None:
@@ -37,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     for name in SAES:
         fit(folder, f"{name}_1", name, sharded=False)
+    fit(folder, "first_1", "aen", sharded=False, max_steps=8, save="whole_8.ckpt")
     # two nodes of one rank each
     two = [{"name": f"{name}_2", "architecture": name} for name in SAES]
     resumed = {"name": "part_2", "architecture": "aen", "max_steps": 8, "save": "after_8.ckpt"}
@@ -46,7 +48,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "name": "part_4", "architecture": "aen", "max_steps": 14, "start": 8, "save": "after_14.ckpt",
         "ckpt_path": str(folder / "after_8.ckpt"),
     }  # fmt: skip
-    _launch(folder, 4, [*four, resumed])
+    from_whole = {
+        "name": "rest_4", "architecture": "aen", "start": 8, "ckpt_path": str(folder / "whole_8.ckpt"),
+    }  # fmt: skip
+    _launch(folder, 4, [*four, resumed, from_whole])
     resumed = {
         "name": "part_1", "architecture": "aen", "start": 14, "ckpt_path": str(folder / "after_14.ckpt"),
     }  # fmt: skip
@@ -95,6 +100,27 @@ def test_what_the_comparison_rests_on_is_at_work(folder: Path) -> None:
 
 def test_a_run_goes_on_with_another_number_of_ranks(folder: Path) -> None:
     _assert_same_training(_read(folder, "part_1"), _read(folder, "aen_1"))
+
+
+def test_a_run_of_one_process_goes_on_sharded(folder: Path) -> None:
+    _assert_same_training(_read(folder, "rest_4"), _read(folder, "aen_1"))
+
+
+def test_a_checkpoint_joined_by_lightning_opens_without_ranks(folder: Path) -> None:
+    joined = folder / "joined.ckpt"
+    command = ["-m", "lightning.fabric.utilities.consolidate_checkpoint", str(folder / "after_14.ckpt")]
+    subprocess.run([sys.executable, *command, "--output_file", str(joined)], check=True, capture_output=True)
+    module = SAEModule.load_from_checkpoint(joined, weights_only=True)
+    expected = _read(folder, "part_4")["state"]
+    assert module.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
+
+
+def test_batches_that_are_not_the_same_on_every_rank_are_refused(folder: Path) -> None:
+    said = json.loads((folder / "refusals.json").read_text())
+    assert "data_parallel_size is 2" in said["split"]
+    assert "tensor_parallel_size 2" in said["split"]
+    assert "batches differ" in said["differ"]
 
 
 @pytest.mark.parametrize("n_ranks", [2, 4])

@@ -35,8 +35,10 @@ def run_ranks(module: str, *args: str, n_ranks: int, n_nodes: int = 1) -> None:
     ]  # fmt: skip
     try:
         for node in nodes:
-            output, _ = node.communicate(timeout=240)
+            output, _ = node.communicate(timeout=600)
             assert node.returncode == 0, output[-4000:]
     finally:
+        for node in nodes:  # asked to end, torchrun ends its processes first
+            node.terminate()
         for node in nodes:
-            node.kill()
+            node.wait(timeout=60)

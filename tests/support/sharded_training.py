@@ -102,10 +102,37 @@ def fit(
         )  # fmt: skip
 
 
+class OwnData(Data):
+    """Other batches on each rank, as data parallel training has."""
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        assert self.trainer is not None
+        return DataLoader(_Batches(self.trainer.global_rank, 1000), batch_size=None)
+
+
+def refusals(folder: Path) -> None:
+    """What two ranks say of a split batch and of batches that differ, in ``refusals.json``."""
+    said = {}
+    for name, data, sizes in (("split", Data(0), (2, 1)), ("differ", OwnData(0), (1, 2))):
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=2, strategy=ModelParallelStrategy(*sizes), max_steps=1, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=folder,
+        )  # fmt: skip
+        try:
+            trainer.fit(SAEModule(SAES["topk"], shard_features=True), datamodule=data)
+        except ValueError as error:
+            said[name] = str(error)
+    if trainer.is_global_zero:
+        (folder / "refusals.json").write_text(json.dumps(said))
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     for arguments in json.loads((folder / "plan.json").read_text()):
         fit(folder, **arguments)
+    if os.environ["WORLD_SIZE"] == "2":
+        refusals(folder)
 
 
 if __name__ == "__main__":

@@ -44,12 +44,12 @@ def test_any_flipped_bit_and_any_cut_is_refused(tmp_path: Path):
         damaged[place] ^= 1 << (number % 8)
         path = tmp_path / f"flipped-{number}.ckpt"
         path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="damaged|no checkpoint"):
+        with pytest.raises(CheckpointError, match=r"damaged|no checkpoint"):
             WholeCheckpointIO().load_checkpoint(path)
     for length in (0, 1, 80, len(whole) // 2, len(whole) - 1):
         path = tmp_path / f"cut-{length}.ckpt"
         path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match="damaged|no checkpoint"):
+        with pytest.raises(CheckpointError, match=r"damaged|no checkpoint"):
             require_whole(path)
 
 

@@ -138,7 +138,7 @@ function detail(feature) {
 function toggle(row, feature) {
   if (row.nextSibling && row.nextSibling.classList.contains("open")) return row.nextSibling.remove();
   const open = make("tr", "open"), cell = open.appendChild(make("td"));
-  cell.colSpan = 6;
+  cell.colSpan = [...document.querySelectorAll("#feature-table th")].filter((th) => th.offsetParent).length;
   cell.appendChild(detail(feature));
   row.after(open);
   history.replaceState(null, "", permalink(feature.id));
@@ -232,7 +232,16 @@ const config = {
   responsive: true, displaylogo: false, toImageButtonOptions: { scale: 2 }, displayModeBar: hash.get("only") ? false : "hover",
   modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
 };
+// on a narrow screen letters are smaller, and a figure of several columns scrolls in its card
+function fit(figure) {
+  if (document.documentElement.clientWidth > 600) return;
+  const axes = Object.entries(figure.figure.layout).filter(([key]) => /^[xy]axis\d*$/.test(key)).map(([, axis]) => axis);
+  for (const axis of axes) if (axis.title) axis.title.font = { ...axis.title.font, size: 10 };
+  const columns = new Set(axes.filter((axis) => axis.domain && axis.anchor?.startsWith("y")).map((axis) => axis.domain[0])).size;
+  if (columns > 1) document.getElementById("plot-" + figure.id).style.minWidth = `${290 * columns}px`;
+}
 const shown = figures.filter((f) => !hash.get("only") || hash.get("only") === f.id);
+shown.forEach(fit);
 Promise.all(shown.map((f) => Plotly.newPlot("plot-" + f.id, f.figure.data, f.figure.layout, config))).then(() => {
   // for pictures: how high the page is, and each card
   const height = (node) => Math.ceil(node.getBoundingClientRect().height);

@@ -1,0 +1,124 @@
+"""Keeps numbers that are not finite out of an SAE, and out of everything that a run writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+OnNonFinite = Literal["stop", "skip"]
+
+
+class NonFiniteError(ValueError):
+    """A run, a checkpoint or a dictionary that holds numbers that are not finite."""
+
+
+def non_finite_tensors(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the tensors with a nan or an infinity. Waits for the device once."""
+    names, flags = [], []
+    for name, tensor in tensors:
+        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if tensor.is_floating_point() and tensor.numel():
+            names.append(name)
+            # many times faster than isfinite of all, and without a copy of it in memory
+            flags.append(torch.stack(tensor.detach().aminmax()).isfinite().all())
+    if not flags:
+        return []
+    bad = torch.stack([flag.to(flags[0].device) for flag in flags]).logical_not()
+    return [name for name, is_bad in zip(names, bad.tolist(), strict=True) if is_bad]
+
+
+class FiniteWatch:
+    """Notes on the device, without waiting for it, what was first not finite in a run and when.
+
+    Args:
+        mode: ``stop``: a batch with a row that is not finite ends the run at the next look. ``skip``: other rows of the
+            batch take the place of such rows, and they are counted; only a loss that is not finite then ends it.
+
+    Raises:
+        ValueError: For another mode.
+    """
+
+    def __init__(self, mode: OnNonFinite) -> None:
+        if mode not in ("stop", "skip"):
+            raise ValueError(f"on_non_finite must be 'stop' or 'skip', got {mode!r}")
+        self.mode = mode
+        self.begin()
+
+    def begin(self, n_skipped_rows: int = 0) -> None:
+        """Forget what was noted, and go on counting from a number."""
+        self.n_skipped_rows: Tensor | int = n_skipped_rows
+        # of rows and of losses the step, the batch, their number, 1 if there were any: (2, 4)
+        self._first: Tensor | None = None
+
+    def rows(self, x: Tensor, *, step: int, batch_idx: int) -> Tensor:
+        """Look at the rows of a batch, (batch, d_in); returns it, in ``skip`` with finite rows only."""
+        finite = x.detach().sum(-1, dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()
+        n_bad = (~finite).sum()
+        if self.mode == "stop":
+            self._note(0, n_bad, step, batch_idx)
+            return x
+        self.n_skipped_rows = self.n_skipped_rows + n_bad
+        # the finite rows in their order, again and again until the batch is full; nothing here asks for their number
+        order = (~finite).sort(stable=True).indices
+        at = order[torch.arange(len(x), device=x.device) % finite.sum().clamp(min=1)]
+        # of a batch without any finite row zeros remain
+        return torch.where(finite.any(), x[at], torch.zeros_like(x))
+
+    def losses(self, losses: Tensor, *, step: int, batch_idx: int) -> None:
+        """Look at the losses of a batch, (n_saes,)."""
+        self._note(1, (~losses.detach().isfinite()).sum(), step, batch_idx)
+
+    def _note(self, kind: int, n_bad: Tensor, step: int, batch_idx: int) -> None:
+        if self._first is None:
+            self._first = torch.zeros(2, 4, dtype=torch.int64, device=n_bad.device)
+        now = torch.stack(
+            [torch.full_like(n_bad, step), torch.full_like(n_bad, batch_idx), n_bad, (n_bad > 0).long()]
+        )
+        self._first[kind] = torch.where(self._first[kind, 3] > 0, self._first[kind], now)
+
+    def found(self) -> Tensor:
+        """What was noted, shape (2, 4), int64: for rows and losses the step, the batch, their number, and 1 if any."""
+        return torch.zeros(2, 4, dtype=torch.int64) if self._first is None else self._first
+
+
+def say(found: Tensor, tensors: list[str], *, batch_size: int | None) -> str | None:
+    """In words what is not finite, or None if all is.
+
+    Args:
+        found: From all ranks, shape (n_ranks, 2, 4), as :meth:`FiniteWatch.found`.
+        tensors: Names of parameters and buffers that are not finite.
+        batch_size: Rows of a batch on one rank, if it is known.
+    """
+    parts = []
+    of = "" if batch_size is None else f" of {batch_size}"
+    for kind in (0, 1):
+        seen = [(int(f[kind, 0]), rank, f[kind].tolist()) for rank, f in enumerate(found) if f[kind, 3]]
+        if seen:
+            step, rank, (_, batch, number, _) = min(seen)
+            what = f"{number}{of} rows of activations" if kind == 0 else "the loss"
+            parts.append(f"{what} in step {step} (batch {batch}, rank {rank})")
+    if tensors:
+        more = f" and {len(tensors) - 4} more" if len(tensors) > 4 else ""
+        parts.append(f"now {', '.join(tensors[:4])}{more}")
+    return "; ".join(parts) or None
+
+
+def require_finite(module: nn.Module, what: str) -> None:
+    """Refuse weights or buffers that are not finite.
+
+    Raises:
+        NonFiniteError: Naming ``what`` and the tensors.
+    """
+    if bad := non_finite_tensors(state_of(module)):
+        raise NonFiniteError(
+            f"{what} holds numbers that are not finite, in {', '.join(bad)}: it has diverged"
+        )
+
+
+def state_of(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers by name."""
+    return [*module.named_parameters(), *module.named_buffers()]
