@@ -19,6 +19,7 @@ Nothing here knows SAELens, Lightning or the penalty's formula: the functions ta
 
 from __future__ import annotations
 
+from aen_lightning.sparse.backend import triton_serves
 from aen_lightning.sparse.codes import DenseCode, SparseCode
 from aen_lightning.sparse.dense import encode_dense
 from aen_lightning.sparse.encoding import encode, feature_major_
@@ -50,4 +51,5 @@ __all__ = [
     "loss",
     "per_entry",
     "screening_pays",
+    "triton_serves",
 ]

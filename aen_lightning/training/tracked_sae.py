@@ -15,6 +15,7 @@ from torchmetrics import Metric, MetricCollection
 
 from aen_lightning.metrics import L0, MSE, DeadFeatures, ExplainedVariance, ShrinkageRatio, firing_counts
 from aen_lightning.saes.aen import AENTrainingSAE
+from aen_lightning.saes.step_output import CodedStepOutput
 from aen_lightning.saes.step_schedule import StepSchedule
 
 
@@ -99,6 +100,8 @@ class TrackedSAE(nn.Module):
 
     def firing_counts(self, output: TrainStepOutput) -> Tensor:
         """How often each feature fired in this batch, on this rank, shape (d_sae,), int64."""
+        if isinstance(output, CodedStepOutput):
+            return output.code.feature_counts
         return firing_counts(output.feature_acts)
 
     def note_firings(self, n_firings: Tensor) -> None:
