@@ -31,6 +31,7 @@ from aen_lightning.saes.penalty import elastic_net_terms, penalty_concavity, pen
 from aen_lightning.saes.step_output import CodedStepOutput
 from aen_lightning.saes.step_schedule import StepSchedule
 from aen_lightning.saes.tangent import without_radial_gradient
+from aen_lightning.sparse import backend
 
 _THRESHOLD_RATE = 0.01  # SAELens's BatchTopK takes the same
 
@@ -211,7 +212,7 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
             return False
         device = self.W_enc.device
         on_this_device = self.cfg.sparse_step == "on" or device.type == "cpu"
-        return on_this_device or (self.dtype == torch.float32 and sparse.triton_serves(device))
+        return on_this_device or (self.dtype == torch.float32 and backend.triton_serves(device))
 
     def _own_step_applies(self) -> bool:
         """Whether the step can be that of :mod:`aen_lightning.sparse`, dense or on the non-zeros, and not

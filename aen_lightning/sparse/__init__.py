@@ -19,7 +19,6 @@ Nothing here knows SAELens, Lightning or the penalty's formula: the functions ta
 
 from __future__ import annotations
 
-from aen_lightning.sparse.backend import triton_serves
 from aen_lightning.sparse.codes import DenseCode, SparseCode
 from aen_lightning.sparse.dense import encode_dense
 from aen_lightning.sparse.encoding import encode, feature_major_
@@ -28,6 +27,7 @@ from aen_lightning.sparse.gated import GatedLoss, gated_loss
 from aen_lightning.sparse.objective import SparseLoss, loss
 from aen_lightning.sparse.optim import FusedAdam
 from aen_lightning.sparse.padded import PaddedCode
+from aen_lightning.sparse.row_adam import RowAdam
 from aen_lightning.sparse.screening import screening_pays
 from aen_lightning.sparse.switch import DensitySwitch
 from aen_lightning.sparse.topk import encode_batch_topk, encode_topk
@@ -38,6 +38,7 @@ __all__ = [
     "FusedAdam",
     "GatedLoss",
     "PaddedCode",
+    "RowAdam",
     "SparseCode",
     "SparseLoss",
     "activations",
@@ -51,5 +52,4 @@ __all__ = [
     "loss",
     "per_entry",
     "screening_pays",
-    "triton_serves",
 ]
