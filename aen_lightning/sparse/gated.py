@@ -11,8 +11,8 @@ from aen_lightning.sparse import backend
 from aen_lightning.sparse.codes import SparseCode, offsets_of, segment_sums
 from aen_lightning.sparse.encoding import nonzero_flat
 from aen_lightning.sparse.functions import decode, per_entry, projections
-from aen_lightning.sparse.padded import PaddedCode, packed
 from aen_lightning.sparse.objective import mean_squared_error, penalty_terms
+from aen_lightning.sparse.padded import PaddedCode, packed
 
 
 class GatedLoss(NamedTuple):

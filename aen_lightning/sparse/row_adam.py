@@ -206,7 +206,9 @@ def update_rows(
     v = exp_avg_sq * (torch.pow(h.beta2, missed) * h.beta2) + (1 - h.beta2) * g * g
     p = param - h.step_size * m / (v.sqrt() / h.correction2 + h.eps)
     if norms is not None:
-        scale = norms.to(p.dtype).unsqueeze(1) / torch.linalg.vector_norm(p, dim=1, keepdim=True).clamp_min(1e-12)
+        scale = norms.to(p.dtype).unsqueeze(1) / torch.linalg.vector_norm(p, dim=1, keepdim=True).clamp_min(
+            1e-12
+        )
         p = p * scale.masked_fill((scale - 1).abs() <= 8 * torch.finfo(p.dtype).eps, 1.0)
     for old, new in ((exp_avg, m), (exp_avg_sq, v), (param, p)):
         old.copy_(torch.where(moves, new, old))

@@ -43,7 +43,10 @@ def _adam(
         missed = tl.where(active, tl.maximum(n_silent - cold_after, 0), 0).to(tl.float32)
         g = tl.load(grad + at, mask=inside & active, other=0.0) * tl.load(clip)
         m = tl.load(exp_avg + at, mask=inside, other=0.0) * (tl.exp2(missed * log_beta1) * beta1) + rest1 * g
-        v = tl.load(exp_avg_sq + at, mask=inside, other=0.0) * (tl.exp2(missed * log_beta2) * beta2) + rest2 * g * g
+        v = (
+            tl.load(exp_avg_sq + at, mask=inside, other=0.0) * (tl.exp2(missed * log_beta2) * beta2)
+            + rest2 * g * g
+        )
         p = tl.load(param + at, mask=inside, other=0.0) - step_size * m / (tl.sqrt(v) / correction2 + eps)
         if PROJECT:
             norm = tl.sqrt(tl.sum(tl.where(inside, p * p, 0.0), axis=0))

@@ -196,7 +196,8 @@ class SAETrainingModule(pl.LightningModule):
     def _updates_rows(self) -> bool:
         """Whether Adam runs as this package's kernel, which clips, projects and leaves out silent rows."""
         return all(
-            sae.dtype == torch.float32 and backend.triton_serves(sae.W_enc.device) for sae in self.saes.values()
+            sae.dtype == torch.float32 and backend.triton_serves(sae.W_enc.device)
+            for sae in self.saes.values()
         )
 
     def _lays_encoders_feature_by_feature(self) -> bool:

@@ -171,7 +171,17 @@ def test_backward_of_features_split_into_chunks(dtype: torch.dtype, slopes: bool
     )
     slope = make_batch(1, n + room, seed=9)[0].to(DEVICE, dtype)
     l2 = torch.tensor(0.3, dtype=dtype, device=DEVICE)
-    arguments = (rows.crow_indices(), tokens, values, table, g, x, l1[:, 0].contiguous(), slope if slopes else None, l2)
+    arguments = (
+        rows.crow_indices(),
+        tokens,
+        values,
+        table,
+        g,
+        x,
+        l1[:, 0].contiguous(),
+        slope if slopes else None,
+        l2,
+    )
     found = triton_step.backward(*arguments)
     on = h != 0
     feature = torch.arange(d_sae, device=DEVICE).repeat_interleave(on.sum(dim=1))
@@ -216,7 +226,15 @@ def test_a_padded_code_gives_what_the_exact_one_gives(kind: str) -> None:
         if kind == "gated":
             heads = torch.full((2, 30), 0.1, dtype=torch.float64, device=DEVICE).unbind()
             out: Any = sparse.gated_loss(
-                encoder[0], code, p["W_enc"], p["b_enc"], heads[0], heads[1] - 0.3, p["W_dec"], p["b_dec"], **common
+                encoder[0],
+                code,
+                p["W_enc"],
+                p["b_enc"],
+                heads[0],
+                heads[1] - 0.3,
+                p["W_dec"],
+                p["b_dec"],
+                **common,
             )
             h = out.code.to_dense()
         else:

@@ -14,13 +14,13 @@ pytest.importorskip("triton", reason="the Triton kernels need triton, which is n
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("set TRITON_INTERPRET=1", allow_module_level=True)
 
-from aen_lightning.callbacks import HardFinish  # noqa: E402
-from aen_lightning.sparse import DensitySwitch, RowAdam  # noqa: E402
-from aen_lightning.sparse.low_copies import low_copy  # noqa: E402
-from aen_lightning.training.module import SAEModule  # noqa: E402
-from tests.support.streams import loader  # noqa: E402
-from tests.support.training import SAE_FIELDS, make_trainer  # noqa: E402
-from tests.support.waits import WaitsBetween  # noqa: E402
+from aen_lightning.callbacks import HardFinish
+from aen_lightning.sparse import DensitySwitch, RowAdam
+from aen_lightning.sparse.low_copies import low_copy
+from aen_lightning.training.module import SAEModule
+from tests.support.streams import loader
+from tests.support.training import SAE_FIELDS, make_trainer
+from tests.support.waits import WaitsBetween
 
 N_STEPS = 10
 STATE = ("exp_avg", "exp_avg_sq", "silent_steps")
@@ -39,7 +39,9 @@ def test_the_optimizers_kernel_against_its_operators(monkeypatch: pytest.MonkeyP
         generator = torch.Generator().manual_seed(0)
         p = torch.nn.Parameter(torch.randn(7, 5, generator=generator))
         b = torch.nn.Parameter(torch.zeros(6))
-        optimizer = RowAdam([p, b], lr=1e-2, betas=(0.5, 0.9), low_dtype=torch.bfloat16)  # at rest after 39 steps
+        optimizer = RowAdam(
+            [p, b], lr=1e-2, betas=(0.5, 0.9), low_dtype=torch.bfloat16
+        )  # at rest after 39 steps
         optimizer.hold_rows(p, lambda: torch.linspace(1, 2, 7))
         optimizer.param_groups[0]["max_norm"] = 1.5
         for step in range(60):
