@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from signal import Signals
+
     from datasets import Dataset
+    from lightning.pytorch import Trainer
     from torch.distributed.tensor import DTensor
     from torchmetrics import Metric
     from transformers import PreTrainedModel
@@ -165,3 +168,16 @@ def compute_again(metric: Metric) -> Tensor:
     metric._computed = None
     value: Tensor = metric.compute()
     return value
+
+
+def requeue_signal(trainer: Trainer) -> Signals | None:
+    """The signal by which SLURM asks for a requeue; None outside of SLURM, or where requeueing is switched off.
+
+    Strategies of one device have no ``cluster_environment`` in public.
+    """
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        return environment.requeue_signal
+    return None

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,9 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+MAX_TEXT_BYTES = 256 * 10**6
+"""Of a JSON or YAML file that is read; the largest of ours, ``evaluation.json`` with a million features, has
+some 50 MB."""
 SAFETENSORS_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -97,9 +100,15 @@ def write_json(path: str | Path, content: Any) -> Path:
     """Write JSON, whole or not at all. Returns the path.
 
     Raises:
-        ValueError: If it holds a nan or an infinity, which JSON has not.
+        ValueError: If it holds a nan or an infinity, which JSON has not; the message names the file.
     """
-    return write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    try:
+        text = json.dumps(content, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not written: it would hold a nan or an infinity, which JSON has not"
+        ) from error
+    return write_text(path, text + "\n")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -107,15 +116,44 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If it is not there.
-        ValueError: If it is not a JSON object; the message names the file.
+        ValueError: If it is not a JSON object, is larger than 256 MB, nested beyond measure, or holds a whole
+            number of more than 64 bits or half a surrogate pair; the message names the file.
     """
+    path = Path(path)
+    if (size := path.stat().st_size) > MAX_TEXT_BYTES:
+        raise ValueError(
+            f"{path} has {human_size(size)}, and no JSON of ours has more than {human_size(MAX_TEXT_BYTES)}"
+        )
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, parse_int=_int_of_64_bits)
+        if "\\ud" in text.lower():  # the escape of half a pair; alone it is no text, and cannot be printed
+            json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path} holds half of a surrogate pair, which is no text") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply to be JSON of ours") from error
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
     return content
+
+
+def _int_of_64_bits(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= (value := int(digits)) < 2**64:
+        raise ValueError(f"the whole number {digits[:20]}... needs more than 64 bits")
+    return value
+
+
+def human_size(n_bytes: float) -> str:
+    """``4.3 GB``: powers of ten."""
+    size = float(n_bytes)
+    for suffix in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {suffix}" if suffix == "B" else f"{size:.1f} {suffix}"
+        size /= 1000
+    return f"{size:.1f} TB"
 
 
 @dataclass(frozen=True)
@@ -183,6 +221,41 @@ def read_tensor(path: str | Path, name: str) -> torch.Tensor | None:
             return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from error
+
+
+def require_finite(tensors: Iterable[tuple[str, Tensor]], where: str | Path) -> None:
+    """Refuse tensors that hold a nan or an infinity.
+
+    Args:
+        tensors: Name and tensor; those of whole numbers pass.
+        where: What the message begins with.
+
+    Raises:
+        ValueError: For the first one; it is named.
+    """
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 cannot be compared
+        # many times faster than isfinite of all
+        if not all(bool(extreme.isfinite()) for extreme in wide.aminmax()):
+            n = int((~wide.isfinite()).sum())
+            raise ValueError(
+                f"{where}: {name} holds {n:,} of {tensor.numel():,} numbers that are not finite (nan or "
+                "infinity): the training diverged, or the file is damaged"
+            )
+
+
+def require_finite_file(path: str | Path) -> None:
+    """:func:`require_finite` for a safetensors file, a tensor at a time.
+
+    Raises:
+        ValueError: If it is no safetensors file, a damaged one, or holds a number that is not finite.
+    """
+    for name in read_safetensors_header(path):
+        tensor = read_tensor(path, name)
+        assert tensor is not None  # the header names it
+        require_finite([(name, tensor)], path)
 
 
 def set_default_mode(path: str | Path) -> None:

@@ -9,6 +9,7 @@ from aen_lightning.callbacks.evaluate import EvaluateDictionaries
 from aen_lightning.callbacks.export import ExportSAE
 from aen_lightning.callbacks.hard_finish import HardFinish
 from aen_lightning.callbacks.initialize import InitializeFromData
+from aen_lightning.callbacks.interrupt import Interrupted, SaveOnSignal
 from aen_lightning.callbacks.publish import PublishToHub
 from aen_lightning.callbacks.sparsity_target import TargetL0
 from aen_lightning.callbacks.throughput import Throughput
@@ -17,5 +18,5 @@ from aen_lightning.callbacks.warmup import DelayedWarmup
 __all__ = [
     "DeadFeatureTracker", "DelayedWarmup", "EMAWeightRefresh", "EvaluateDictionaries", "ExportSAE",
     "HardFinish",
-    "InitializeFromData", "PublishToHub", "TargetL0", "Throughput",
+    "InitializeFromData", "Interrupted", "PublishToHub", "SaveOnSignal", "TargetL0", "Throughput",
 ]  # fmt: skip

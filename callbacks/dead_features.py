@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aen_lightning.callbacks.modules import prefixed, training_saes
+from aen_lightning.saes.lengths import Length, check_length, in_steps, is_share
 
 
 class DeadFeatureTracker(pl.Callback):
@@ -23,12 +24,11 @@ class DeadFeatureTracker(pl.Callback):
     counts over ranks. Its state is saved with every checkpoint.
 
     Args:
-        window_steps: Length of a window in optimizer steps; 10 000 in the paper.
+        window_steps: Length of a window in optimizer steps, or a share of the run; 10 000 in the paper.
     """
 
-    def __init__(self, window_steps: int = 10_000) -> None:
-        if window_steps < 1:
-            raise ValueError(f"DeadFeatureTracker.window_steps must be >= 1, got {window_steps}")
+    def __init__(self, window_steps: Length = 10_000) -> None:
+        check_length(window_steps, "DeadFeatureTracker.window_steps", at_least=1)
         self.window_steps = window_steps
         self._n_steps = 0
         self._windows: dict[str, _Window] = {}
@@ -47,7 +47,9 @@ class DeadFeatureTracker(pl.Callback):
         if trainer.global_step == self._n_steps:
             return
         self._n_steps = trainer.global_step
-        if self._n_steps % self.window_steps == 0:
+        run_steps = trainer.estimated_stepping_batches if is_share(self.window_steps) else None
+        window_steps = in_steps(self.window_steps, run_steps, "window_steps")
+        if self._n_steps % window_steps == 0:
             for name, window in self._windows.items():
                 pl_module.log_dict({prefixed(name, key): value for key, value in window.close().items()})
 

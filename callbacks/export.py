@@ -24,7 +24,7 @@ class ExportSAE(pl.Callback):
     ``<dirpath>/final`` at the end.
 
     With several SAEs each gets a folder of its name below these. Only rank 0 writes, and nothing here waits
-    for another rank.
+    for another rank, unless the features are sharded over the ranks.
 
     Args:
         dirpath: Where the folders go. None: ``sae`` below the logger's folder, or below the Trainer's
@@ -55,16 +55,19 @@ class ExportSAE(pl.Callback):
     ) -> None:
         """Write the dictionary beside a checkpoint that is being saved during the fit."""
         if self.with_checkpoints and trainer.state.fn == TrainerFn.FITTING:
-            self._export(trainer, pl_module, step_folder(trainer.global_step))
+            self.export(trainer, pl_module, step_folder(trainer.global_step))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the final dictionary and say where it is."""
-        path = self._export(trainer, pl_module, FINAL_FOLDER)
+        path = self.export(trainer, pl_module, FINAL_FOLDER)
         if path is not None:
             rank_zero_info(f"SAELens dictionary written to {path} (read it with sae_lens.SAE.load_from_disk)")
 
-    def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> Path | None:
-        if not trainer.is_global_zero or trainer.global_step == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+    def export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> Path | None:
+        """Write the dictionaries as they are now, on rank 0; returns the folder, None if nothing was written."""
+        # where each rank holds a part of the features, all of them write
+        writes = trainer.is_global_zero or getattr(pl_module, "shard_features", False)
+        if not writes or trainer.global_step == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
         if self.resolved_dirpath is None:
             raise RuntimeError("ExportSAE was not set up: it works inside Trainer.fit only")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import lightning.pytorch as pl
 
 from aen_lightning.callbacks.modules import adaptive_saes
+from aen_lightning.saes.lengths import Length, check_length, in_steps
 
 
 class HardFinish(pl.Callback):
@@ -19,17 +19,16 @@ class HardFinish(pl.Callback):
 
     Args:
         k: Mean active features per token (a count), ``> 0``.
-        at: Share of the run, in (0, 1), after which it begins. 0.3 to 0.5 did best (docs/experiments.md).
+        at: Optimizer step, or share of the run, at which it begins. 0.3 to 0.5 did best (docs/experiments.md).
 
     Raises:
         ValueError: For a value out of range, or a run without an end.
     """
 
-    def __init__(self, k: float, at: float = 0.4) -> None:
+    def __init__(self, k: float, at: Length = 0.4) -> None:
         if not k > 0:
             raise ValueError(f"HardFinish.k must be above 0, got {k}")
-        if not 0 < at < 1:
-            raise ValueError(f"HardFinish.at must be in (0, 1), got {at}")
+        check_length(at, "HardFinish.at", at_least=1)
         self.k, self.at = k, at
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -40,10 +39,7 @@ class HardFinish(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Know the end of the run."""
-        steps = trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            raise ValueError("HardFinish needs to know the end of the run: set trainer.max_steps")
-        self._first_hard_step = round(self.at * steps)
+        self._first_hard_step = in_steps(self.at, trainer.estimated_stepping_batches, "HardFinish.at")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aen_lightning.callbacks.modules import prefixed, sparsity_multipliers, training_saes
+from aen_lightning.saes.lengths import Length, in_steps, is_length, length_expected
 
 _CORRECTION_LIMIT = 1.0  # of log(L0 / target), so that one batch far off does not throw the coefficient far
 
@@ -27,7 +27,7 @@ class TargetL0(pl.Callback):
 
     Args:
         l0: The target: mean active features per token (a count), ``> 0``.
-        reach_at: Share of the run in (0, 1] after which the goal is the target. 0.3 leaves most of the run at
+        reach_at: Optimizer step, or share of the run, after which the goal is the target. 0.3 leaves most of the run at
             the target.
         gain: Change of ``i`` per optimizer step for an L0 that is off by a factor of e.
         damping: ``p`` for an L0 that is off by a factor of e.
@@ -41,14 +41,14 @@ class TargetL0(pl.Callback):
     def __init__(
         self,
         l0: float,
-        reach_at: float = 0.3,
+        reach_at: Length = 0.3,
         gain: float = 0.04,
         damping: float = 0.5,
         average_steps: int = 10,
     ) -> None:
         for name, value, ok, expected in (
             ("l0", l0, l0 > 0, "above 0"),
-            ("reach_at", reach_at, 0 < reach_at <= 1, "in (0, 1]"),
+            ("reach_at", reach_at, is_length(reach_at, at_least=1), length_expected(at_least=1)),
             ("gain", gain, gain > 0, "above 0"),
             ("damping", damping, damping >= 0, "at least 0"),
             ("average_steps", average_steps, average_steps >= 1, "at least 1"),
@@ -81,10 +81,7 @@ class TargetL0(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Know the end of the run, which the path to the target needs."""
-        steps = trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            raise ValueError("TargetL0 needs to know the end of the run: set trainer.max_steps")
-        self._reach_step = max(1, round(self.reach_at * steps))
+        self._reach_step = in_steps(self.reach_at, trainer.estimated_stepping_batches, "TargetL0.reach_at")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

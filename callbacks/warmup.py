@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from aen_lightning.callbacks.modules import adaptive_saes
+from aen_lightning.saes.lengths import Length, check_length, in_steps
 from aen_lightning.saes.penalty import warmup_ramp
 
 
@@ -17,13 +18,16 @@ class DelayedWarmup(pl.Callback):
     *weights*; the L1 term as a whole is warmed up by the SAE's ``l1_warmup_steps``.
 
     Args:
-        delay_steps: Optimizer steps with all weights 1. None: the SAE's ``warmup_delay_steps``.
-        ramp_steps: Optimizer steps of the rise. None: the SAE's ``warmup_ramp_steps``.
+        delay_steps: Optimizer steps with all weights 1, or a share of the run. None: the SAE's
+            ``warmup_delay_steps``.
+        ramp_steps: Optimizer steps, or a share, of the rise. None: the SAE's ``warmup_ramp_steps``.
     """
 
-    def __init__(self, delay_steps: int | None = None, ramp_steps: int | None = None) -> None:
-        if ramp_steps is not None and ramp_steps < 0:
-            raise ValueError(f"DelayedWarmup.ramp_steps must be >= 0, got {ramp_steps}")
+    def __init__(self, delay_steps: Length | None = None, ramp_steps: Length | None = None) -> None:
+        if delay_steps is not None:
+            check_length(delay_steps, "DelayedWarmup.delay_steps", at_least=None)
+        if ramp_steps is not None:
+            check_length(ramp_steps, "DelayedWarmup.ramp_steps")
         self.delay_steps = delay_steps
         self.ramp_steps = ramp_steps
 
@@ -35,10 +39,13 @@ class DelayedWarmup(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Set the ramp for the step that begins."""
+        run_steps = trainer.estimated_stepping_batches
         for sae in adaptive_saes(pl_module, self):
+            delay = sae.cfg.warmup_delay_steps if self.delay_steps is None else self.delay_steps
+            rise = sae.cfg.warmup_ramp_steps if self.ramp_steps is None else self.ramp_steps
             ramp = warmup_ramp(
                 trainer.global_step + 1,
-                delay_steps=sae.cfg.warmup_delay_steps if self.delay_steps is None else self.delay_steps,
-                ramp_steps=sae.cfg.warmup_ramp_steps if self.ramp_steps is None else self.ramp_steps,
+                delay_steps=in_steps(delay, run_steps, "warmup_delay_steps"),
+                ramp_steps=in_steps(rise, run_steps, "warmup_ramp_steps"),
             )
             sae.set_ramp(ramp)

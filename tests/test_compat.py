@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -23,6 +26,7 @@ from aen_lightning.compat import (
     initialize,
     is_index_into_other_rows,
     local_slice,
+    requeue_signal,
     with_own_children,
 )
 from tests.support.tiny_models import tiny_model
@@ -73,6 +77,17 @@ def test_the_slice_of_a_rank_is_all_of_it_if_it_is_alone():
         assert local_slice(tensor) == (slice(0, 5), slice(0, 3))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_slurms_requeue_signal_is_known_of_any_strategy(monkeypatch: pytest.MonkeyPatch):
+    def trainer(*plugins: SLURMEnvironment) -> Trainer:
+        return Trainer(accelerator="cpu", devices=1, logger=False, plugins=list(plugins))
+
+    assert requeue_signal(trainer()) is None
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert requeue_signal(trainer(SLURMEnvironment())) == signal.SIGUSR1
+    assert requeue_signal(trainer(SLURMEnvironment(requeue_signal=signal.SIGUSR2))) == signal.SIGUSR2
+    assert requeue_signal(trainer(SLURMEnvironment(auto_requeue=False))) is None
 
 
 def test_transformers_computes_rotary_frequencies_again():

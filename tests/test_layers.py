@@ -13,10 +13,11 @@ PACKAGE = Path(aen_lightning.__file__).parent
 
 # from the bottom up; rooms of one line do not know each other
 LAYERS = [
-    {"spelling", "files", "retry", "compat", "registration", "device_copies"},
+    {"spelling", "files", "redaction", "retry", "compat", "registration", "device_copies"},
+    {"checked"},
     {"sparse", "metrics"},
     {"saes"},
-    {"shards", "language_model"},
+    {"shards", "language_model", "sharded"},
     {"data"},
     {"harvest"},
     {"runs"},
@@ -24,6 +25,7 @@ LAYERS = [
     {"diagnostics"},
     {"callbacks"},
     {"training"},
+    {"presets"},
     {"report"},
     {"cli"},
 ]

@@ -28,6 +28,7 @@ def compare(
         neighbours: Candidates a feature where there are many.
         device: Where to compute.
     """
+    from aen_lightning.cli.output import answer, remark
     from aen_lightning.diagnostics.stability import compare_dictionaries
     from aen_lightning.evaluate.dictionary import describe_dictionary, load_dictionary, log_sparsity
     from aen_lightning.evaluate.results import head, short_names, write_result
@@ -50,8 +51,8 @@ def compare(
     )
     result: dict[str, Any] = head("compare") | {"dictionaries": described} | found
     if out is not None:
-        print(f"wrote {write_result(result, out)}")
-    print(comparison_table(result))
+        remark(f"wrote {write_result(result, out)}")
+    answer(result, lambda: comparison_table(result))
 
 
 def alive(log_sparsity: Any) -> Any:

@@ -44,6 +44,7 @@ def diagnose(
         inputs: What to diagnose on.
     """
     from aen_lightning.cli.opening import InputOpener, device_of
+    from aen_lightning.cli.output import answer, remark
     from aen_lightning.diagnostics.diagnose import RESULT_FILE, SECTIONS, diagnose_dictionary
     from aen_lightning.evaluate.dictionary import load_dictionary
     from aen_lightning.evaluate.results import result_path, write_result
@@ -67,28 +68,24 @@ def diagnose(
     )
     if (path := result_path(dictionary, out, RESULT_FILE)) is not None:
         write_result(result, path)
-        print(f"wrote {path}")
-    print(diagnosis_table(result))
+        remark(f"wrote {path}")
+    answer(result, lambda: diagnosis_table(result))
 
 
 def _weights_of(dictionary: str, given: str | None) -> Any:
     """The adaptive weights from the file given, or from the state that our exports keep beside a dictionary."""
-    from safetensors import safe_open
-
+    from aen_lightning.files import read_safetensors_header, read_tensor
     from aen_lightning.saes.export import ADAPTIVE_STATE_FILENAME
 
     if given is not None:
-        with safe_open(given, framework="pt") as f:
-            names = list(f.keys())
-            if "l1_weights" not in names:
-                raise ValueError(f"{given} has no tensor l1_weights; it has {', '.join(names)}")
-            return f.get_tensor("l1_weights")
+        weights = read_tensor(given, "l1_weights")
+        if weights is None:
+            has = ", ".join(read_safetensors_header(given))
+            raise ValueError(f"{given} has no tensor l1_weights; it has {has}")
+        return weights
     beside = Path(dictionary) / ADAPTIVE_STATE_FILENAME
-    if not beside.is_file():
-        return None
-    with safe_open(beside, framework="pt") as f:
-        # an imported checkpoint has the running means only
-        return f.get_tensor("l1_weights") if "l1_weights" in f.keys() else None  # noqa: SIM118  # no __contains__
+    # an imported checkpoint has the running means only
+    return read_tensor(beside, "l1_weights") if beside.is_file() else None
 
 
 def diagnosis_table(result: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from textwrap import dedent, shorten
 
 from jsonargparse import ArgumentParser
 
-from aen_lightning.spelling import nearest, suggest
+from aen_lightning.spelling import nearest, printable, suggest
 
 
 class UsageError(ValueError):
@@ -23,8 +23,8 @@ class UsageError(ValueError):
 
 
 def one_line(text: object) -> str:
-    """The text with every run of white space, line breaks too, as one space."""
-    return " ".join(str(text).split())
+    """The text with every run of white space, line breaks too, as one space, and nothing a terminal obeys."""
+    return " ".join(printable(str(text)).split())
 
 
 def explain(message: str, options: Iterable[str]) -> str:

@@ -37,6 +37,7 @@ def evaluate(
         inputs: What to evaluate on.
     """
     from aen_lightning.cli.opening import InputOpener, device_of
+    from aen_lightning.cli.output import answer, remark
     from aen_lightning.evaluate.dictionary import load_dictionary
     from aen_lightning.evaluate.evaluate import RESULT_FILE, evaluate_dictionary
     from aen_lightning.evaluate.results import result_path, short_names, write_result
@@ -62,8 +63,8 @@ def evaluate(
         # one by one, so that an error in the next takes nothing away
         if (path := result_path(reference, out, RESULT_FILE)) is not None:
             write_result(result, path)
-            print(f"wrote {path}")
-    print(evaluation_table(results, short_names(dictionary)))
+            remark(f"wrote {path}")
+    answer({"results": results}, lambda: evaluation_table(results, short_names(dictionary)))
 
 
 _SCREEN = (

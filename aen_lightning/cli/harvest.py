@@ -6,8 +6,11 @@ from collections.abc import Sequence
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from aen_lightning.cli.output import answer
+from aen_lightning.cli.summary import harvest_result, harvest_text
 from aen_lightning.cli.training import OneLineCLI, errors_of_use, prepare_process
 from aen_lightning.harvest import HarvestDataModule, HarvestModule, ShardWriter, run_harvest
+from aen_lightning.harvest.writer import writer_of
 
 
 class HarvestCLI(OneLineCLI):
@@ -37,4 +40,5 @@ def harvest(args: Sequence[str]) -> None:
     with errors_of_use(cli):
         manifest = run_harvest(cli.trainer, cli.model, cli.datamodule)
     if cli.trainer.is_global_zero:
-        print(f"{manifest.n_tokens:,} tokens in {len(manifest.shards)} shards")
+        result = harvest_result(manifest, writer_of(cli.trainer).path)
+        answer(result, lambda: harvest_text(result))

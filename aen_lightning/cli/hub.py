@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Literal
 
 _MOST_CONFIGS = 100
@@ -38,8 +39,15 @@ def push(
         dataset: Hub name of the data set, likewise.
         license: For the card, e.g. mit.
     """
+    from huggingface_hub.utils import disable_progress_bars
+
+    from aen_lightning.cli.output import remark
     from aen_lightning.hub.plan import plan_push
     from aen_lightning.hub.push import publish
+    from aen_lightning.progress import working
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # in a file they are thousands of lines
 
     with plan_push(
         folder,
@@ -50,14 +58,15 @@ def push(
         dataset=dataset,
         license_name=license,
     ) as plan:
-        print(f"{plan.repo_id}, {revision or 'main'}\n{plan.tree()}")
+        remark(f"{plan.repo_id}, {revision or 'main'}\n{plan.tree()}")
         for note in plan.notes:
-            print(f"note: {note}")
+            remark(f"note: {note}")
         if dry_run:
             print("\nREADME.md (dictionaries and text that the repository may hold already will be kept):")
             print(f"\n{plan.card(revision=revision)}\ndry run: nothing was published")
             return
-        done = publish(plan, revision=revision, private=private)
+        with working(f"publishing to {plan.repo_id}"):
+            done = publish(plan, revision=revision, private=private)
     print(f"published {', '.join(done.sae_ids)} in commit {done.commit}: {done.url}")
     if revision in (None, "main"):
         print(f'SAE.from_pretrained("{plan.repo_id}", "{done.sae_ids[0]}")')

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,9 @@ class EvaluationInputs:
         model_name: Hugging Face name or folder of the language model.
         revision: Of the language model on the Hub.
         model_dtype: Of the language model.
+        trust_remote_code: Let code from the language model's repository run. Only if you have read it.
+        model_from_pretrained_kwargs: What to load the language model with, as JSON. null: what is harmless of
+            the metadata's.
         hook_name: Where activations are taken, e.g. blocks.14.hook_resid_post.
         dataset_name: Subset of a Hub dataset.
         dataset_split: Split to read. null: as trained, else train.
@@ -45,6 +48,8 @@ class EvaluationInputs:
     model_name: str | None = None
     revision: str | None = None
     model_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    trust_remote_code: bool = False
+    model_from_pretrained_kwargs: dict[str, Any] | None = None
     hook_name: str | None = None
     dataset_name: str | None = None
     dataset_split: str | None = None

@@ -8,26 +8,42 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from aen_lightning import __version__
 from aen_lightning.cli.errors import UsageError, one_line
-from aen_lightning.cli.parser import run_function
+from aen_lightning.cli.help import Option
+from aen_lightning.cli.output import OPTIONS, spoken
+from aen_lightning.cli.parser import make_parser, run_function
 from aen_lightning.cli.training_help import sae_help, training_help
 from aen_lightning.spelling import suggest
 
 
 class Command(NamedTuple):
-    """A command: ``module:function``, imported when called, what it does, and what makes its parser."""
+    """A command.
+
+    ``module:function``, imported when called, what it does, what makes its parser, and whether it takes
+    ``--json``.
+    """
 
     target: str
     help: str
     parser: Literal["signature", "lightning", "none"] = "signature"
+    json: bool = False
+
+    @property
+    def common_options(self) -> list[Option]:
+        """What it takes besides its own options."""
+        options = [Option("--quiet", "bool", "False", "No progress and no remarks.")]
+        if self.json:
+            what = "The answer as one JSON object; all else goes to standard error."
+            options.append(Option("--json", "bool", "False", what))
+        return options
 
 
 def _lightning(target: str, text: str) -> Command:
-    return Command(target, text, "lightning")
+    return Command(target, text, "lightning", json=True)
 
 
 COMMANDS = {
@@ -38,22 +54,23 @@ COMMANDS = {
     "refit": _lightning("refit:refit", "restore the magnitudes an L1 penalty shrank: --model.dictionary ..."),
     "harvest": _lightning("harvest:harvest", "write a language model's activations to disk: --config ..."),
     "plan": _lightning("plan:plan", "what a recipe takes: memory, disk, FLOPs, time; runs nothing"),
-    "shards verify": Command("shards:verify", "check activations on disk against their manifest"),
-    "shards info": Command("shards:info", "say what a set of activations is"),
+    "shards verify": Command("shards:verify", "check activations on disk against their manifest", json=True),
+    "shards info": Command("shards:info", "say what a set of activations is", json=True),
     "shards convert": Command("shards:convert", "to SAELens's cached activations, or from them"),
-    "evaluate": Command("evaluate:evaluate", "a dictionary's metrics on held-out text or shards"),
-    "diagnose": Command("diagnose:diagnose", "a dictionary's geometry, stability and coding gap"),
-    "compare": Command("compare:compare", "which features several dictionaries share"),
+    "evaluate": Command("evaluate:evaluate", "a dictionary's metrics on held-out text or shards", json=True),
+    "diagnose": Command("diagnose:diagnose", "a dictionary's geometry, stability and coding gap", json=True),
+    "compare": Command("compare:compare", "which features several dictionaries share", json=True),
     "report": Command("report:report", "one self-contained HTML page about one or several runs"),
     "push": Command("hub:push", "publish a run's dictionaries on the Hugging Face Hub"),
     "pull": Command("hub:pull", "list a Hub repo's dictionaries, or fetch one"),
     "import": Command("hub:import_", "make SAELens dictionaries of the paper authors' checkpoints"),
-    "recipes list": Command("recipes:list_", "the recipes, a line each"),
+    "recipes list": Command("recipes:list_", "the recipes, a line each", json=True),
     "recipes show": Command("recipes:show", "print a recipe"),
     "recipes copy": Command("recipes:copy", "copy a recipe to a file of your own"),
     "demo": Command(
         "demo:demo", "AEN beside L1 and TopK on synthetic data, in minutes and without downloads"
     ),
+    "completion": Command("completion:completion", "a script for bash, zsh or fish that completes all this"),
     "saelens": Command("saelens:saelens", "SAELens's own training command, with --architecture aen", "none"),
 }
 
@@ -99,23 +116,48 @@ def run(args: Sequence[str]) -> None:
         return
     name, rest = _split(args)
     command = COMMANDS[name]
+    given: frozenset[str] = frozenset()
+    if command.parser != "none":
+        given = frozenset(rest) & frozenset(OPTIONS)
+        rest = [word for word in rest if word not in given]
+    if "--json" in given and not command.json:
+        able = ", ".join(name for name, c in COMMANDS.items() if c.json)
+        raise UsageError(f"no option --json; it is one of {able}")
+    with spoken(given):
+        _run_command(name, command, rest)
+
+
+def _run_command(name: str, command: Command, rest: list[str]) -> None:
     if command.parser == "lightning":
         if page := _short_help(name, rest):
             print(page)
             return
         rest = ["--help" if word in ("--help_all", "--help-all") else word for word in rest]
-    module, _, function_name = command.target.partition(":")
-    function = getattr(importlib.import_module(f"aen_lightning.cli.{module}"), function_name)
+    function = _function(command)
     if command.parser == "signature":
-        run_function(function, rest, prog=f"aen {name}")
+        run_function(function, rest, prog=f"aen {name}", common=command.common_options)
     else:
         function([name, *rest] if command.target == "training:fit" else rest)
+
+
+def _function(command: Command) -> Callable[..., None]:
+    module, _, name = command.target.partition(":")
+    function: Callable[..., None] = getattr(importlib.import_module(f"aen_lightning.cli.{module}"), name)
+    return function
+
+
+def help_page(name: str) -> str:
+    """The help page of a command that has one of ours."""
+    command = COMMANDS[name]
+    if command.parser == "lightning":
+        return training_help(name, command.common_options)
+    return make_parser(_function(command), f"aen {name}", command.common_options).page
 
 
 def _short_help(name: str, args: Sequence[str]) -> str | None:
     """The page that ``--help`` or ``--model.sae.help ARCHITECTURE`` asks for."""
     if any(word in args for word in _HELP):
-        return training_help(name)
+        return help_page(name)
     for word, following in zip(args, [*args[1:], ""], strict=False):
         option, _, value = word.partition("=")
         if option == "--model.sae.help":
@@ -167,8 +209,11 @@ def _usage(names: Iterable[str]) -> str:
             "commands:",
             *lines,
             "",
-            "`aen COMMAND --help` says more. Exit codes: 0 done; 1 failed while it ran; 2 wrong use, said "
-            "in one line",
-            "(AEN_DEBUG=1 shows where it was noticed); 130 interrupted.",
+            "`aen COMMAND --help` says more; of fit, sweep and the like --help_all shows every option.",
+            "Every command takes --quiet (no progress, no remarks); those with an answer that a script may",
+            "read take --json (one JSON object on standard output).",
+            "",
+            "Exit codes: 0 done; 1 failed while it ran; 2 wrong use, said in one line (AEN_DEBUG=1 shows where",
+            "it was noticed); 130 interrupted.",
         ]
     )

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from sae_lens import SAE
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from aen_lightning.cli.inputs import EvaluationInputs
-from aen_lightning.data.synthetic import SpikedDataModule
 from aen_lightning.data.text import TextActivationsDataModule
 from aen_lightning.evaluate.inputs import Inputs, ShardInputs, SyntheticInputs, TextInputs
+from aen_lightning.evaluate.metadata import language_model_kwargs, synthetic_data
 from aen_lightning.language_model.cut_model import DTYPES
+from aen_lightning.language_model.source import load_tokenizer
 
 
 def device_of(options: EvaluationInputs) -> str:
@@ -50,13 +51,14 @@ class InputOpener:
                     "--synthetic needs a dictionary trained by SpikedDataModule; this one's metadata has no "
                     "synthetic_data"
                 )
-            inputs = self._once(f"synthetic {synthetic}", lambda: self._synthetic(synthetic))
+            inputs = self._once(f"synthetic {synthetic}", lambda: self._synthetic(synthetic, sae.cfg.d_in))
         elif given.shards:
             hook_name = given.hook_name or metadata["hook_name"]
             inputs = self._once(f"shards {hook_name}", lambda: self._shards(hook_name))
         else:
             options = self._text_options(metadata)
-            inputs = self._once(f"text {options}", lambda: self._text(options, _lm_kwargs(metadata)))
+            kwargs = self.language_model_kwargs(metadata)
+            inputs = self._once(f"text {options} {kwargs}", lambda: self._text(options, kwargs))
         if inputs.d_in != sae.cfg.d_in:
             raise ValueError(
                 f"the dictionary has d_in={sae.cfg.d_in}, but the inputs are {inputs.d_in} wide: another "
@@ -70,8 +72,24 @@ class InputOpener:
             self._opened[key] = make()
         return self._opened[key]
 
-    def _synthetic(self, parameters: dict[str, Any]) -> Inputs:
-        return SyntheticInputs(SpikedDataModule(**parameters), n_samples=self.options.n_tokens or 8192)
+    def language_model_kwargs(self, metadata: Any) -> dict[str, Any]:
+        """What to load the language model with, by the user's word or, where it is harmless, the metadata's.
+
+        Raises:
+            ValueError: If the metadata asks for what only the user may.
+        """
+        given = self.options
+        return language_model_kwargs(
+            metadata,
+            given=given.model_from_pretrained_kwargs,
+            trust_remote_code=given.trust_remote_code,
+        )
+
+    def _synthetic(self, parameters: dict[str, Any], d_in: int) -> Inputs:
+        n_samples = self.options.n_tokens or 8192
+        # dictionaries of earlier versions have LightningCLI's own keys among them
+        own = {key: value for key, value in parameters.items() if not key.startswith("_")}
+        return SyntheticInputs(synthetic_data(own, d_in=d_in, n_samples=n_samples), n_samples=n_samples)
 
     def _shards(self, hook_name: str | None) -> Inputs:
         given = self.options
@@ -130,8 +148,8 @@ class InputOpener:
         device = device_of(given)
         if self.whole_lm:
             lm = self._language_model(options, lm_kwargs, device)
-            tokenizer = AutoTokenizer.from_pretrained(
-                options["model_name"], revision=options["revision"] or "main"
+            tokenizer = load_tokenizer(
+                options["model_name"], revision=options["revision"], model_from_pretrained_kwargs=lm_kwargs
             )
             data = TextActivationsDataModule(**options, model=lm, tokenizer=tokenizer)
         else:
@@ -158,26 +176,6 @@ class InputOpener:
 def _or(given: Any, otherwise: Any) -> Any:
     """What the user gave, 0 and False among it, else the other."""
     return otherwise if given is None else given
-
-
-def _lm_kwargs(metadata: Any) -> dict[str, Any]:
-    """What to load the language model with; the arguments of a TransformerLens model are not those of a
-    Hugging Face one.
-
-    Raises:
-        ValueError: If TransformerLens changed the weights so that its activations are others.
-    """
-    kwargs = dict(metadata["model_from_pretrained_kwargs"] or {})
-    if metadata["model_class_name"] == "AutoModelForCausalLM":
-        return kwargs
-    if changed := [k for k in ("center_writing_weights", "fold_value_biases") if kwargs.get(k)]:
-        raise ValueError(
-            f"the dictionary was trained on activations of a TransformerLens model with {changed[0]}, "
-            "which are not "
-            "those of the Hugging Face model: harvest them with SAELens's CacheActivationsRunner and give "
-            "--shards"
-        )
-    return {}
 
 
 def _hugging_face_name(name: str | None, model_class_name: str | None) -> str | None:

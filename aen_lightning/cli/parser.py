@@ -56,14 +56,22 @@ class CommandParser(OneLineErrors, ArgumentParser):
         return self.page + "\n"
 
 
-def run_function(function: Callable[..., None], args: Sequence[str], *, prog: str) -> None:
+def run_function(
+    function: Callable[..., None], args: Sequence[str], *, prog: str, common: Sequence[Option] = ()
+) -> None:
     """Parse the arguments of a command and call its function with them.
+
+    Args:
+        function: The command.
+        args: What was typed after its name.
+        prog: How it is called, as ``aen shards verify``.
+        common: Options for its help page that are taken care of elsewhere.
 
     Raises:
         UsageError: For arguments that do not fit the signature, and where the function raises ValueError,
             TypeError or OSError: the same error in one line.
     """
-    parser = make_parser(function, prog)
+    parser = make_parser(function, prog, common)
     values = parser.parse_args(normalized(args, _flags(function))).as_dict()
     for name, group in _groups(function).items():
         values[name] = group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group)})
@@ -73,16 +81,16 @@ def run_function(function: Callable[..., None], args: Sequence[str], *, prog: st
         raise UsageError(str(error)) from error
 
 
-def make_parser(function: Callable[..., None], prog: str) -> CommandParser:
-    """The parser of a command; ``prog`` is how it is called, as ``aen shards verify``."""
+def make_parser(function: Callable[..., None], prog: str, common: Sequence[Option] = ()) -> CommandParser:
+    """The parser of a command; the arguments are those of :func:`run_function`."""
     parser = CommandParser(prog=prog, allow_abbrev=False)
-    parser.usage_line, parser.page = _usage_and_help(function, prog)
+    parser.usage_line, parser.page = _usage_and_help(function, prog, common)
     for source in (function, *_groups(function).values()):
         _add_arguments(parser, source)
     return parser
 
 
-def _usage_and_help(function: Callable[..., None], prog: str) -> tuple[str, str]:
+def _usage_and_help(function: Callable[..., None], prog: str, common: Sequence[Option]) -> tuple[str, str]:
     hints, groups, parameters = _hints(function), _groups(function), inspect.signature(function).parameters
     words, positionals, options = [prog], [], []
     for option in options_of(function):
@@ -96,6 +104,7 @@ def _usage_and_help(function: Callable[..., None], prog: str) -> tuple[str, str]
     sections = [("", positionals), ("[value]: default. A flag is --FLAG or --no_FLAG.", options)]
     for group in groups.values():
         sections.append((_docs(group).short_description or "", [_dashed(o) for o in options_of(group)]))
+    sections.append(("What it says:", list(common)))
     description = plain(_docs(function).description or "")
     return usage, page(usage, description, [section for section in sections if section[1]])
 

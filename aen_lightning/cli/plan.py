@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 from aen_lightning.cli.config import configs_in, read_config
 from aen_lightning.cli.errors import UsageError
 from aen_lightning.cli.harvest import HarvestCLI
+from aen_lightning.cli.output import answer
 from aen_lightning.cli.parser import normalized
 from aen_lightning.cli.training import AENCLI, OneLineCLI, errors_of_use
 from aen_lightning.harvest.plan import plan as plan_recipe
@@ -78,9 +79,13 @@ def plan(args: Sequence[str]) -> None:
     settings = cli.config.as_dict()
     settings["trainer"]["devices"] = _counted(settings["trainer"]["devices"])
     with errors_of_use(cli):
-        print(
-            plan_recipe(settings, tflops_per_s=settings["tflops_per_s"], model_config=known_model(settings))
+        made = plan_recipe(
+            settings, tflops_per_s=settings["tflops_per_s"], model_config=known_model(settings)
         )
+    answer(
+        {"command": "plan", "kind": made.kind, "numbers": made.numbers, "notes": made.notes},
+        lambda: str(made),
+    )
 
 
 def _counted(devices: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
+from aen_lightning.cli.output import answer
 from aen_lightning.spelling import suggest
 
 
@@ -41,10 +42,9 @@ def summary(path: Path) -> str:
 
 def list_() -> None:
     """List the recipes, a line each."""
-    known = recipes()
+    known = {name: summary(path) for name, path in recipes().items()}
     width = max(map(len, known))
-    for name, path in known.items():
-        print(f"{name:<{width}}  {summary(path)}")
+    answer(known, lambda: "\n".join(f"{name:<{width}}  {text}" for name, text in known.items()))
 
 
 def show(name: str) -> None:

@@ -7,17 +7,26 @@ from pathlib import Path
 
 import pandas as pd
 
+from aen_lightning.cli.output import answer, remark
+from aen_lightning.cli.summary import fit_result, nearest_path
 from aen_lightning.cli.training import AENCLI, errors_of_use
 from aen_lightning.runs.layout import REFIT_FILE
 from aen_lightning.training.refit import RefitModule
 
 
+class RefitCLI(AENCLI):
+    """A refit has no preset: it takes what the dictionary is."""
+
+    takes_presets = False
+
+
 def refit(args: Sequence[str]) -> None:
     """Refit a dictionary; the arguments are those of ``aen fit``, with ``--model.dictionary``."""
-    cli = AENCLI(RefitModule, args, run=False)
+    cli = RefitCLI(RefitModule, args, run=False)
     with errors_of_use(cli):
         before = _held_out(cli)
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    ended = fit_result(cli.trainer)
     after = _held_out(cli)
     # on every rank, as the ranks agree on it
     path = Path(cli.trainer.log_dir or cli.trainer.default_root_dir) / REFIT_FILE
@@ -25,7 +34,14 @@ def refit(args: Sequence[str]) -> None:
         table = pd.DataFrame({"before": before, "after": after})
         path.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(path, index_label="metric")
-        print(f"{table.to_string(float_format=lambda value: f'{value:.4g}')}\n{path}")
+        answer(
+            ended | {"command": "refit", "before": before, "metrics": after, "metrics_from": "validation"},
+            lambda: table.to_string(float_format=lambda value: f"{value:.4g}"),
+        )
+        remark(f"wrote {nearest_path(path)}")
+        if ended["dictionary"] is not None:
+            folder = nearest_path(ended["dictionary"])
+            remark(f"dictionary in {folder}; next: aen evaluate {folder}")
 
 
 def _held_out(cli: AENCLI) -> dict[str, float]:

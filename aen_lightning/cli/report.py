@@ -17,7 +17,7 @@ class FeaturePages:
     Args:
         features: Show the texts on which features fire; runs the language model, or reads --shards.
         features_of: Of these dictionaries, by name in the report or folder (implies --features).
-        n_features: Features a dictionary, from rare to frequent.
+        n_features: Features a dictionary, from rare to frequent; 0: every one.
         feature_ids: These features instead.
         n_contexts: Texts a feature, where it is strongest.
         context_window: Tokens before the strongest one; half as many after.
@@ -63,7 +63,9 @@ def report(
         pages: Which features to show.
         inputs: What features fire on.
     """
+    from aen_lightning.cli.output import remark
     from aen_lightning.files import write_text
+    from aen_lightning.progress import working
     from aen_lightning.report.browser import find_browser, take_pictures
     from aen_lightning.report.collect import collect
     from aen_lightning.report.figures import make_figures
@@ -73,28 +75,29 @@ def report(
     found = find_browser(browser) if png else None
     collected = collect(run, results or [])
     features = _features(collected, pages, inputs) if pages.features or pages.features_of else []
-    figures = make_figures(collected, max_geometry_features=max_geometry_features)
+    with working("drawing figures"):
+        figures = make_figures(collected, max_geometry_features=max_geometry_features)
     path = write_text(out, render_report(collected, figures, features, title=title))
     for note in collected.notes:
-        print(f"note: {note}")
-    print(f"wrote {path}")
+        remark(f"note: {note}")
+    remark(f"wrote {path}")
     if png and found is None:
-        print(
+        remark(
             "no pictures: there is no chromium, chromium-browser, google-chrome or chrome here (give "
             "--browser PATH)"
         )
     elif png and found is not None:
         ids = ["summary", *(f.id for f in figures), *(["features"] if features else [])]
-        for picture in take_pictures(found, path, Path(png), ids):
-            print(f"wrote {picture}")
+        with working("taking pictures"):
+            pictures = take_pictures(found, path, Path(png), ids)
+        for picture in pictures:
+            remark(f"wrote {picture}")
 
 
 def _features(collected: Any, pages: FeaturePages, given: EvaluationInputs) -> list[dict[str, Any]]:
-    from transformers import AutoTokenizer
-
     from aen_lightning.cli.opening import InputOpener, device_of
     from aen_lightning.evaluate.dictionary import load_dictionary
-    from aen_lightning.evaluate.inputs import TextInputs
+    from aen_lightning.language_model.source import load_tokenizer
     from aen_lightning.report.activations import collect_activations
     from aen_lightning.report.features import feature_pages
     from aen_lightning.report.vocabulary import load_unembedding, token_texts
@@ -111,9 +114,7 @@ def _features(collected: Any, pages: FeaturePages, given: EvaluationInputs) -> l
         if not model_name:
             raise ValueError("nothing says which language model the token ids belong to: give --model_name")
         revision = given.revision or metadata["revision"]
-        kwargs = (
-            (inputs.data.options.model_from_pretrained_kwargs or {}) if isinstance(inputs, TextInputs) else {}
-        )
+        kwargs = opener.language_model_kwargs(metadata)
         unembedding = None
         if pages.output_tokens:
             hook_name = given.hook_name or described["hook_name"]
@@ -129,7 +130,7 @@ def _features(collected: Any, pages: FeaturePages, given: EvaluationInputs) -> l
         page = feature_pages(
             sae,
             activations,
-            token_texts(AutoTokenizer.from_pretrained(model_name, revision=revision or "main")),
+            token_texts(load_tokenizer(model_name, revision=revision, model_from_pretrained_kwargs=kwargs)),
             unembedding=unembedding,
             feature_ids=pages.feature_ids,
             n_features=pages.n_features,
@@ -165,7 +166,11 @@ def _note(page: dict[str, Any], described: dict[str, Any], pages: FeaturePages) 
         else "activations on disk, in runs that may cross documents"
     )
     chosen = (
-        "the ones asked for" if pages.feature_ids else "chosen evenly from the rarest to the most frequent"
+        "the ones asked for"
+        if pages.feature_ids
+        else "chosen evenly from the rarest to the most frequent"
+        if pages.n_features
+        else "all of them"
     )
     return (
         f"{page['n_tokens']:,} tokens in {page['n_rows']:,} rows of {kind} ({source}); {page['n_fired']:,} "

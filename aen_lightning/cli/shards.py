@@ -11,10 +11,15 @@ def verify(path: str) -> None:
     Args:
         path: Folder of the set.
     """
+    from aen_lightning.cli.output import answer
     from aen_lightning.shards import verify as verified
 
     manifest = verified(path)
-    print(f"{path}: {len(manifest.shards)} shards, {manifest.n_tokens:,} tokens: all as the manifest says")
+    n_shards, n_tokens = len(manifest.shards), manifest.n_tokens
+    answer(
+        {"path": path, "n_shards": n_shards, "n_tokens": n_tokens},
+        lambda: f"{path}: {n_shards} shards, {n_tokens:,} tokens: all as the manifest says",
+    )
 
 
 def info(path: str) -> None:
@@ -23,9 +28,26 @@ def info(path: str) -> None:
     Args:
         path: Folder of the set.
     """
+    from aen_lightning.cli.output import answer
     from aen_lightning.shards import info as describe
+    from aen_lightning.shards import open_activations
 
-    print(describe(path))
+    text = describe(path)
+    source = open_activations(path, allow_incomplete=True, verify="never")
+    manifest = getattr(source, "manifest", None)  # SAELens's own format has none
+    facts = {
+        "path": path,
+        "d_in": source.d_in,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "context_size": source.context_size,
+        "n_tokens": source.n_tokens,
+        "metadata": source.metadata,
+        "counts": manifest.counts if manifest else {},
+        "filters": manifest.filters if manifest else {},
+        "n_shards": len(manifest.shards) if manifest else None,
+        "complete": manifest.complete if manifest else True,
+    }
+    answer(facts, lambda: text)
 
 
 def convert(

@@ -21,7 +21,12 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 import aen_lightning.data  # noqa: F401  # lets a config name our data modules by class name alone
 from aen_lightning.cli.config import with_configs_found
 from aen_lightning.cli.errors import UsageError, explain
+from aen_lightning.cli.output import is_quiet, remark
 from aen_lightning.cli.parser import OneLineErrors, normalized
+from aen_lightning.cli.presets import ChosenPreset, add_preset_arguments
+from aen_lightning.cli.run_progress import RunProgress
+from aen_lightning.cli.saved_config import SaveConfigWithoutSecrets
+from aen_lightning.cli.summary import say_metrics, say_result
 from aen_lightning.saes.aen_config import AENTrainingSAEConfig
 from aen_lightning.training.module import SAEModule
 
@@ -82,19 +87,36 @@ class OneLineCLI(LightningCLI):
             super().parse_arguments(parser, with_configs_found(normalized(args)))
         _check_checkpoint(self.config.get(str(self.config.get("subcommand")), self.config).get("ckpt_path"))
 
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Show progress our way, and no table of a model that is one SAE."""
+        given = {**(self._get(self.config_init, "trainer", default={}) or {}), **kwargs}
+        callbacks = given.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if given.get("enable_progress_bar") is not False and not any(
+            isinstance(c, pl.callbacks.ProgressBar) for c in callbacks
+        ):
+            kwargs["callbacks"] = [*callbacks, RunProgress()]
+        if given.get("enable_model_summary") is None:
+            kwargs["enable_model_summary"] = False
+        return super().instantiate_trainer(**kwargs)
+
 
 class AENCLI(OneLineCLI):
-    """LightningCLI with a CSV and a TensorBoard log by default, both in one folder per run."""
+    """LightningCLI with presets, and a CSV and a TensorBoard log by default, both in one folder per run."""
+
+    takes_presets = True
 
     def __init__(
         self, model_class: type[pl.LightningModule], args: Sequence[str], *, run: bool = True
     ) -> None:
         prepare_process()
+        self._preset_parsers: list[LightningArgumentParser] = []
         super().__init__(
             model_class,
             pl.LightningDataModule,
             subclass_mode_data=True,
             seed_everything_default=0,
+            save_config_callback=SaveConfigWithoutSecrets,
             save_config_kwargs={"overwrite": True},
             args=args,
             run=run,
@@ -109,6 +131,27 @@ class AENCLI(OneLineCLI):
             help="CPU threads of torch in this process. null: torch's default. One is often faster on shared "
             "cores.",
         )
+        if self.takes_presets:
+            add_preset_arguments(parser)
+            self._preset_parsers.append(parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Once for the preset, and with a preset once more: its settings are defaults, so that given ones win."""
+        super().parse_arguments(parser, args)
+        if not self.takes_presets:
+            return
+        chosen = ChosenPreset(self._section())
+        if defaults := chosen.defaults():
+            for each in self._preset_parsers:
+                try:
+                    each.set_defaults(defaults)
+                except KeyError as error:
+                    raise UsageError(f"presets.{chosen.name} sets what is no setting: {error}") from error
+            super().parse_arguments(parser, args)
+        chosen.expand(self._section())
+
+    def _section(self) -> Any:
+        return self.config.get(str(self.config.get("subcommand")), self.config)
 
     def _setting(self, config: Any, key: str) -> Any:
         """A value that is in the subcommand's section if there are subcommands."""
@@ -130,12 +173,43 @@ class AENCLI(OneLineCLI):
             kwargs["logger"] = [csv, TensorBoardLogger(root, name="", version=csv.version)]
         return super().instantiate_trainer(**kwargs)
 
+    def after_fit(self) -> None:
+        """Called by LightningCLI."""
+        say_result(self.trainer)
+
+    def before_validate(self) -> None:
+        """Called by LightningCLI."""
+        self._measure("validate")
+
+    def before_test(self) -> None:
+        """Called by LightningCLI."""
+        self._measure("test")
+
+    def _measure(self, command: str) -> None:
+        given = self.config_init[command]
+        given["verbose"] = False  # Lightning's table is ours to print
+        if given.get("ckpt_path") is None and self.trainer.is_global_zero:
+            remark("note: without --ckpt_path these are the metrics of an SAE with its first, random weights")
+
+    def after_validate(self) -> None:
+        """Called by LightningCLI."""
+        say_metrics(self.trainer, "validate")
+
+    def after_test(self) -> None:
+        """Called by LightningCLI."""
+        say_metrics(self.trainer, "test")
+
+
+_UNREAD = (
+    "💡 Tip", "TPU available: False", "GPU available: False", "Seed set to", "`Trainer.fit` stopped: `max_steps=",
+)  # fmt: skip
+
 
 def _worth_reading(record: logging.LogRecord) -> bool:
     """Keeps Lightning's advertisements, and what it says of hardware that is not there, off the screen."""
-    return not record.getMessage().startswith(
-        ("💡 Tip", "TPU available: False", "GPU available: False", "Seed set to")
-    )
+    if is_quiet() and record.levelno <= logging.INFO:
+        return False
+    return not record.getMessage().startswith(_UNREAD)
 
 
 def fit(args: Sequence[str]) -> None:

@@ -52,6 +52,13 @@ _RUN = (
         "None",
         "A file of settings or the name of a recipe; options that follow change single values.",
     ),
+    Option(
+        "--preset",
+        "str",
+        "None",
+        "paper or recommended: settings for what is not given.",
+    ),
+    Option("--l0", "float", "None", "Active features per token that preset recommended aims at. None: 32."),
     Option("--trainer.max_steps", "int", "-1", "Training steps: the end of the run, as streams are endless."),
     Option(
         "--trainer.devices",
@@ -76,12 +83,14 @@ _RUN = (
 _CKPT_PATH = Option("--ckpt_path", "str", "None", "Checkpoint to go on from, or to validate or test.")
 
 
-def training_help(command: str) -> str:
-    """The help page of a command that LightningCLI parses."""
+def training_help(command: str, common: Sequence[Option] = ()) -> str:
+    """The help page of a command that LightningCLI parses; ``common`` are options taken care of elsewhere."""
     description, sections = _PAGES[command]
     usage = f"aen {command} --config FILE_OR_RECIPE [--KEY VALUE ...]"
     note = f"Every key of the config is an option. [value]: default. All of them: aen {command} --help_all"
-    return page(usage, f"{description} {note}", sections(), one_line=True)
+    parts = sections()
+    parts[-1] = (parts[-1][0], [*parts[-1][1], *common])
+    return page(usage, f"{description} {note}", parts, one_line=True)
 
 
 def _options(*classes: str) -> list[Option]:
@@ -109,7 +118,8 @@ def _fit() -> list[Section]:
 
 def _refit() -> list[Section]:
     model = [o for o in _options("training.refit:RefitModule", *_TRAINING_CLASSES) if o.name in _REFIT]
-    return [("The refit, --model.KEY:", model), _data(), ("The run:", _RUN)]
+    run = [o for o in _RUN if o.name not in ("--preset", "--l0")]
+    return [("The refit, --model.KEY:", model), _data(), ("The run:", run)]
 
 
 def _harvest() -> list[Section]:

@@ -17,6 +17,7 @@ from aen_lightning.data.options import require_at_least
 from aen_lightning.data.order import ShuffledOrder
 from aen_lightning.data.ranks import rank_and_world_size
 from aen_lightning.device_copies import DeviceCopy, side_stream
+from aen_lightning.redaction import without_secrets
 from aen_lightning.saes.input_scaling import InputScaling, ScalingKind
 from aen_lightning.shards.read import ShardSet, Verify, open_activations
 from aen_lightning.shards.source import ActivationSource
@@ -220,7 +221,7 @@ class ActivationsDataModule(pl.LightningDataModule):
         hf_names = metadata.pop("hf_hook_names", None) or {}
         if not isinstance(hook_name, list) and hf_names.get(hook_name):
             metadata["hf_hook_name"] = hf_names[hook_name]
-        return metadata
+        return dict(without_secrets(metadata))
 
     @property
     def token_counts(self) -> dict[str, int]:

@@ -4,7 +4,7 @@ resuming it."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from aen_lightning.data.token_filter import TokenFilter
 from aen_lightning.language_model.cut_model import ActivationModel
 from aen_lightning.language_model.hook_points import Hook
+from aen_lightning.progress import counted, working
 
 Batch = Tensor | dict[str, Tensor]
 
@@ -120,7 +121,7 @@ class ActivationReader:
             ValueError: If no token is left.
         """
         sums, n = torch.zeros(len(self.hooks), dtype=torch.float64), 0
-        for tokens in calls:
+        for tokens in counted(calls, "measuring the activations' norm", unit="calls"):
             parts = self.read(tokens)[0].split(self.widths, dim=-1)
             sums += torch.stack([part.norm(dim=-1).double().sum().cpu() for part in parts])
             n += len(parts[0])
@@ -151,12 +152,25 @@ def shuffled_batches(
             f"resuming: the model runs again over the tokens of the first {skip} batches, as "
             "norm_outlier_multiple needs their activations to tell which tokens were left out"
         )
-    for tokens in calls:
+    for tokens in chain(_filling(calls, buffer), calls):
         for rows in buffer.push(reader.read(tokens, count=True)[0]):
             if skip:
                 skip -= 1
             else:
                 yield rows
+
+
+def _filling(calls: Iterator[Tensor], buffer: MixingBuffer) -> Iterator[Tensor]:
+    """The calls up to the one that fills the buffer, which are minutes of work before the first batch."""
+    with working("filling the shuffle buffer", buffer.buffer_size, "tokens") as task:
+        for tokens in calls:
+            if task.done + tokens.numel() >= buffer.buffer_size:
+                break
+            yield tokens
+            task.done = sum(len(chunk) for chunk in buffer.chunks)
+        else:
+            return
+    yield tokens  # batches come of this one, and filling is over before they do
 
 
 def _replay(

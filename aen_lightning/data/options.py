@@ -12,6 +12,7 @@ from aen_lightning.data.documents import HfDataset, open_dataset
 from aen_lightning.data.mixing import MixingBuffer
 from aen_lightning.data.token_filter import TokenFilter
 from aen_lightning.language_model.source import LanguageModelOptions
+from aen_lightning.redaction import without_secrets
 from aen_lightning.saes.input_scaling import ScalingKind
 from aen_lightning.spelling import suggest
 
@@ -105,7 +106,7 @@ class DatasetOptions:
             "dataset_path", "dataset_name", "dataset_split", "context_size", "prepend_bos",
             "sequence_separator_token", "exclude_special_tokens",
         )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        return dict(without_secrets({name: getattr(self, name) for name in names}))
 
     def require_dataset_path(self) -> str | list[str]:
         """``dataset_path``.

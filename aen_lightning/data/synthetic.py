@@ -121,9 +121,14 @@ class SpikedDataModule(pl.LightningDataModule):
         return self.dictionary.feature_vectors.detach()
 
     @property
+    def parameters(self) -> dict[str, Any]:
+        """The constructor's arguments; LightningCLI adds keys of its own to the hyperparameters."""
+        return {key: value for key, value in self.hparams.items() if not key.startswith("_")}
+
+    @property
     def sae_metadata(self) -> dict[str, Any]:
         """What an exported dictionary should say of its data (SAELens metadata)."""
-        return {"dataset_path": "synthetic/spiked", "synthetic_data": dict(self.hparams)}
+        return {"dataset_path": "synthetic/spiked", "synthetic_data": self.parameters}
 
     def sample(self, n_samples: int, *, stream: int, index: int) -> tuple[Tensor, Tensor]:
         """Sample ``index`` of a stream: activations (n_samples, d_in), scaled, and the true codes (n_samples,

@@ -23,12 +23,13 @@ from aen_lightning.data.mixing import (
     shuffled_batches,
 )
 from aen_lightning.data.options import TextOptions, refuse_unknown
-from aen_lightning.data.ranks import rank_and_world_size
+from aen_lightning.data.ranks import rank_and_world_size, ranks_of_same_batch
 from aen_lightning.data.token_filter import TokenFilter
 from aen_lightning.data.token_rows import TokenRows
 from aen_lightning.language_model.cut_model import ActivationModel
 from aen_lightning.language_model.hook_points import Hook
 from aen_lightning.language_model.source import LanguageModelSource
+from aen_lightning.language_model.split_rows import SplitRows
 from aen_lightning.saes.input_scaling import InputScaling
 
 
@@ -37,7 +38,8 @@ class TextActivationsDataModule(pl.LightningDataModule):
 
     Training batches are tensors (train_batch_size_tokens, d_in), float32, scaled; for a *list* of hook points
     a dict of them, rows aligned. Every rank reads other documents and makes as many model calls as the
-    others. Validation and test read half of the held-out documents each, a batch a model call, so their sizes
+    others. Ranks that need the same batches (sharded features) read the same documents, and each runs the model
+    on its share of the rows of a call. Validation and test read half of the held-out documents each, a batch a model call, so their sizes
     vary with the tokens left out.
 
     A run that is resumed from a checkpoint continues exactly where it stopped: the order of tokens is
@@ -89,6 +91,11 @@ class TextActivationsDataModule(pl.LightningDataModule):
         self.source.check_context_size(options.context_size)
         if self.dataset is None:
             self.dataset = options.open_dataset()
+        if options.prefetch and ranks_of_same_batch(self.trainer) is not None:
+            raise ValueError(
+                "prefetch must be 0 where the language model's rows are split over ranks: a thread's collectives "
+                f"would mix with those of training, got {options.prefetch}"
+            )
         rank, world_size = rank_and_world_size(self.trainer)
         self._rows = TokenRows.of(
             options, self.dataset, tokenizer, held_out_documents=options.held_out_documents,
@@ -149,8 +156,9 @@ class TextActivationsDataModule(pl.LightningDataModule):
 
     @property
     def language_model(self) -> ActivationModel:
-        """The frozen language model, loaded when first asked for."""
-        return self.source.model
+        """The frozen language model, loaded when first asked for; its rows are split over ranks of one batch."""
+        group = ranks_of_same_batch(self.trainer)
+        return self.source.model if group is None else SplitRows(self.source.model, group)
 
     @property
     def token_filter(self) -> TokenFilter:

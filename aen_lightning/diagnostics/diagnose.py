@@ -24,6 +24,7 @@ from aen_lightning.evaluate.dictionary import (
 from aen_lightning.evaluate.inputs import Inputs
 from aen_lightning.evaluate.reconstruction import evaluate_reconstruction
 from aen_lightning.evaluate.results import head
+from aen_lightning.progress import working
 
 RESULT_FILE = "diagnosis.json"
 SECTIONS = ("coherence", "active_gram", "lipschitz", "coding_gap", "composition")
@@ -71,7 +72,8 @@ def diagnose_dictionary(
         "skipped": {},
     }
     if "coherence" in sections:
-        result["coherence"] = coherence(sae.W_dec.detach()).summary()
+        with working("coherence of the atoms"):
+            result["coherence"] = coherence(sae.W_dec.detach()).summary()
     if inputs is None:
         result["skipped"] = {s: "no inputs were given" for s in sections if s != "coherence"}
         return result
@@ -89,13 +91,13 @@ def diagnose_dictionary(
     with scaled_space(sae):
         feature_acts = run_dictionary(sae, x)[0]
         if "active_gram" in sections:
-            result["active_gram"] = active_gram(sae.W_dec.detach(), feature_acts)
+            with working("geometry of the atoms active together"):
+                result["active_gram"] = active_gram(sae.W_dec.detach(), feature_acts)
         if "lipschitz" in sections:
             part = slice(0, n_lipschitz)
-            result["lipschitz"] = {
-                "n_tokens": len(x[part]),
-                "encoder": encoder_lipschitz(sae, x[part], feature_acts[part]),
-            }
+            with working("changes of the encoder"):
+                encoder = encoder_lipschitz(sae, x[part], feature_acts[part])
+            result["lipschitz"] = {"n_tokens": len(x[part]), "encoder": encoder}
             result["lipschitz"]["coding_map"] = None
         if {"coding_gap", "lipschitz"} & set(sections):
             try:
@@ -110,7 +112,8 @@ def diagnose_dictionary(
             else:
                 _coding(result, sae, x, feature_acts, problem, found.density == 0, sections, n_lipschitz)
         if "composition" in sections:
-            result["composition"] = composition(sae, found.density, found.mean_when_active)
+            with working("composing features"):
+                result["composition"] = composition(sae, found.density, found.mean_when_active)
     return result
 
 
@@ -121,14 +124,16 @@ def _coding(
     W_dec, b_dec = sae.W_dec.detach(), sae.b_dec.detach()
     dtype = torch.float64 if W_dec.numel() <= _FLOAT64_LIMIT else torch.float32
     n = len(x) if "coding_gap" in sections else n_lipschitz
-    section, exact = coding_gap(x[:n], feature_acts[:n], W_dec, b_dec, problem, dead=dead, dtype=dtype)
+    with working("solving for the exact code"):
+        section, exact = coding_gap(x[:n], feature_acts[:n], W_dec, b_dec, problem, dead=dead, dtype=dtype)
     if "coding_gap" in sections:
         result["coding_gap"] = section
     if "lipschitz" in sections:
         codes = exact.feature_acts[:n_lipschitz]
-        result["lipschitz"]["coding_map"] = coding_map_lipschitz(
-            x[:n_lipschitz], codes, W_dec, b_dec, problem
-        )
+        with working("changes of the exact code"):
+            result["lipschitz"]["coding_map"] = coding_map_lipschitz(
+                x[:n_lipschitz], codes, W_dec, b_dec, problem
+            )
 
 
 def _spread(inputs: Inputs, n_sample: int, n_tokens: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aen_lightning.diagnostics.quantiles import summarize
 from aen_lightning.metrics import Matching, match_features
+from aen_lightning.progress import counted
 
 
 def compare_dictionaries(
@@ -52,7 +53,9 @@ def compare_dictionaries(
             raise ValueError(f"{name} has no live feature to compare")
     again = {name: {t: torch.ones(len(W), dtype=torch.bool) for t in thresholds} for name, W in atoms.items()}
     pairs = []
-    for a, b in combinations(atoms, 2):
+    for a, b in counted(
+        combinations(atoms, 2), "matching features", len(atoms) * (len(atoms) - 1) // 2, "pairs"
+    ):
         matching = match_features(atoms[a], atoms[b], **matching_options)
         pairs.append(
             {

@@ -11,7 +11,7 @@ null, "se": number | null}``, its standard error by the jackknife over groups of
     sparsity        l0, l1: estimates
     features        n_tokens, dead_pct, n_dead (never fired on these tokens), mean_density, gini, normalized_entropy,
                     top_1pct_mass, top_10pct_mass, density_histogram: {log10_edges, counts, n_never};
-                    with --per-feature: density, mean_when_active (lists over features)
+                    with --per_feature: density, mean_when_active (lists over features)
     reconstruction  raw: {...}, scaled: {...}, each estimates of explained_variance, r2, mse, squared_error,
                     cosine, shrinkage_ratio, l2_ratio, relative_reconstruction_bias
     downstream      null, or n_tokens, n_tokens_kl, n_rows, ablate, and estimates

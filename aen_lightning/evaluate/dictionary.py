@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from torch import Tensor
 
-from aen_lightning.files import read_json
-from aen_lightning.runs.dictionary import read_activation_scale, read_log_sparsity
+from aen_lightning.files import read_safetensors_header, require_finite
+from aen_lightning.runs.dictionary import read_activation_scale, read_cfg, read_log_sparsity
+from aen_lightning.runs.weights import FOREIGN_ERRORS, check_config
+from aen_lightning.spelling import printable
 
 _ELEMENTS_PER_CHUNK = 2**25  # of a (tokens, d_sae) matrix of activations: 128 MiB in float32
 
@@ -35,7 +37,8 @@ def load_dictionary(reference: str | Path, *, device: str = "cpu", dtype: str | 
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If it is a training checkpoint, a transcoder, or needs a scale that is not there.
+        ValueError: If it is damaged, a training checkpoint, a transcoder, needs a scale that is not there, or
+            holds a number that is not finite; it says which file, field or tensor.
     """
     folder = Path(reference)
     if (folder / SAE_CFG_FILENAME).is_file():
@@ -47,11 +50,13 @@ def load_dictionary(reference: str | Path, *, device: str = "cpu", dtype: str | 
     elif ":" in str(reference):
         release, _, sae_id = str(reference).partition(":")
         sae = SAE.from_pretrained(release, sae_id, device=device, dtype=dtype or "float32")
+        check_config(sae.cfg.to_dict(), str(reference))
     else:
         raise FileNotFoundError(
             f"no dictionary {str(reference)!r}: expected a folder with cfg.json and "
             "sae_weights.safetensors, or RELEASE:ID"
         )
+    require_finite(sae.state_dict().items(), reference)
     if "transcoder" in sae.cfg.architecture():
         raise ValueError(
             f"{reference} is a {sae.cfg.architecture()}: it predicts another activation than its input, "
@@ -69,13 +74,16 @@ def load_dictionary(reference: str | Path, *, device: str = "cpu", dtype: str | 
 
 
 def _load_folder(folder: Path, device: str, dtype: str | None) -> SAE[Any]:
-    cfg = read_json(folder / SAE_CFG_FILENAME)
+    cfg = read_cfg(folder)
+    if not (folder / SAE_WEIGHTS_FILENAME).is_file():
+        raise FileNotFoundError(f"{folder} holds {SAE_CFG_FILENAME} and no {SAE_WEIGHTS_FILENAME}")
+    read_safetensors_header(folder / SAE_WEIGHTS_FILENAME)
     try:
         sae = SAE.load_from_disk(folder, device=device, dtype=dtype)
-    except (RuntimeError, KeyError, AssertionError) as err:
+    except FOREIGN_ERRORS as err:
         raise ValueError(
             f"{folder} holds no dictionary for inference ({cfg.get('architecture', 'no architecture')}: "
-            f"{err}); if it is a "
+            f"{printable(str(err))}); if it is a "
             "training checkpoint, export it with save_inference_model"
         ) from err
     if sae.cfg.normalize_activations == "expected_average_only_in":

@@ -16,6 +16,7 @@ from aen_lightning.evaluate.dictionary import run_dictionary
 from aen_lightning.evaluate.inputs import TextInputs
 from aen_lightning.language_model.hook_points import Hook
 from aen_lightning.metrics import Estimate, estimate, jackknife
+from aen_lightning.progress import counted as in_progress
 
 Ablate = Literal["all", "counted"]
 CONDITIONS = ("clean", "spliced", "zero_ablated", "mean_ablated")
@@ -104,7 +105,8 @@ def evaluate_downstream(
     device = next(lm.parameters()).device
     sums: list[Tensor] = []
 
-    for tokens in inputs.rows[:n_rows].to(device).split(batch_size_prompts):
+    calls = inputs.rows[:n_rows].to(device).split(batch_size_prompts)
+    for tokens in in_progress(calls, "splicing into the language model", len(calls)):
         counted: dict[str, Tensor] = {}
 
         def splice(x: Tensor, tokens: Tensor = tokens, counted: dict[str, Tensor] = counted) -> Tensor:

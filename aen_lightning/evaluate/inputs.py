@@ -14,6 +14,7 @@ from torch import Tensor
 from aen_lightning.data.synthetic import SpikedDataModule
 from aen_lightning.data.text import TextActivationsDataModule
 from aen_lightning.language_model.hook_points import Hook
+from aen_lightning.progress import working
 from aen_lightning.shards import open_activations
 
 SYNTHETIC_STREAM = 2**31 + 1
@@ -53,6 +54,13 @@ class Inputs(ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """The section ``data`` of the JSON."""
+
+    def counted(self, what: str) -> Iterator[InputBatch]:
+        """The batches, while the rows of those that are done with are counted as progress of ``what``."""
+        with working(what, self.n_units, "rows") as task:
+            for batch in self:
+                yield batch
+                task.done += len(batch.x)
 
     def tokens(self, n_tokens: int) -> Tensor:
         """The first ``n_tokens`` kept rows, (n, d_in); fewer if there are fewer."""
@@ -232,7 +240,7 @@ class SyntheticInputs(Inputs):
         self.n_units = min(n_units, n_samples)
         self.per_unit = n_samples // self.n_units
         # unscaled: the dictionary does its own scaling, as on real activations
-        unscaled = SpikedDataModule(**{**data.hparams, "input_scaling": "none"})
+        unscaled = SpikedDataModule(**{**data.parameters, "input_scaling": "none"})
         self.x, self.true_acts = unscaled.sample(
             self.n_units * self.per_unit, stream=SYNTHETIC_STREAM, index=0
         )
@@ -243,4 +251,4 @@ class SyntheticInputs(Inputs):
 
     def describe(self) -> dict[str, Any]:
         """Kind and the parameters of the distribution."""
-        return {"kind": "synthetic", "n_rows": len(self.x), "spiked": dict(self.data.hparams)}
+        return {"kind": "synthetic", "n_rows": len(self.x), "spiked": self.data.parameters}

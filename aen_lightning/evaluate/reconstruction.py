@@ -90,7 +90,7 @@ def evaluate_reconstruction(sae: SAE[Any], inputs: Inputs, *, n_groups: int = 32
     ]
     use = FeatureUse(sae.cfg.d_sae).to(sae.device)
     x_sum = torch.zeros(d_in, dtype=torch.float64, device=sae.device)
-    for batch in inputs:
+    for batch in inputs.counted("encoding and decoding"):
         units = max(1, tokens_per_chunk(sae) // batch.x.shape[1])
         for start in range(0, len(batch.x), units):
             part = slice(start, start + units)

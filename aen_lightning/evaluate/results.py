@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aen_lightning.files import write_json
+from aen_lightning.redaction import without_secrets
 
 SCHEMA = 1
 _PACKAGES = ("aen-lightning", "sae-lens", "torch", "transformers")
@@ -35,12 +36,12 @@ def _version(package: str) -> str | None:
 
 
 def write_result(result: dict[str, Any], path: str | Path) -> Path:
-    """Write a result as JSON, whole or not at all.
+    """Write a result as JSON, whole or not at all, without secrets (the address of a dataset may hold one).
 
     Raises:
         ValueError: If it holds a nan or an infinity, which JSON has not.
     """
-    return write_json(path, result)
+    return write_json(path, without_secrets(result))
 
 
 def result_path(reference: str | Path, given: str | None, file_name: str) -> Path | None:

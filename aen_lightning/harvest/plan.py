@@ -82,6 +82,7 @@ def plan(
             "the sections "
             f"{', '.join(config) or 'none'} with model keys {', '.join(model) or 'none'}"
         )
+    _add_totals(made, data, world_size)
     if tflops_per_s is not None:
         rate = world_size * tflops_per_s * 1e12 / made.numbers["flops_per_token"]
         made.numbers["tokens_per_s"] = rate
@@ -92,6 +93,16 @@ def plan(
             "nothing else waiting"
         )
     return made
+
+
+def _add_totals(made: Plan, data: dict[str, Any], world_size: int) -> None:
+    """What a rank holds of all that is listed, and how many tokens a step takes on all ranks together."""
+    made.numbers["memory_per_rank_gib"] = sum(
+        value for name, value in made.numbers.items() if name.endswith("_per_rank_gib")
+    )
+    if made.kind == "fit":
+        batch = int(data.get("train_batch_size_tokens", 4096))
+        made.numbers |= {"ranks": world_size, "effective_batch_tokens": batch * world_size}
 
 
 def _world_size(trainer: dict[str, Any]) -> tuple[int, list[str]]:

@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from aen_lightning.device_copies import HostCopy, side_stream
 from aen_lightning.shards.manifest import Manifest, ShardRecord
-from aen_lightning.shards.read import write_stamps
 from aen_lightning.shards.write import ShardFolder, ShardStream
 
 
@@ -157,8 +156,6 @@ class ShardWriter(BasePredictionWriter):
     def finish(self) -> Manifest:
         """Mark the set as complete, and drop the work orders (rank 0, once all shards are there)."""
         manifest = ShardFolder(self.path).collect(complete=True)
-        records: list[ShardRecord] = manifest.shards
-        write_stamps(self.path, records)
         shutil.rmtree(self.path / "tokens", ignore_errors=True)
         return manifest
 

@@ -75,7 +75,7 @@ def metadata_of(checkpoint: Checkpoint, model_name: str | None, hook_name: str |
     if not {"model_name", "hook_name"} <= known.keys() and not _is_synthetic(checkpoint):
         raise ValueError(
             f"{checkpoint.source} does not say which model and hook it is for (the authors' paths do, as in "
-            "checkpoints/llama8b/...): give both (--model-name, --hook-name)"
+            "checkpoints/llama8b/...): give both (--model_name, --hook_name)"
         )
     return {
         # what says to SAELens that this config has the keys of version 6; it was not trained with SAELens

@@ -18,11 +18,18 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.util import str_to_dtype
 from torch import Tensor
 
-from aen_lightning.files import Transposed, save_tensors, set_default_mode, stream_tensors, write_json
-from aen_lightning.hub.check import check_weights
+from aen_lightning.files import (
+    Transposed,
+    require_finite,
+    save_tensors,
+    set_default_mode,
+    stream_tensors,
+    write_json,
+)
 from aen_lightning.hub.checkpoint import Checkpoint, Kind, read_checkpoint
 from aen_lightning.hub.checkpoint_config import Scaling, config_of, metadata_of
 from aen_lightning.hub.retry import hub_errors, with_retries
+from aen_lightning.runs.weights import check_weights
 from aen_lightning.saes.aen import AENTrainingSAE, AENTrainingSAEConfig
 from aen_lightning.saes.export import ADAPTIVE_STATE_FILENAME
 
@@ -196,6 +203,7 @@ def _components(
     }
     # a copy in any case: a mapped tensor would change the file when it is written to
     copies = {n: torch.empty(t.shape, dtype=dtype, device=device).copy_(t) for n, t in state.items()}
+    require_finite(copies.items(), path.name)
     return cfg, copies, None
 
 
@@ -237,6 +245,7 @@ def _write_for_training(checkpoint: Checkpoint, folder: Path, metadata: dict[str
         sae.b_dec.copy_(checkpoint.b_dec)
         for name, tensor in _adaptive_state(checkpoint).items():
             getattr(sae, name).copy_(tensor)
+        require_finite(sae.state_dict().items(), checkpoint.source)
         sae.set_ramp(sae.scheduled_ramp(int(sae.n_observed_steps)))
         sae.refresh_weights()
     weights, _ = sae.save_model(folder)

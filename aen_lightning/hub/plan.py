@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from aen_lightning.files import human_size
 from aen_lightning.hub.card import Entry, hub_id, missing_for_dashboards, render_card
 from aen_lightning.hub.staging import PublishedArchitecture, stage
 from aen_lightning.runs.dictionary import find_dictionaries
@@ -109,16 +110,6 @@ def _notes(entries: Sequence[Entry]) -> list[str]:
         if model_name and hub_id(str(model_name)) is None and "/" not in str(model_name):
             notes.append(
                 f"{e.sae_id}: model_name is {model_name!r}; if that is a folder, give the Hub's name with "
-                f"--model-name"
+                f"--model_name"
             )
     return notes
-
-
-def human_size(n_bytes: int) -> str:
-    """``4.3 GB``: powers of ten."""
-    size = float(n_bytes)
-    for suffix in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {suffix}" if suffix == "B" else f"{size:.1f} {suffix}"
-        size /= 1000
-    return f"{size:.1f} TB"

@@ -11,9 +11,10 @@ from huggingface_hub import HfApi
 from sae_lens import SAE
 from sae_lens.constants import SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 
-from aen_lightning.hub.check import check_weights, expected_shapes
 from aen_lightning.hub.remote import Remote, choose, download, look_up, read_config
 from aen_lightning.runs.ids import check_id
+from aen_lightning.runs.weights import check_weights, expected_shapes
+from aen_lightning.spelling import printable
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def load_pretrained(
         token: As for :func:`pull`.
     """
     pulled = pull(repo_id, sae_id, revision=revision, endpoint=endpoint, token=token)
-    return SAE.load_from_disk(pulled.path, device=device, dtype=dtype)
+    return SAE.load_from_disk(pulled.path, device=device, dtype=dtype)  # checked by pull, down to each number
 
 
 def usage(pulled: Pulled) -> str:
@@ -114,7 +115,7 @@ def usage(pulled: Pulled) -> str:
         f'sae = SAE.load_from_disk("{pulled.path}")  # this commit, offline too',
         f'sae = SAE.from_pretrained("{pulled.repo_id}", "{pulled.sae_id}")  # whatever main is then',
     ]
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def listing(remote: Remote, configs: Sequence[tuple[str, dict[str, Any]]]) -> list[list[str]]:
@@ -123,12 +124,11 @@ def listing(remote: Remote, configs: Sequence[tuple[str, dict[str, Any]]]) -> li
     for sae_id, cfg in configs:
         metadata = dict(cfg.get("metadata") or {})
         megabytes = remote.files[f"{sae_id}/{SAE_WEIGHTS_FILENAME}"].size / 1e6
-        rows.append(
-            [
+        row = [
                 sae_id, str(cfg.get("architecture", "standard")), f"{cfg.get('d_in')} -> {cfg.get('d_sae')}",
                 str(metadata.get("hook_name") or cfg.get("hook_name") or ""),
                 str(metadata.get("model_name") or ""),
                 f"{megabytes:.1f} MB",
-            ]
-        )  # fmt: skip
+            ]  # fmt: skip
+        rows.append([" ".join(printable(cell).split()) for cell in row])
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from aen_lightning.hub.plan import README, Plan, plan_push
 from aen_lightning.hub.remote import list_files
 from aen_lightning.hub.retry import N_ATTEMPTS, HubError, hub_errors, is_transient, with_retries
 from aen_lightning.hub.staging import PublishedArchitecture
+from aen_lightning.runs.weights import check_config
 
+_log = logging.getLogger(__name__)
 _SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME)
 
 
@@ -131,8 +134,11 @@ def _remote_entries(api: HfApi, repo_id: str, head: str, paths: set[str]) -> Ite
     for path in sorted(paths):
         folder, _, name = path.rpartition("/")
         if name == SAE_CFG_FILENAME and f"{folder}/{SAE_WEIGHTS_FILENAME}" in paths:
-            cfg = read_json(_fetch(api, repo_id, path, head))
-            if "d_in" in cfg and "d_sae" in cfg:
+            try:
+                cfg = check_config(read_json(_fetch(api, repo_id, path, head)), path)
+            except ValueError as error:
+                _log.warning("%s is not shown in the model card: %s", folder, error)
+            else:
                 yield Entry(folder, cfg)
 
 

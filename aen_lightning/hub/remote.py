@@ -21,6 +21,7 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from aen_lightning.files import read_json
 from aen_lightning.hub.retry import N_ATTEMPTS, HubError, hub_errors, is_transient, with_retries
+from aen_lightning.runs.weights import check_config
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,15 @@ def choose(remote: Remote, sae_id: str | None) -> str:
 def read_config(
     remote: Remote, sae_id: str, *, endpoint: str | None = None, token: str | None = None
 ) -> dict[str, Any]:
-    """``cfg.json`` of a dictionary; nothing else is fetched."""
-    return read_json(download(remote, f"{sae_id}/{SAE_CFG_FILENAME}", HfApi(endpoint=endpoint, token=token)))
+    """``cfg.json`` of a dictionary, checked; nothing else is fetched.
+
+    Raises:
+        HubError: If it cannot be had.
+        ValueError: If it is no config of a dictionary; names the field.
+    """
+    name = f"{sae_id}/{SAE_CFG_FILENAME}"
+    file = download(remote, name, HfApi(endpoint=endpoint, token=token))
+    return check_config(read_json(file), f"{remote.repo_id}, {name}")
 
 
 def download(remote: Remote, path: str, api: HfApi) -> Path:

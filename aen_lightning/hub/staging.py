@@ -16,10 +16,11 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEConfig
 
 from aen_lightning.files import write_json
-from aen_lightning.hub.check import check_weights
 from aen_lightning.runs.dictionary import Dictionary, read_activation_scale, read_cfg
 from aen_lightning.runs.provenance import collect_provenance, scrub
+from aen_lightning.runs.weights import FOREIGN_ERRORS, check_weights
 from aen_lightning.saes.aen import ARCHITECTURE
+from aen_lightning.spelling import printable
 
 PublishedArchitecture = Literal["standard", "aen"]
 
@@ -46,7 +47,8 @@ def stage(
         The config to publish, and each file's name with where it is.
 
     Raises:
-        ValueError: For a folder whose input scaling is lost, or whose weights do not fit its config.
+        ValueError: For a folder whose input scaling is lost, whose weights do not fit its config, or in which
+            a number is not finite.
     """
     path, cfg = dictionary.path, dict(dictionary.cfg)
     if _saved_for_training(cfg):
@@ -90,7 +92,10 @@ def _saved_for_training(cfg: dict[str, Any]) -> bool:
 
 def _export(dictionary: Dictionary, folder: Path) -> Path:
     """Export what a trainer saved, with the average scale folded in if SAELens left it beside the weights."""
-    sae: TrainingSAE[Any] = TrainingSAE.load_from_disk(dictionary.path)
+    try:
+        sae: TrainingSAE[Any] = TrainingSAE.load_from_disk(dictionary.path)
+    except FOREIGN_ERRORS as error:
+        raise ValueError(f"{dictionary.path} holds no training SAE: {printable(str(error))}") from error
     scale = read_activation_scale(dictionary.path)
     if (dictionary.path / ACTIVATION_WHITENING_FILENAME).is_file():
         raise ValueError(

@@ -12,11 +12,25 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
+from aen_lightning.checked import FileName, Foreign, Word, read_checked
 from aen_lightning.compat import find_in_repository
-from aen_lightning.files import read_json, write_json
+from aen_lightning.files import write_json
 from aen_lightning.language_model.families import after_layers_paths, base_prefix, layers_path
 
 _HUB_KWARGS = ("token", "cache_dir", "local_files_only", "force_download")
+
+
+class _Index(Foreign):
+    weight_map: dict[Word, FileName]
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Weight name to file name, of a checkpoint's index file.
+
+    Raises:
+        ValueError: If it is none, or names a file outside of the checkpoint.
+    """
+    return read_checked(index, _Index).weight_map
 
 
 def checkpoint_keys(base_model: PreTrainedModel, available: Collection[str]) -> dict[str, str]:
@@ -80,9 +94,9 @@ def without_upper_layers(
     if index_file is None:
         yield model_name
         return
-    index = read_json(index_file)
-    files = needed_files(config, layer, index["weight_map"])
-    if len(files) == len(set(index["weight_map"].values())):
+    weight_map = read_weight_map(index_file)
+    files = needed_files(config, layer, weight_map)
+    if len(files) == len(set(weight_map.values())):
         yield model_name
         return
     with TemporaryDirectory(prefix="aen-checkpoint-") as folder:
@@ -92,7 +106,7 @@ def without_upper_layers(
                 source is not None
             )  # cached_file raises for a file that the index names and the repository lacks
             (Path(folder) / file).symlink_to(Path(source).resolve())
-        index["weight_map"] = {k: f for k, f in index["weight_map"].items() if f in files}
+        index = {"metadata": {}, "weight_map": {k: f for k, f in weight_map.items() if f in files}}
         write_json(Path(folder) / SAFE_WEIGHTS_INDEX_NAME, index)
         config.save_pretrained(folder)
         yield folder

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from aen_lightning.compat import find_in_repository, initialize, local_slice
-from aen_lightning.files import DTYPES, ModelDtype, read_json, read_safetensors_header
-from aen_lightning.language_model.checkpoint_files import checkpoint_keys
+from aen_lightning.files import DTYPES, ModelDtype, read_safetensors_header
+from aen_lightning.language_model.checkpoint_files import checkpoint_keys, read_weight_map
 from aen_lightning.language_model.cut_model import (
     CutModel,
     build_cut_model,
@@ -111,7 +111,7 @@ class _Files(dict[str, str]):
 def _checkpoint_files(model_name: str, revision: str | None, where: dict[str, Any]) -> _Files:
     files = _Files(model_name, revision, where)
     if (index := files.find("model.safetensors.index.json")) is not None:
-        files.update(read_json(index)["weight_map"])
+        files.update(read_weight_map(index))
     elif (whole := files.find("model.safetensors")) is not None:
         files.update(dict.fromkeys(read_safetensors_header(whole), "model.safetensors"))
     else:

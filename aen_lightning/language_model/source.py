@@ -16,6 +16,7 @@ from aen_lightning.language_model.cut_model import (
     resolve_hooks,
 )
 from aen_lightning.language_model.hook_points import Hook
+from aen_lightning.redaction import without_secrets
 
 ModelClassName = Literal["AutoModelForCausalLM", "HookedTransformer", "TransformerBridge"]
 
@@ -218,19 +219,19 @@ def load_tokenizer(
     name: str, *, revision: str | None = None, model_from_pretrained_kwargs: dict[str, Any] | None = None
 ) -> Any:
     """A tokenizer, with what ``model_from_pretrained_kwargs`` says about where to find it."""
-    passed = ("gguf_file", "token", "cache_dir", "local_files_only", "subfolder")
+    passed = ("gguf_file", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
     kwargs = {k: v for k, v in (model_from_pretrained_kwargs or {}).items() if k in passed}
     return AutoTokenizer.from_pretrained(name, revision=revision or "main", **kwargs)
 
 
 def _plain(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The part of ``kwargs`` that JSON can hold; a quantization config, e.g., says how the model was run, not
-    which."""
-    plain = {}
+    """The part of ``kwargs`` that JSON can hold, and anyone may see; a quantization config, e.g., says how the
+    model was run, not which."""
+    plain: dict[str, Any] = {}
     for name, value in kwargs.items():
         if isinstance(value, bool | int | float | str | list | dict | type(None)):
             plain[name] = json.loads(json.dumps(value, default=str))
-    return plain
+    return dict(without_secrets(plain))
 
 
 def _name_of(model: Any) -> str:

@@ -58,7 +58,7 @@ def collect_activations(sae: SAE[Any], inputs: Inputs) -> Activations:
     """
     tokens = _tokens(inputs)
     keep, rows, columns, values, n_active = np.zeros(tokens.shape, dtype=bool), [], [], [], 0
-    for batch in inputs:
+    for batch in inputs.counted("looking where features fire"):
         flat, kept = batch.x.flatten(0, 1), batch.keep.flatten().cpu()
         keep[batch.first_unit : batch.first_unit + len(batch.keep)] = batch.keep.cpu().numpy()
         for index in kept.nonzero().squeeze(-1).split(tokens_per_chunk(sae)):
@@ -75,7 +75,7 @@ def collect_activations(sae: SAE[Any], inputs: Inputs) -> Activations:
                 raise ValueError(
                     f"more than {MAX_ACTIVATIONS:,} activations (L0 is about "
                     f"{n_active / max(1, keep.sum()):,.0f}): take fewer tokens, "
-                    "with --n-rows for text or --n-tokens for shards"
+                    "with --n_rows for text or --n_tokens for shards"
                 )
     entries = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
     return Activations(tokens, keep, csc_array(entries, shape=(tokens.size, sae.cfg.d_sae)))

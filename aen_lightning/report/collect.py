@@ -11,6 +11,7 @@ from aen_lightning.diagnostics.diagnose import RESULT_FILE as DIAGNOSIS_FILE
 from aen_lightning.evaluate.evaluate import RESULT_FILE as EVALUATION_FILE
 from aen_lightning.evaluate.results import short_names
 from aen_lightning.files import read_json
+from aen_lightning.redaction import without_secrets_in_config
 from aen_lightning.report.naming import family_of, name_dictionaries
 from aen_lightning.report.trained import TrainedSAE, read_bare, read_run
 from aen_lightning.runs.dictionary import dictionaries_in
@@ -26,7 +27,8 @@ class Report:
 
     Args:
         dictionaries: The SAEs, in the order of the runs given, and of each run's members.
-        configs: Text of each run's ``config.yaml``, by name of the run; absent if it has none.
+        configs: Text of each run's ``config.yaml``, without secrets, by name of the run; absent if it has
+            none.
         comparisons: JSONs of ``aen compare``.
         notes: What was looked for and not found, a sentence each.
     """
@@ -59,7 +61,8 @@ def collect(runs: Sequence[str | Path], results: Sequence[str | Path] = ()) -> R
         raise ValueError(f"the run {twice[0]} was given more than once")
     for folder, run in zip(folders, _run_names(folders), strict=True):
         if (folder / CONFIG_FILE).is_file():
-            report.configs[run] = (folder / CONFIG_FILE).read_text(encoding="utf-8")
+            text = (folder / CONFIG_FILE).read_text(encoding="utf-8", errors="replace")
+            report.configs[run] = without_secrets_in_config(text)  # an older run may have left some in it
         if is_dictionary(folder):
             report.dictionaries += [read_bare(dictionary, run) for dictionary in dictionaries_in(folder)]
         else:

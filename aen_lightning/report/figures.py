@@ -209,7 +209,7 @@ def _geometry(report: Report, max_features: int) -> Figure | None:
         if d.d_sae > max_features:
             report.notes.append(
                 f"{d.label} has {d.d_sae:,} features: its histogram of cosines was left out (raise "
-                f"--max-geometry-features)."
+                f"--max_geometry_features)."
             )
             continue
         found = coherence(d.dictionary.W_dec()).max_abs_cosine.cpu().numpy()

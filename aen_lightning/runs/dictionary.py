@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from sae_lens.constants import (
     ACTIVATION_SCALER_CFG_FILENAME,
     SAE_CFG_FILENAME,
@@ -14,9 +15,11 @@ from sae_lens.constants import (
 )
 from torch import Tensor
 
-from aen_lightning.files import read_json, read_tensor
+from aen_lightning.checked import Foreign, Number, read_checked
+from aen_lightning.files import read_json, read_tensor, require_finite
 from aen_lightning.runs.ids import check_id, id_of_one, ids_of_several
 from aen_lightning.runs.layout import is_dictionary, is_step, run_of
+from aen_lightning.runs.weights import check_config
 from aen_lightning.saes.export import ADAPTIVE_STATE_FILENAME
 
 
@@ -50,7 +53,7 @@ class Dictionary:
 
     def log_sparsity(self) -> Tensor | None:
         """``log10`` of each feature's firing rate per token, shape (d_sae,); None if it was not saved."""
-        return read_log_sparsity(self.path)
+        return self._per_feature(read_log_sparsity(self.path), SPARSITY_FILENAME)
 
     def l1_weights(self) -> Tensor | None:
         """L1 weights at the end of training, (d_sae,), multiples of the L1 coefficient; None if not saved.
@@ -58,18 +61,36 @@ class Dictionary:
         They lie beside an exported dictionary, and among the weights of one that was saved for training.
         """
         beside = self.path / ADAPTIVE_STATE_FILENAME
+        file = beside if beside.is_file() else self.path / SAE_WEIGHTS_FILENAME
         # an imported checkpoint has the running means only
-        return read_tensor(beside if beside.is_file() else self.path / SAE_WEIGHTS_FILENAME, "l1_weights")
+        weights = self._per_feature(read_tensor(file, "l1_weights"), file.name)
+        if weights is not None:
+            require_finite([("l1_weights", weights)], file)
+        return weights
+
+    def _per_feature(self, values: Tensor | None, file: str) -> Tensor | None:
+        if values is not None and tuple(values.shape) != (self.cfg["d_sae"],):
+            raise ValueError(
+                f"{self.path / file} has values of shape {tuple(values.shape)}, expected one for each of "
+                f"{self.cfg['d_sae']} features"
+            )
+        return values
 
     def W_dec(self) -> Tensor:
         """Decoder directions as stored, shape (d_sae, d_in).
 
         Raises:
-            ValueError: If the weights hold none.
+            ValueError: If the weights hold none, one of another shape, or numbers that are not finite.
         """
-        W_dec = read_tensor(self.path / SAE_WEIGHTS_FILENAME, "W_dec")
+        file = self.path / SAE_WEIGHTS_FILENAME
+        W_dec = read_tensor(file, "W_dec")
         if W_dec is None:
-            raise ValueError(f"{self.path / SAE_WEIGHTS_FILENAME} has no tensor W_dec")
+            raise ValueError(f"{file} has no tensor W_dec")
+        if tuple(W_dec.shape) != (expected := (self.cfg["d_sae"], self.cfg["d_in"])):
+            raise ValueError(
+                f"{file}: W_dec has shape {tuple(W_dec.shape)} where the config means {expected}"
+            )
+        require_finite([("W_dec", W_dec)], file)
         return W_dec
 
 
@@ -78,15 +99,10 @@ def read_cfg(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If it is not there.
-        ValueError: If it is no JSON object, or lacks the sizes.
+        ValueError: If it is no JSON object, lacks the sizes, or has a field of another type or out of range.
     """
     file = path / SAE_CFG_FILENAME
-    cfg = read_json(file)
-    if missing := [key for key in ("d_in", "d_sae") if key not in cfg]:
-        raise ValueError(
-            f"{file} is not the config of a SAELens dictionary: it has no {' and no '.join(missing)}"
-        )
-    return cfg
+    return check_config(read_json(file), file)
 
 
 def read_log_sparsity(path: Path) -> Tensor | None:
@@ -104,10 +120,13 @@ def read_activation_scale(path: Path) -> float | None:
     file = path / ACTIVATION_SCALER_CFG_FILENAME
     if not file.is_file():
         return None
-    factor = read_json(file).get("scaling_factor")
-    if factor is not None and not isinstance(factor, int | float):
-        raise ValueError(f"{file}: expected a number as scaling_factor, got {factor!r}")
-    return None if factor is None else float(factor)
+    return read_checked(file, _ActivationScaler).scaling_factor
+
+
+class _ActivationScaler(Foreign):
+    """``activation_scaler.json`` of SAELens."""
+
+    scaling_factor: Annotated[Number, Field(gt=0)] | None = None
 
 
 def dictionaries_in(root: Path) -> list[Dictionary]:

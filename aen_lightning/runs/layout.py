@@ -6,6 +6,7 @@ A run's folder is its logger's: ``version_N`` in the folder that was asked for. 
     metrics.csv         the curves, as Lightning's CSVLogger writes them
     checkpoints/        Lightning's checkpoints
     sae/step_N          the dictionary at a checkpoint, as a SAELens folder
+    sae/interrupted     the dictionary where a signal stopped the run
     sae/final           the dictionary at the end
     sweep.csv           a row for each SAE of a sweep; sweep.parquet holds the same
     pareto.json         the fronts of a sweep
@@ -29,8 +30,12 @@ PARETO_FILE = "pareto.json"
 REFIT_FILE = "refit.csv"
 DICTIONARIES_FOLDER = "sae"
 FINAL_FOLDER = "final"
+INTERRUPTED_FOLDER = "interrupted"
+CHECKPOINTS_FOLDER = "checkpoints"
+INTERRUPTED_CHECKPOINT = "interrupted.ckpt"
 _STEP = re.compile(r"step_(\d+)")
 _VERSION = re.compile(r"version_(\d+)")
+_SLURM_CHECKPOINT = re.compile(r"hpc_ckpt_(\d+)\.ckpt")
 
 
 def step_folder(step: int) -> str:
@@ -39,8 +44,8 @@ def step_folder(step: int) -> str:
 
 
 def is_step(name: str) -> bool:
-    """Whether a folder is called as a checkpoint's dictionaries are."""
-    return _STEP.fullmatch(name) is not None
+    """Whether a folder is called as the dictionaries of a run that goes on are: at a checkpoint, or interrupted."""
+    return name == INTERRUPTED_FOLDER or _STEP.fullmatch(name) is not None
 
 
 def is_version(name: str) -> bool:
@@ -65,10 +70,11 @@ def versions(folder: Path) -> list[Path]:
 
 
 def export_folder(run: Path) -> Path | None:
-    """``sae/final`` of a run, or the last ``sae/step_N`` of one that has not ended, or None."""
+    """``sae/final`` of a run, or of one that has not ended ``sae/interrupted`` or the last ``sae/step_N``, or None."""
     root = run / DICTIONARIES_FOLDER
-    if (root / FINAL_FOLDER).is_dir():
-        return root / FINAL_FOLDER
+    for name in (FINAL_FOLDER, INTERRUPTED_FOLDER):
+        if (root / name).is_dir():
+            return root / name
     steps = [(int(m[1]), p) for p in root.glob("*") if p.is_dir() and (m := _STEP.fullmatch(p.name))]
     return max(steps)[1] if steps else None
 
@@ -88,3 +94,21 @@ def run_of(folder: Path) -> tuple[Path | None, str]:
         if up.parent.name == DICTIONARIES_FOLDER and (up.name == FINAL_FOLDER or is_step(up.name)):
             return up.parent.parent, folder.relative_to(up).as_posix() if folder != up else ""
     return None, ""
+
+
+def slurm_checkpoints(root: Path) -> list[Path]:
+    """The checkpoints in a root folder from which Lightning resumes requeued SLURM jobs, oldest first."""
+    numbered = [(int(m[1]), p) for p in root.glob("*") if (m := _SLURM_CHECKPOINT.fullmatch(p.name))]
+    return [path for _, path in sorted(numbered)]
+
+
+def next_slurm_checkpoint(root: Path) -> Path:
+    """Where the next such checkpoint goes; Lightning takes the one with the greatest number."""
+    there = slurm_checkpoints(root)
+    match = _SLURM_CHECKPOINT.fullmatch(there[-1].name) if there else None
+    return root / f"hpc_ckpt_{int(match[1]) + 1 if match else 1}.ckpt"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, in no order."""
+    return list((run / CHECKPOINTS_FOLDER).glob("*.ckpt"))

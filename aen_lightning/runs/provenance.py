@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from aen_lightning.checked import read_yaml
+from aen_lightning.redaction import without_secrets
 from aen_lightning.runs.curves import read_curves
 from aen_lightning.runs.dictionary import Dictionary
 from aen_lightning.runs.layout import CONFIG_FILE
@@ -21,12 +21,6 @@ COEFFICIENTS = {"l1_coefficient": "lambda_1", "l2_coefficient": "lambda_2"}
 """SAELens's names of an AEN-SAE's coefficients, which sum over ``d_in``, and the paper's, which average."""
 
 _PACKAGES = ("aen-lightning", "sae-lens", "torch", "lightning", "transformers", "datasets", "huggingface-hub")
-_SECRET_KEY = re.compile(
-    r"(^|_)(token|tokens?_?secret|api_?key|password|passwd|secret|credentials?|authorization)$", re.IGNORECASE
-)
-_SECRET_VALUE = re.compile(
-    r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9]{16,}|\bgh[pousr]_[A-Za-z0-9]{16,}|://[^/\s@]+:[^/\s@]+@"
-)
 _TRAINER_KEYS = (
     "max_steps",
     "precision",
@@ -115,26 +109,20 @@ def git_commit(folder: Path | None = None) -> str | None:
 
 
 def scrub(value: Any) -> Any:
-    """A copy without secrets, and with local paths cut to their last part.
+    """A copy without secrets (:func:`~aen_lightning.redaction.without_secrets`), and with local paths cut to
+    their last part: an absolute one, or one that leads out of the working directory."""
+    return _without_local_paths(without_secrets(value))
 
-    Entries under keys such as ``token`` or ``password`` are left out; strings that look like an access token,
-    or hold a password in an address, become ``"(removed)"``; an absolute path, or one that leads out of the
-    working directory, keeps its name only.
-    """
-    if isinstance(value, Mapping):
-        return {
-            str(k): scrub(v)
-            for k, v in value.items()
-            if not (_SECRET_KEY.search(str(k)) and isinstance(v, str))
-        }
+
+def _without_local_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_local_paths(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return [scrub(v) for v in value]
+        return [_without_local_paths(v) for v in value]
     if isinstance(value, Path):
-        return scrub(str(value))
-    if isinstance(value, str):
-        if _SECRET_VALUE.search(value):
-            return "(removed)"
-        return value.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1] if is_local_path(value) else value
+        return _without_local_paths(str(value))
+    if isinstance(value, str) and is_local_path(value):
+        return value.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
     return value
 
 
@@ -148,12 +136,11 @@ def _recipe(run: Path) -> dict[str, Any]:
     if not config_file.is_file():
         return {}
     try:
-        config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
-    except yaml.YAMLError:  # a hand-edited or foreign file: the dictionary is as good without it
+        config = read_yaml(config_file)
+    except ValueError:  # a hand-edited or foreign file: the dictionary is as good without it
         return {}
-    if not isinstance(config, dict):
-        return {}
-    trainer = config.get("trainer") or {}
+    trainer = config.get("trainer")
+    trainer = trainer if isinstance(trainer, dict) else {}
     recipe = {
         "seed_everything": config.get("seed_everything"),
         "model": config.get("model"),

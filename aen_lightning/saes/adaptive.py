@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from aen_lightning.compat import FullPrecisionBuffers
 from aen_lightning.saes.aen_config import AENTrainingSAEConfig
+from aen_lightning.saes.lengths import in_steps
 from aen_lightning.saes.penalty import adaptive_weights, starvation_guard, warmup_ramp
 from aen_lightning.saes.step_schedule import StepSchedule
 
@@ -25,9 +26,11 @@ _START = {
     "decoder_norm": 1,
     "activation_scale": 0,
     "hard_threshold": 0,
+    "n_hard_steps": 0,
     "n_observed_steps": 0,
 }
 _PER_FEATURE = ("feature_acts_ema", "firing_rate_ema", "l1_weights", "decoder_norm")
+_COUNTERS = ("n_hard_steps", "n_observed_steps")
 STATE_BUFFERS = tuple(_START)
 """Training state that no inference architecture knows: dropped when a dictionary is exported."""
 
@@ -48,10 +51,11 @@ class AdaptiveState(FullPrecisionBuffers):
         activation_scale: Scalar ``tau``, running mean of the activations that are not zero; only with a
             concave penalty.
         hard_threshold: Scalar, running least activation kept in a hard phase; 0 before it.
+        n_hard_steps: Scalar int64, steps of the hard phase observed.
         n_observed_steps: Scalar int64, training steps observed.
     """
 
-    full_precision_buffers = STATE_BUFFERS[:-1]
+    full_precision_buffers = tuple(name for name in STATE_BUFFERS if name not in _COUNTERS)
 
     cfg: AENTrainingSAEConfig
     training: bool
@@ -64,6 +68,7 @@ class AdaptiveState(FullPrecisionBuffers):
     decoder_norm: Tensor
     activation_scale: Tensor | None
     hard_threshold: Tensor
+    n_hard_steps: Tensor
     n_observed_steps: Tensor
 
     def register_adaptive_state(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -75,7 +80,7 @@ class AdaptiveState(FullPrecisionBuffers):
             absent.add("activation_scale")
         for name, start in _START.items():
             shape = (self.cfg.d_sae,) if name in _PER_FEATURE else ()
-            kind = torch.int64 if name == "n_observed_steps" else _state_dtype(dtype)
+            kind = torch.int64 if name in _COUNTERS else _state_dtype(dtype)
             buffer = None if name in absent else torch.full(shape, start, dtype=kind, device=device)
             self.register_buffer(name, buffer)
 
@@ -162,9 +167,16 @@ class AdaptiveState(FullPrecisionBuffers):
         self.ramp.fill_(ramp)
 
     def scheduled_ramp(self, n_steps: int) -> float:
-        """The ramp that the config asks for at training step ``n_steps``, the first being 1."""
+        """The ramp that the config asks for at training step ``n_steps``, the first being 1.
+
+        Raises:
+            ValueError: For a length that is a share: a trainer without hooks does not say how long a run is.
+        """
+        in_steps(self.cfg.l1_warmup_steps, None, "l1_warmup_steps")
         return warmup_ramp(
-            n_steps, delay_steps=self.cfg.warmup_delay_steps, ramp_steps=self.cfg.warmup_ramp_steps
+            n_steps,
+            delay_steps=in_steps(self.cfg.warmup_delay_steps, None, "warmup_delay_steps"),
+            ramp_steps=in_steps(self.cfg.warmup_ramp_steps, None, "warmup_ramp_steps"),
         )
 
     def adaptive_metrics(self) -> dict[str, Callable[[], Tensor]]:
@@ -196,9 +208,9 @@ class AdaptiveState(FullPrecisionBuffers):
             exact = self.W_dec.to(self.decoder_norm.dtype)
             self.W_dec.copy_(exact * self._row_scale(exact))
 
-    def _row_scale(self, W_dec: Tensor) -> Tensor:
+    def _row_scale(self, W_dec: Tensor, decoder_norm: Tensor | None = None) -> Tensor:
         norm = torch.linalg.vector_norm(W_dec.detach(), dim=-1, keepdim=True).clamp_min(1e-12)
-        scale = self.decoder_norm.unsqueeze(1) / norm
+        scale = (self.decoder_norm if decoder_norm is None else decoder_norm).unsqueeze(1) / norm
         # a row that is right to rounding stays as it is, so that projecting twice, as an export does, changes
         # nothing
         right = (scale - 1).abs() <= 8 * torch.finfo(scale.dtype).eps

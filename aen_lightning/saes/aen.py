@@ -82,7 +82,8 @@ class AENTrainingSAE(AdaptiveState, TrainingSAE[AENTrainingSAEConfig]):
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         return {
             "l1": TrainCoefficientConfig(
-                value=self.cfg.l1_coefficient, warm_up_steps=self.cfg.l1_warmup_steps
+                value=self.cfg.l1_coefficient,
+                warm_up_steps=self.cfg.l1_warmup_steps,  # a share is resolved by who drives
             ),
             "l2": self.cfg.l2_coefficient,
         }

@@ -10,6 +10,7 @@ from sae_lens import JumpReLUSAEConfig, StandardSAEConfig, TrainingSAEConfig
 from sae_lens.saes.sae import SAEConfig
 from typing_extensions import override
 
+from aen_lightning.saes.lengths import Length, is_length, length_expected
 from aen_lightning.saes.penalty import PenaltyName, coefficients_from_paper
 
 ARCHITECTURE = "aen"
@@ -42,7 +43,7 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
         weight_min: Lower bound of the adaptive weights, in (0, 1].
         weight_max: Upper bound of the adaptive weights, ``>= 1``; what a silent feature gets.
         reference_fraction: Share of the strongest features, in (0, 1], whose mean is the reference level.
-        warmup_delay_steps: Training steps with all weights 1; zero or less: adaptive weights from the first
+        warmup_delay_steps: Training steps with all weights 1, or a share of the run, like all lengths here; zero or less: adaptive weights from the first
             step.
         warmup_ramp_steps: Training steps over which the adaptive weights are let in after the delay, ``>=
             0``.
@@ -84,9 +85,9 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
     weight_min: float = 0.01
     weight_max: float = 10.0
     reference_fraction: float = 0.05
-    warmup_delay_steps: int = 4000
-    warmup_ramp_steps: int = 2000
-    l1_warmup_steps: int = 0
+    warmup_delay_steps: Length = 4000
+    warmup_ramp_steps: Length = 2000
+    l1_warmup_steps: Length = 0
     starvation_guard: float = 0.0
     penalty: PenaltyName = "l1"
     penalty_shape: float = 2.0
@@ -115,13 +116,13 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
         def at_least(value: Any, bound: float) -> bool:
             return _is_number(value) and math.isfinite(value) and value >= bound
 
-        def steps(value: Any) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool)
+        def count(value: Any) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
         norm = self.decoder_init_norm
         return [
-            ("d_in", steps(self.d_in) and self.d_in > 0, "a positive integer"),
-            ("d_sae", steps(self.d_sae) and self.d_sae > 0, "a positive integer"),
+            ("d_in", count(self.d_in), "a positive integer"),
+            ("d_sae", count(self.d_sae), "a positive integer"),
             ("l1_coefficient", at_least(self.l1_coefficient, 0), "a finite number >= 0"),
             ("l2_coefficient", at_least(self.l2_coefficient, 0), "a finite number >= 0"),
             ("gamma", at_least(self.gamma, 0), "a finite number >= 0"),
@@ -133,13 +134,13 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
                 at_least(self.reference_fraction, 0) and 0 < self.reference_fraction <= 1,
                 "in (0, 1]",
             ),
-            ("warmup_delay_steps", steps(self.warmup_delay_steps), "an integer number of steps"),
             (
-                "warmup_ramp_steps",
-                steps(self.warmup_ramp_steps) and self.warmup_ramp_steps >= 0,
-                "an integer >= 0",
+                "warmup_delay_steps",
+                is_length(self.warmup_delay_steps, at_least=None),
+                length_expected(at_least=None),
             ),
-            ("l1_warmup_steps", steps(self.l1_warmup_steps) and self.l1_warmup_steps >= 0, "an integer >= 0"),
+            ("warmup_ramp_steps", is_length(self.warmup_ramp_steps), length_expected()),
+            ("l1_warmup_steps", is_length(self.l1_warmup_steps), length_expected()),
             ("starvation_guard", at_least(self.starvation_guard, 0), "a finite number >= 0"),
             ("penalty", self.penalty in get_args(PenaltyName), f"one of {', '.join(get_args(PenaltyName))}"),
             (

@@ -15,6 +15,7 @@ from sae_lens import TrainingSAEConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from aen_lightning.saes.aen_config import AENTrainingSAEConfig
+from aen_lightning.saes.lengths import is_share
 from aen_lightning.spelling import suggest
 
 _PAPER_KEYS = ("lambda_1", "lambda_2")
@@ -59,6 +60,8 @@ def build_sae_config(sae: dict[str, Any]) -> TrainingSAEConfig:
         raise ValueError(f"sae lacks {', '.join(missing)} (architecture {architecture!r})")
     hints = get_type_hints(cfg_class) | dict.fromkeys(_PAPER_KEYS, float)
     for key, value in fields.items():
+        if key.endswith("_steps") and is_share(value):
+            continue  # a length, also SAELens's own: TrackedSAE makes steps of it
         if not _fits(value, hints[key]):
             raise ValueError(f"sae.{key} must be {_type_name(hints[key])}, got {value!r}")
     k = fields.get("k", known["k"].default if "k" in known else 0)

@@ -51,9 +51,8 @@ class RelaxedTrainingSAEConfig(TrainingSAEConfig):
 class RelaxedTrainingSAE(TrainingSAE[RelaxedTrainingSAEConfig]):
     """Refits a dictionary's decoder and magnitudes on its own support.
 
-    Parameters: ``offset`` (d_sae,), ``W_dec`` (d_sae, d_in), ``b_dec`` (d_in,). Fixed: ``W_enc`` (d_in,
-        d_sae), ``b_enc`` (d_sae,) and the
-    buffer ``threshold`` (d_sae,), in activation units.
+    It trains ``offset`` (d_sae,), ``W_dec`` (d_sae, d_in) and ``b_dec`` (d_in,). Fixed are ``W_enc`` (d_in,
+    d_sae), ``b_enc`` (d_sae,) and the buffer ``threshold`` (d_sae,), in activation units.
     """
 
     b_enc: nn.Parameter

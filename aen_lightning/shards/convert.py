@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
 from aen_lightning.compat import consolidate_saelens_shards
-from aen_lightning.files import DTYPES
+from aen_lightning.files import DTYPES, ModelDtype
 from aen_lightning.shards.manifest import Manifest, ShardError, require_disk
-from aen_lightning.shards.read import ShardSet, open_activations, write_stamps
+from aen_lightning.shards.read import ShardSet, open_activations
 from aen_lightning.shards.saelens_cache import SAELensCache
 from aen_lightning.shards.source import ActivationSource
 from aen_lightning.shards.write import ShardFolder, ShardStream
@@ -173,13 +174,13 @@ def from_saelens(
     source = SAELensCache(source_path)
     stored = str(source.dtype).removeprefix("torch.")
     dtype = dtype or stored
-    if dtype not in DTYPES:
+    if dtype not in get_args(ModelDtype):
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     assert source.context_size is not None
     hook_names = list(source.d_in)
     manifest = Manifest(
         d_in=source.d_in,
-        dtype=dtype,
+        dtype=cast(ModelDtype, dtype),
         context_size=source.context_size,
         metadata={
             "model_name": model_name,
@@ -202,7 +203,6 @@ def from_saelens(
         stream.append({h: _fit(x, dtype, f"{source.path}, {h}") for h, x in piece.items()}, ids)
         stream.close()
     manifest = folder.collect(complete=True)
-    write_stamps(folder.path, manifest.shards)
     return Conversion(folder.path, manifest.n_tokens, 0, dtype, tuple(notes))
 
 

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-from aen_lightning.files import DTYPES, read_json, write_json
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
+
+from aen_lightning.checked import OUR_RECORD, Count, FileName, Flag, Size, Word, check
+from aen_lightning.files import DTYPES, ModelDtype, human_size, read_json, write_json
+from aen_lightning.redaction import without_secrets
+from aen_lightning.saes.metadata import Metadata
 
 FORMAT = "aen-lightning-activations"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
+
+
+_MAX_HEADER_BYTES = 100 * 10**6  # safetensors reads no longer one
+STAMP_KEY = "stamp"
+"""In a loose record: what tells that the shard is still the one that was hashed."""
+_DERIVED = ("format", "version", "n_tokens", "counts")
 
 
 class ShardError(ValueError):
@@ -31,12 +44,24 @@ class ShardRecord:
         counts: Tokens of the text behind it, by fate: ``read``, ``special``, ``outlier``; may be empty.
     """
 
-    index: int
-    file: str
-    n_tokens: int
-    n_bytes: int
-    sha256: str
-    counts: dict[str, int] = field(default_factory=dict)
+    __pydantic_config__: ClassVar[ConfigDict] = OUR_RECORD
+
+    index: Annotated[int, Field(ge=0, le=10**7, strict=True)]
+    file: FileName
+    n_tokens: Count
+    n_bytes: Count
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$", strict=True)]
+    counts: dict[Word, Count] = field(default_factory=dict)
+
+
+class HarvestPlan(TypedDict, total=False):
+    """``plan`` of a manifest: work orders, so that a harvest that was cut off makes the same shards."""
+
+    __pydantic_config__ = OUR_RECORD  # type: ignore[misc]
+
+    rows_per_shard: Size
+    rows: list[Count]
+    exclude_token_ids: list[int]
 
 
 @dataclass
@@ -59,15 +84,17 @@ class Manifest:
         shards: Records in order of ``index``.
     """
 
-    d_in: dict[str, int]
-    dtype: str
-    context_size: int
+    __pydantic_config__: ClassVar[ConfigDict] = OUR_RECORD
+
+    d_in: Annotated[dict[Word, Size], Field(min_length=1)]
+    dtype: ModelDtype
+    context_size: Size
     metadata: dict[str, Any] = field(default_factory=dict)
     filters: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
-    plan: dict[str, Any] = field(default_factory=dict)
-    n_shards: int | None = None
-    complete: bool = False
+    plan: HarvestPlan = field(default_factory=HarvestPlan)
+    n_shards: Count | None = None
+    complete: Flag = False
     shards: list[ShardRecord] = field(default_factory=list)
 
     @property
@@ -90,9 +117,16 @@ class Manifest:
         return total
 
     def write(self, folder: Path) -> None:
-        """Replace the folder's manifest atomically."""
-        content = {"format": FORMAT, "version": VERSION} | asdict(self)
+        """Replace the folder's manifest atomically; no secret gets into it."""
+        body = asdict(self) | {
+            name: without_secrets(getattr(self, name)) for name in ("metadata", "settings")
+        }
+        content = {"format": FORMAT, "version": VERSION} | body
         write_json(folder / MANIFEST_NAME, content | {"n_tokens": self.n_tokens, "counts": self.counts})
+
+    def settings_on_disk(self) -> dict[str, Any]:
+        """``settings`` as they come back from disk: without secrets, tuples as lists."""
+        return dict(json.loads(json.dumps(without_secrets(self.settings))))
 
     @classmethod
     def read(cls, folder: Path, *, with_loose_records: bool = False) -> Manifest:
@@ -105,37 +139,94 @@ class Manifest:
 
         Raises:
             FileNotFoundError: If there is none.
-            ShardError: If it is not one of ours, is damaged, or of a later version.
+            ShardError: If it is not one of ours, is damaged, contradicts itself, or is of a later version.
         """
-        path = folder / MANIFEST_NAME
-        if not path.is_file():
+        if not (folder / MANIFEST_NAME).is_file():
             raise FileNotFoundError(
                 f"{folder} holds no {MANIFEST_NAME}: it is not a set of activation shards"
             )
+        path = file_inside(folder, MANIFEST_NAME)
         content = read_record(path)
         if content.get("format") != FORMAT:
             raise ShardError(
-                f"{path} is not a manifest of activations: its format is {content.get('format')!r}, not "
-                f"{FORMAT!r}"
+                f"{path} is not a manifest of activations: its format is {str(content.get('format'))[:60]!r}, "
+                f"not {FORMAT!r}"
             )
         if content.get("version") != VERSION:
             raise ShardError(
-                f"{path} has format version {content.get('version')!r}; this aen-lightning reads {VERSION}: "
-                "update the package"
+                f"{path} has format version {str(content.get('version'))[:60]}; this aen-lightning reads "
+                f"{VERSION}: update the package"
             )
+        body = {key: value for key, value in content.items() if key not in _DERIVED}
         try:
-            records = [ShardRecord(**s) for s in content["shards"]]
-            known = {k: content[k] for k in cls.__dataclass_fields__ if k != "shards"}
-            manifest = cls(shards=records, **known)
-        except (KeyError, TypeError) as e:
-            raise ShardError(f"{path} is damaged: {e}") from e
-        if manifest.dtype not in DTYPES:
-            raise ShardError(f"{path} has dtype {manifest.dtype!r}, expected one of {', '.join(DTYPES)}")
+            manifest = check(cls, body, path)
+            check(Metadata, manifest.metadata, f"{path}: metadata")
+        except ValueError as error:
+            raise ShardError(f"{error}; it is damaged, or no manifest of ours") from error
+        _require_consistent(manifest, path)
+        if content.get("n_tokens", manifest.n_tokens) != manifest.n_tokens:
+            raise ShardError(
+                f"{path} is damaged: n_tokens is {str(content['n_tokens'])[:60]}, and its shards have "
+                f"{manifest.n_tokens} together"
+            )
         if with_loose_records:
             listed = {s.index for s in manifest.shards}
             loose = [r for r in loose_records(folder) if r.index not in listed]
             manifest.shards = sorted([*manifest.shards, *loose], key=lambda s: s.index)
+            _require_consistent(manifest, path)
         return manifest
+
+
+def _require_consistent(manifest: Manifest, path: Path) -> None:
+    """Refuse what no harvest writes: a shard twice, one too many, more rows than its bytes can hold.
+
+    With the sizes of the files (:class:`~aen_lightning.shards.read.ShardSet` compares them) this bounds every
+    number that memory is set aside for.
+    """
+    indices = [record.index for record in manifest.shards]
+    for at, record in enumerate(manifest.shards):
+        if record.file != shard_name(record.index):
+            raise ShardError(
+                f"{path} is damaged: shards[{at}].file is {record.file!r}, and shard {record.index} is "
+                f"{shard_name(record.index)!r}"
+            )
+        header = record.n_bytes - record.n_tokens * manifest.bytes_per_token
+        if not 8 <= header <= _MAX_HEADER_BYTES:
+            raise ShardError(
+                f"{path} is damaged: {record.file} has {record.n_bytes} bytes and {record.n_tokens} tokens of "
+                f"{manifest.bytes_per_token} bytes, which cannot both be"
+            )
+    if indices != sorted(set(indices)):
+        twice = next((i for i in indices if indices.count(i) > 1), None)
+        what = "its shards are not in order" if twice is None else f"it lists {shard_name(twice)} twice"
+        raise ShardError(f"{path} is damaged: {what}")
+    n = manifest.n_shards
+    if n is not None and indices and indices[-1] >= n:
+        raise ShardError(f"{path} is damaged: n_shards is {n}, and it lists {shard_name(indices[-1])}")
+    if manifest.complete:
+        missing = next((i for i, index in enumerate(indices) if i != index), len(indices))
+        if missing < (len(indices) if n is None else n):
+            raise ShardError(
+                f"{path} is damaged: it says that all {n or ''} shards are there, and does not list "
+                f"{shard_name(missing)}"
+            )
+
+
+def file_inside(folder: Path, name: str) -> Path:
+    """``folder / name``, unless it is a link to somewhere else.
+
+    A link may stay in the folder, or lead to the ``blobs`` of huggingface_hub's cache that the folder lies in.
+
+    Raises:
+        ShardError: If it leads anywhere else.
+    """
+    path = folder / name
+    if path.is_symlink():
+        home, target = folder.resolve(), path.resolve()
+        caches = [up.parent / "blobs" for up in (home, *home.parents) if up.name == "snapshots"]
+        if not any(target.is_relative_to(allowed) for allowed in (home, *caches)):
+            raise ShardError(f"{path} is a link to {target}, outside of the set: copy the file itself there")
+    return path
 
 
 def shard_name(index: int) -> str:
@@ -149,9 +240,24 @@ def record_path(folder: Path, index: int) -> Path:
 
 
 def loose_records(folder: Path) -> list[ShardRecord]:
-    """Records beside the manifest whose shards are in place, in order."""
-    records = [ShardRecord(**read_record(p)) for p in sorted(folder.glob("shard-*.json"))]
-    return [r for r in records if (folder / r.file).is_file()]
+    """Records beside the manifest whose shards are in place, in order.
+
+    Raises:
+        ShardError: If one is damaged.
+    """
+    records = []
+    for path in sorted(folder.glob("shard-*.json")):
+        content = read_record(file_inside(folder, path.name))
+        content.pop(STAMP_KEY, None)
+        try:
+            record = check(ShardRecord, content, path)
+        except ValueError as error:
+            raise ShardError(f"{error}; it is damaged") from error
+        if path != record_path(folder, record.index):
+            raise ShardError(f"{path} is the record of shard {record.index}: it is damaged")
+        if (folder / record.file).is_file():
+            records.append(record)
+    return sorted(records, key=lambda record: record.index)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -181,6 +287,6 @@ def require_disk(folder: Path, n_bytes: int, *, force: bool = False) -> None:
     free = shutil.disk_usage(existing).free
     if n_bytes > free and not force:
         raise ShardError(
-            f"{folder} needs {n_bytes / 2**30:.2f} GiB more and its disk has {free / 2**30:.2f} GiB free: "
+            f"{folder} needs {human_size(n_bytes)} more and its disk has {human_size(free)} free: "
             "take fewer tokens, a 16-bit dtype or another disk, or force it (force_disk: true)"
         )

@@ -8,27 +8,28 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from aen_lightning.files import DTYPES, write_json
+from aen_lightning.files import DTYPES, human_size
 from aen_lightning.shards.manifest import (
     MANIFEST_NAME,
     Manifest,
     ShardError,
     ShardRecord,
+    file_inside,
     loose_records,
-    read_record,
 )
 from aen_lightning.shards.saelens_cache import SAELensCache
 from aen_lightning.shards.source import ActivationSource
+from aen_lightning.shards.stamps import is_stamped, read_stamps, stamp, write_stamps
+from aen_lightning.spelling import printable
 
 Verify = Literal["once", "always", "never"]
-_STAMPS_NAME = ".verified.json"
 
 
 class ShardSet(ActivationSource):
@@ -37,8 +38,9 @@ class ShardSet(ActivationSource):
     Args:
         path: Folder with a ``manifest.json``.
         allow_incomplete: Take the shards that are there of a harvest that runs or was cut off.
-        verify: ``once``: compare each shard's SHA-256 with the manifest unless size and modification time say
-            it was compared before (the notes are in ``.verified.json``); ``always``; ``never``: sizes only.
+        verify: ``once``: compare each shard's SHA-256 with the manifest unless it is known to be the file that
+            was compared before (the notes are in ``.verified.json``, see :mod:`aen_lightning.shards.stamps`);
+            ``always``; ``never``: sizes only.
 
     Raises:
         FileNotFoundError: If there is no set.
@@ -79,7 +81,7 @@ class ShardSet(ActivationSource):
 
 
 def _open_shard(folder: Path, record: ShardRecord, manifest: Manifest) -> dict[str, Tensor]:
-    path, names = folder / record.file, ["token_ids", *manifest.d_in]
+    path, names = file_inside(folder, record.file), ["token_ids", *manifest.d_in]
     try:
         tensors = load_file(path)  # mapped: pages are read when they are used
     except (SafetensorError, OSError) as e:
@@ -98,7 +100,7 @@ def _open_shard(folder: Path, record: ShardRecord, manifest: Manifest) -> dict[s
 
 
 def _check_size(folder: Path, record: ShardRecord) -> None:
-    path = folder / record.file
+    path = file_inside(folder, record.file)
     if not path.is_file():
         raise ShardError(
             f"{path} is missing, and the manifest lists it: fetch it again, or harvest into this folder again"
@@ -110,7 +112,9 @@ def _check_size(folder: Path, record: ShardRecord) -> None:
         )
 
 
-def _check_hash(folder: Path, record: ShardRecord) -> None:
+def _check_hash(folder: Path, record: ShardRecord) -> list[str | int]:
+    """The stamp of a shard that has the hash it should; taken before, so that a change meanwhile shows."""
+    before = stamp(folder, record)
     with (folder / record.file).open("rb") as f:
         found = hashlib.file_digest(f, "sha256").hexdigest()
     if found != record.sha256:
@@ -118,35 +122,24 @@ def _check_hash(folder: Path, record: ShardRecord) -> None:
             f"{folder / record.file} is damaged: its SHA-256 is {found[:12]}..., by the manifest "
             f"{record.sha256[:12]}.... Fetch it again, or delete it and harvest into this folder again"
         )
+    return before
 
 
 def _check_hashes(folder: Path, records: Sequence[ShardRecord], *, again: bool) -> None:
     """Compare hashes, several files at a time, and note what was compared."""
-    stamps_path = folder / _STAMPS_NAME
-    stamps = read_record(stamps_path) if stamps_path.is_file() else {}
-    due = [r for r in records if again or stamps.get(r.file) != _stamp(folder, r)]
+    stamps = read_stamps(folder)
+    due = [r for r in records if again or not is_stamped(folder, r, stamps)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(lambda r: _check_hash(folder, r), due):
-            pass
-    if any(stamps.get(r.file) != _stamp(folder, r) for r in due):
+        fresh = dict(zip((r.file for r in due), pool.map(lambda r: _check_hash(folder, r), due), strict=True))
+    if any(stamps.get(name) != new for name, new in fresh.items()):
         try:
-            write_stamps(folder, records)
+            write_stamps(folder, stamps | fresh)
         except OSError as e:
             warnings.warn(
                 f"cannot note in {folder} that its shards were verified ({e}): they are hashed at each "
                 "opening",
                 stacklevel=3,
             )
-
-
-def _stamp(folder: Path, record: ShardRecord) -> list[Any]:
-    stat = (folder / record.file).stat()
-    return [record.sha256, stat.st_size, stat.st_mtime_ns]
-
-
-def write_stamps(folder: Path, records: Sequence[ShardRecord]) -> None:
-    """Note that these shards agree with the manifest."""
-    write_json(folder / _STAMPS_NAME, {r.file: _stamp(folder, r) for r in records})
 
 
 def verify(path: str | Path) -> Manifest:
@@ -190,10 +183,10 @@ def info(path: str | Path) -> str:
         rows |= {f"tokens {name}": f"{n:,}" for name, n in manifest.counts.items()}
         rows |= {f"filter {name}": value for name, value in manifest.filters.items()}
         rows["shards"] = f"{len(manifest.shards)} of {manifest.n_shards or '?'}"
-        rows["size"] = f"{sum(s.n_bytes for s in manifest.shards) / 2**30:.3f} GiB"
+        rows["size"] = human_size(sum(s.n_bytes for s in manifest.shards))
         rows["complete"] = "yes" if manifest.complete else "no: run the harvest again to finish it"
     width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+    return printable("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
 
 
 def open_activations(

@@ -4,14 +4,37 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pyarrow.lib import ArrowException
+from pydantic import Field
 from torch import Tensor
 
+from aen_lightning.checked import FileName, Foreign, read_checked
 from aen_lightning.compat import is_index_into_other_rows
 from aen_lightning.files import DTYPES
-from aen_lightning.shards.manifest import ShardError
+from aen_lightning.shards.manifest import ShardError, file_inside
 from aen_lightning.shards.source import ActivationSource
+from aen_lightning.spelling import printable
+
+
+class _DataFile(Foreign):
+    filename: FileName
+
+
+class _State(Foreign):
+    """``state.json`` of a dataset on disk, as far as it names files."""
+
+    data_files: Annotated[list[_DataFile], Field(alias="_data_files")]
+
+
+def _check_file_names(folder: Path) -> None:
+    try:
+        for file in read_checked(folder / "state.json", _State).data_files:
+            file_inside(folder, file.filename)
+    except ValueError as error:
+        raise ShardError(f"{error}; {folder} is no dataset that SAELens cached, or a damaged one") from error
 
 
 class SAELensCache(ActivationSource):
@@ -29,7 +52,20 @@ class SAELensCache(ActivationSource):
         import datasets
 
         self.path = Path(path)
-        dataset = datasets.load_from_disk(str(path))
+        _check_file_names(self.path)
+        try:
+            dataset = datasets.load_from_disk(str(path))
+        except (
+            ArrowException,
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            IndexError,
+        ) as error:
+            reason = " ".join(printable(f"{type(error).__name__}: {error}").split())
+            raise ShardError(f"{path} cannot be read as a dataset that SAELens cached: {reason}") from error
         if not isinstance(dataset, datasets.Dataset):
             raise ShardError(f"{path} holds several datasets ({', '.join(dataset)}): give the folder of one")
         if is_index_into_other_rows(dataset):
@@ -45,7 +81,10 @@ class SAELensCache(ActivationSource):
             raise ShardError(f"{path}: the columns differ in context_size: {sorted(shapes)}")
         self.d_in = {n: f.shape[1] for n, f in columns.items()}
         self.context_size = next(iter(shapes))[0]
-        self.dtype = DTYPES[next(iter(columns.values())).dtype]
+        stored = next(iter(columns.values())).dtype
+        if stored not in DTYPES:
+            raise ShardError(f"{path} has activations of {stored}, expected one of {', '.join(DTYPES)}")
+        self.dtype = DTYPES[stored]
         self.metadata = {}
         self._columns = [*columns, *(["token_ids"] if "token_ids" in dataset.column_names else [])]
         chunks = self._table.column(next(iter(columns))).chunks

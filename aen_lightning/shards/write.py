@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from aen_lightning.files import DTYPES, put_in_place, safetensors_header, temporary_beside, write_json
 from aen_lightning.shards.manifest import (
     MANIFEST_NAME,
+    STAMP_KEY,
     Manifest,
     ShardError,
     ShardRecord,
@@ -21,6 +21,7 @@ from aen_lightning.shards.manifest import (
     record_path,
     shard_name,
 )
+from aen_lightning.shards.stamps import adopt_loose_stamps, stamp
 
 _COPY_BYTES = 1 << 24
 
@@ -54,7 +55,7 @@ class ShardStream:
         self._row_bytes = {"token_ids": 4} | {h: d * DTYPES[dtype].itemsize for h, d in self.d_in.items()}
         self._header = self._make_header(capacity)
         self._temporary = temporary_beside(folder / shard_name(index))
-        self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         self._starts = self._tensor_starts(capacity)
 
     def _make_header(self, n: int, length: int | None = None) -> bytes:
@@ -132,7 +133,11 @@ class ShardStream:
                 sha256 = hashlib.file_digest(f, "sha256").hexdigest()
             put_in_place(self._temporary, self.folder / shard_name(self.index))
             record = ShardRecord(self.index, shard_name(self.index), n, n_bytes, sha256, self.counts)
-            write_json(record_path(self.folder, self.index), record.__dict__)
+            # hashed just now: what the file is known by is kept with its record, and nobody need hash it again
+            write_json(
+                record_path(self.folder, self.index),
+                record.__dict__ | {STAMP_KEY: stamp(self.folder, record)},
+            )
             return record
 
         return seal
@@ -195,7 +200,7 @@ class ShardFolder:
                 )
             manifest.write(self.path)
         there = Manifest.read(self.path)
-        wanted = json.loads(json.dumps(manifest.settings))  # as it would come back from disk
+        wanted = manifest.settings_on_disk()
         different = [k for k in sorted({*wanted, *there.settings}) if wanted.get(k) != there.settings.get(k)]
         if different:
             said = "; ".join(f"{k} was {there.settings.get(k)!r}, now {wanted.get(k)!r}" for k in different)
@@ -204,7 +209,7 @@ class ShardFolder:
                 "settings"
             )
         for temporary in self.path.rglob(".*.tmp"):
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
         return self.collect()
 
     def collect(self, *, complete: bool | None = None) -> Manifest:
@@ -232,6 +237,7 @@ class ShardFolder:
         if complete is not None:
             manifest.complete = complete
         manifest.write(self.path)
+        adopt_loose_stamps(self.path, manifest.shards)
         for record in loose_records(self.path):
             record_path(self.path, record.index).unlink()
         return manifest

@@ -8,22 +8,33 @@ from typing import Any, Literal, cast, get_args
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sae_lens import TrainingSAE
 from torch import Tensor, nn
 
-from aen_lightning import sparse
-from aen_lightning.callbacks import DeadFeatureTracker, DelayedWarmup, EMAWeightRefresh, ExportSAE, Throughput
+from aen_lightning import sharded, sparse
+from aen_lightning.callbacks import (
+    DeadFeatureTracker,
+    DelayedWarmup,
+    EMAWeightRefresh,
+    ExportSAE,
+    SaveOnSignal,
+    Throughput,
+)
 from aen_lightning.callbacks.modules import prefixed
 from aen_lightning.saes.aen import AENTrainingSAE
 from aen_lightning.saes.export import check_scaling, export_sae
 from aen_lightning.saes.input_scaling import InputScaling
+from aen_lightning.saes.lengths import Length
 from aen_lightning.saes.step_schedule import StepSchedule
 from aen_lightning.sparse import backend
 from aen_lightning.sparse.precision import MatmulPrecision, set_matmul_precision
+from aen_lightning.training.checkpoints import WholeCheckpointIO
 from aen_lightning.training.hand_back import HandBack
 from aen_lightning.training.optimizer import OptimizerSettings
 from aen_lightning.training.progress_bar import show_in_bar
+from aen_lightning.training.sharded_features import ShardedFeatures, refuse_model_parallel
 from aen_lightning.training.tracked_sae import TrackedSAE
 
 
@@ -32,7 +43,7 @@ class SAETrainingModule(pl.LightningModule):
 
     Args:
         saes: The SAEs by name; the only one of a run has the empty name.
-        dead_feature_window: Training steps without firing after which a feature counts as dead in
+        dead_feature_window: Training steps, or a share of the run, without firing after which a feature counts as dead in
             ``sparsity/dead_features`` and, in architectures that revive features, gets the auxiliary loss.
         float32_matmul_precision: ``torch.set_float32_matmul_precision`` during a fit on a GPU: ``high`` lets float32
             products run in TF32, ``highest`` does not. None: as it is. Nothing on a CPU.
@@ -48,7 +59,7 @@ class SAETrainingModule(pl.LightningModule):
     def __init__(
         self,
         saes: Mapping[str, TrainingSAE[Any]],
-        dead_feature_window: int = 1000,
+        dead_feature_window: Length = 1000,
         float32_matmul_precision: MatmulPrecision | None = "high",
         compile_sae: bool = False,
         sae_compilation_mode: str | None = None,
@@ -56,6 +67,11 @@ class SAETrainingModule(pl.LightningModule):
         **optimizer: Any,
     ) -> None:
         super().__init__()
+        self.sharded_features: ShardedFeatures | None = None
+        if dead_feature_window <= 0:
+            raise ValueError(
+                f"dead_feature_window must be at least 1 step, or a share of the run in (0, 1), got {dead_feature_window}"
+            )
         self.optimizer_settings = OptimizerSettings(**optimizer)
         if float32_matmul_precision not in (*get_args(MatmulPrecision), None):
             raise ValueError(
@@ -94,13 +110,24 @@ class SAETrainingModule(pl.LightningModule):
         """
         return {tracked.name: tracked.sparsity_multiplier for tracked in self.tracked}
 
+    @property
+    def shard_features(self) -> bool:
+        """Whether each rank holds a part of the features and sees the whole batch."""
+        return self.sharded_features is not None
+
     # --- wiring --------------------------------------------------------------------------------------------
     def configure_callbacks(self) -> list[pl.Callback]:
         """The callbacks training needs.
 
         One of the same class (or a subclass) given to the Trainer takes its place.
         """
-        defaults: list[type[pl.Callback]] = [HandBack, DeadFeatureTracker, ExportSAE, Throughput]
+        defaults: list[type[pl.Callback]] = [
+            HandBack,
+            DeadFeatureTracker,
+            ExportSAE,
+            Throughput,
+            SaveOnSignal,
+        ]
         if self._adaptive_saes():
             defaults = [DelayedWarmup, EMAWeightRefresh, *defaults]
         given = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
@@ -108,6 +135,8 @@ class SAETrainingModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the data against each SAE before any work, and take over what they say of themselves."""
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin of the user's stays
+            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         datamodule = getattr(self.trainer, "datamodule", None)
         d_in = getattr(datamodule, "d_in", None)
         if isinstance(d_in, dict):
@@ -124,9 +153,18 @@ class SAETrainingModule(pl.LightningModule):
                     f"set model.sae.d_in to {d_in}"
                 )
         self._adopt_data_description()
+        if self.sharded_features is None:
+            refuse_model_parallel(self.trainer)
+        else:
+            self.sharded_features.check(self.trainer, compile_sae=self.compile_sae)
         if self.compile_sae and stage == "fit":
             for tracked in self.tracked:
                 tracked.compile(mode=self.sae_compilation_mode, backend=self.sae_compilation_backend)
+
+    def configure_model(self) -> None:
+        """With sharded features, make this rank's part of the weights."""
+        if self.sharded_features is not None:
+            self.sharded_features.make_weights(self.trainer)
 
     def _adaptive_saes(self) -> list[AENTrainingSAE]:
         return [sae for sae in self.saes.values() if isinstance(sae, AENTrainingSAE)]
@@ -148,14 +186,21 @@ class SAETrainingModule(pl.LightningModule):
             sae.to(device=self.device)
             if sae.W_enc.dtype != sae.dtype:
                 sae.to(dtype=sae.W_enc.dtype)
+        for tracked in self.tracked:
+            tracked.run_steps = self.trainer.estimated_stepping_batches
         self._undo.append(show_in_bar(self.trainer.progress_bar_callback, self.bar_values))  # type: ignore[attr-defined]
         if self.device.type == "cuda" and self.float32_matmul_precision is not None:
             self._undo.append(set_matmul_precision(self.float32_matmul_precision))
-        strategy = self.trainer.strategy
         self.step_schedule = StepSchedule(
             n_micro_batches=self.trainer.accumulate_grad_batches,
-            reduce_mean=lambda tensor: cast(Tensor, strategy.reduce(tensor, reduce_op="mean")),
+            reduce_mean=lambda tensor: self._over_batches(tensor, "mean"),
         )
+
+    def _over_batches(self, tensor: Tensor, op: Literal["mean", "sum"]) -> Tensor:
+        """Reduce over the ranks that have other batches; with sharded features there are none."""
+        if self.shard_features:
+            return tensor
+        return cast(Tensor, self.trainer.strategy.reduce(tensor, reduce_op=op))
 
     def on_train_start(self) -> None:
         """Read the data's description again: an average scale is only known once data have been seen."""
@@ -167,7 +212,8 @@ class SAETrainingModule(pl.LightningModule):
         while self._undo:
             self._undo.pop()()
         for sae in self._adaptive_saes():
-            sae.W_enc.data = sae.W_enc.data.contiguous()
+            if not self.shard_features:
+                sae.W_enc.data = sae.W_enc.data.contiguous()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer with a parameter group per SAE, and SAELens's learning-rate schedule, stepped once
@@ -203,6 +249,7 @@ class SAETrainingModule(pl.LightningModule):
     def _lays_encoders_feature_by_feature(self) -> bool:
         return (
             self.optimizer_settings.is_plain_adam
+            and not self.shard_features
             and not self._scales_gradients()
             and self.trainer.world_size
             == 1  # DDP and FSDP lay out their buckets before the optimizer is made
@@ -224,6 +271,9 @@ class SAETrainingModule(pl.LightningModule):
 
         Lightning refuses to clip for a fused optimizer in any mixed precision, though only scaled losses forbid it.
         """
+        if self.shard_features and gradient_clip_val:
+            sharded.clip_gradients_(self.parameters(), gradient_clip_val, algorithm=gradient_clip_algorithm)
+            return
         rows = self.trainer.optimizers[0]
         if isinstance(rows, sparse.RowAdam) and gradient_clip_algorithm != "value":
             for group in rows.param_groups:
@@ -257,18 +307,19 @@ class SAETrainingModule(pl.LightningModule):
         """
         n_steps, is_logging_step = self.trainer.global_step, self._is_logging_step()
         # equal batches on every rank, as everywhere in a data-parallel step
-        n_tokens = len(batch) * self.trainer.world_size
+        n_tokens = len(batch) * (1 if self.shard_features else self.trainer.world_size)
         self.n_training_samples += n_tokens
         losses, n_firings, logs = [], {}, {}
         for tracked in self.tracked:
             self._check_batch(batch, tracked)
+            if self.sharded_features is not None:
+                self.sharded_features.compare_first(batch)
             output = tracked.training_forward_pass(
                 batch, self.step_schedule, n_training_steps=n_steps, is_logging_step=is_logging_step
             )
             losses.append(output.loss)
             with torch.no_grad():
-                counts = self.trainer.strategy.reduce(tracked.firing_counts(output), reduce_op="sum")
-                n_firings[tracked.name] = cast(Tensor, counts)
+                n_firings[tracked.name] = self._over_batches(tracked.firing_counts(output), "sum")
                 tracked.note_firings(n_firings[tracked.name])
                 if is_logging_step:
                     logs[tracked.name] = tracked.log_values(output, n_steps)
@@ -360,6 +411,7 @@ class SAETrainingModule(pl.LightningModule):
     def export(self, path: str | Path, log_sparsity: Tensor | None = None, *, name: str = "") -> Path:
         """Write one dictionary as a SAELens folder for raw activations.
 
-        See :func:`aen_lightning.saes.export.export_sae`.
+        See :func:`aen_lightning.saes.export.export_sae`; with sharded features every rank must call it.
         """
-        return export_sae(self.saes[name], path, input_scaling=self.input_scaling, log_sparsity=log_sparsity)
+        write = sharded.export_sharded_sae if self.shard_features else export_sae
+        return write(self.saes[name], path, input_scaling=self.input_scaling, log_sparsity=log_sparsity)

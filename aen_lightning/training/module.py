@@ -10,8 +10,10 @@ from typing import Any
 from sae_lens import TrainingSAE, TrainingSAEConfig
 
 from aen_lightning.saes.from_dict import build_sae_config
+from aen_lightning.sharded import empty_sharded_sae
 from aen_lightning.training.base import SAETrainingModule
 from aen_lightning.training.grid import Member, expand_grid
+from aen_lightning.training.sharded_features import ShardedFeatures
 from aen_lightning.training.tracked_sae import new_sae
 
 
@@ -27,6 +29,9 @@ class SAEModule(SAETrainingModule):
         sae: ``architecture`` and the fields of its SAELens training config; unknown keys are refused. For
             ``aen`` also the paper's ``lambda_1`` and ``lambda_2``.
         seed: Seed of the initial weights. None: the global generator, which ``seed_everything`` seeds.
+        shard_features: Hold a part of the features on each rank, for an SAE too big for one GPU; every rank
+            sees the whole batch. Needs ``ModelParallelStrategy`` with ``data_parallel_size`` 1, and
+            architecture ``aen``, ``topk`` or ``batchtopk``. The weights are made when a fit begins.
         **training: As for :class:`~aen_lightning.training.base.SAETrainingModule`: ``lr``,
             ``dead_feature_window``, ...
 
@@ -34,10 +39,19 @@ class SAEModule(SAETrainingModule):
         ValueError: For a config that does not hold together; at ``setup``, if the data do not fit the SAE.
     """
 
-    def __init__(self, sae: dict[str, Any], seed: int | None = None, **training: Any) -> None:
-        super().__init__({"": new_sae(build_sae_config(sae), seed)}, **training)
-        # plain values only, so that checkpoints load with weights_only; config.yaml has them for people
-        self.save_hyperparameters(logger=False)
+    def __init__(
+        self, sae: dict[str, Any], seed: int | None = None, shard_features: bool = False, **training: Any
+    ) -> None:
+        cfg = build_sae_config(sae)
+        if shard_features:
+            sae_parts = empty_sharded_sae(cfg)
+            super().__init__({"": sae_parts}, **training)
+            self.sharded_features = ShardedFeatures(sae_parts, lambda: new_sae(cfg, seed))
+        else:
+            super().__init__({"": new_sae(cfg, seed)}, **training)
+        # plain values only, so that checkpoints load with weights_only; config.yaml has them for people. Not how
+        # this run holds the weights: a checkpoint of whole weights opens without ranks.
+        self.save_hyperparameters(logger=False, ignore=["shard_features"])
 
     @classmethod
     def from_config(cls, cfg: TrainingSAEConfig, **kwargs: Any) -> SAEModule:

@@ -13,6 +13,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sae_lens.training.optim import get_lr_scheduler
 from torch import nn
 
+from aen_lightning.saes.lengths import Length, check_length, in_steps
+
 SchedulerName = Literal["constant", "cosineannealing", "cosineannealingwarmrestarts"]
 
 
@@ -26,8 +28,8 @@ class OptimizerSettings:
         optimizer_kwargs: Further arguments of the optimizer. Adam and AdamW run fused (not in ``16-mixed``)
             unless ``fused`` is given.
         lr_scheduler_name: SAELens's ``constant``, ``cosineannealing`` or ``cosineannealingwarmrestarts``.
-        lr_warm_up_steps: Optimizer steps of linear warm-up.
-        lr_decay_steps: Optimizer steps of linear decay to zero at the end; needs ``max_steps`` on the
+        lr_warm_up_steps: Optimizer steps of linear warm-up, or a share of the run, a float in (0, 1).
+        lr_decay_steps: Optimizer steps, or a share, of linear decay to zero at the end; needs ``max_steps`` on the
             Trainer.
         lr_end: Rate at the end of a cosine schedule. None: a tenth of ``lr``, as in SAELens.
         n_restart_cycles: Cycles of ``cosineannealingwarmrestarts``.
@@ -40,14 +42,16 @@ class OptimizerSettings:
     optimizer: str = "torch.optim.Adam"
     optimizer_kwargs: dict[str, Any] | None = None
     lr_scheduler_name: SchedulerName = "constant"
-    lr_warm_up_steps: int = 0
-    lr_decay_steps: int = 0
+    lr_warm_up_steps: Length = 0
+    lr_decay_steps: Length = 0
     lr_end: float | None = None
     n_restart_cycles: int = 1
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
+        check_length(self.lr_warm_up_steps, "lr_warm_up_steps")
+        check_length(self.lr_decay_steps, "lr_decay_steps")
         accepted = inspect.signature(self.optimizer_class).parameters
         unknown = [key for key in self.optimizer_kwargs or {} if key not in accepted]
         if unknown:
@@ -114,8 +118,8 @@ class OptimizerSettings:
             optimizer=optimizer,
             training_steps=int(training_steps) if known else 0,
             lr=self.lr,
-            warm_up_steps=self.lr_warm_up_steps,
-            decay_steps=self.lr_decay_steps,
+            warm_up_steps=in_steps(self.lr_warm_up_steps, training_steps, "lr_warm_up_steps"),
+            decay_steps=in_steps(self.lr_decay_steps, training_steps, "lr_decay_steps"),
             lr_end=self.lr / 10 if self.lr_end is None else self.lr_end,
             num_cycles=self.n_restart_cycles,
         )

@@ -15,8 +15,10 @@ from torchmetrics import Metric, MetricCollection
 
 from aen_lightning.metrics import L0, MSE, DeadFeatures, ExplainedVariance, ShrinkageRatio, firing_counts
 from aen_lightning.saes.aen import AENTrainingSAE
+from aen_lightning.saes.lengths import Length, check_length, in_steps
 from aen_lightning.saes.step_output import CodedStepOutput
 from aen_lightning.saes.step_schedule import StepSchedule
+from aen_lightning.sharded import FeatureSharded
 
 
 def new_sae(cfg: TrainingSAEConfig, seed: int | None) -> TrainingSAE[Any]:
@@ -34,14 +36,19 @@ class TrackedSAE(nn.Module):
     Args:
         sae: Training SAE of any SAELens architecture.
         name: Prefix of its log keys and name of its export folder; empty for the only SAE of a run.
-        dead_feature_window: Training steps without firing after which a feature counts as dead.
+        dead_feature_window: Training steps without firing after which a feature counts as dead, or a share of
+            the run.
     """
+
+    run_steps: float | None = None
+    """Length of the run, which lengths that are shares need; set by who drives."""
 
     n_forward_passes_since_fired: Tensor
     sparsity_multiplier: Tensor
 
-    def __init__(self, sae: TrainingSAE[Any], *, name: str, dead_feature_window: int) -> None:
+    def __init__(self, sae: TrainingSAE[Any], *, name: str, dead_feature_window: Length) -> None:
         super().__init__()
+        check_length(dead_feature_window, "dead_feature_window")
         cfg = sae.cfg
         self.name = name
         self.dead_feature_window = dead_feature_window
@@ -56,7 +63,8 @@ class TrackedSAE(nn.Module):
     @property
     def dead_neuron_mask(self) -> Tensor:
         """Features that have not fired for ``dead_feature_window`` training steps, shape (d_sae,), bool."""
-        return self.n_forward_passes_since_fired > self.dead_feature_window
+        window = in_steps(self.dead_feature_window, self.run_steps, "dead_feature_window")
+        return self.n_forward_passes_since_fired > window
 
     def coefficients(self, n_training_steps: int) -> dict[str, Any]:
         """SAELens's loss coefficients after ``n_training_steps`` finished steps, warm-up and multiplier
@@ -68,7 +76,8 @@ class TrackedSAE(nn.Module):
         values: dict[str, Any] = {}
         for name, cfg in self.sae.get_coefficients().items():
             value, warm_up = cfg if isinstance(cfg, TrainCoefficientConfig) else (cfg, 0)
-            scheduler = CoefficientScheduler(warm_up_steps=warm_up, final_value=value)
+            steps = in_steps(warm_up, self.run_steps, f"the warm-up of {name}")
+            scheduler = CoefficientScheduler(warm_up_steps=steps, final_value=value)
             scheduler.load_state_dict({"current_step": n_training_steps})
             values[name] = (
                 scheduler.value * self.sparsity_multiplier if name in ("l1", "l0") else scheduler.value
@@ -99,7 +108,9 @@ class TrackedSAE(nn.Module):
         return self.sae.training_forward_pass(step_input)
 
     def firing_counts(self, output: TrainStepOutput) -> Tensor:
-        """How often each feature fired in this batch, on this rank, shape (d_sae,), int64."""
+        """How often each feature fired in this rank's batch, shape (d_sae,), int64."""
+        if isinstance(self.sae, FeatureSharded):
+            return self.sae.whole_firing_counts(output.feature_acts)
         if isinstance(output, CodedStepOutput):
             return output.code.feature_counts
         return firing_counts(output.feature_acts)
@@ -113,7 +124,7 @@ class TrackedSAE(nn.Module):
 
         Collective: every rank must call it at the same steps.
         """
-        self.train_metrics.update(x=output.sae_in, x_hat=output.sae_out, feature_acts=output.feature_acts)
+        self._update(self.train_metrics, output.sae_in, output.sae_out, output.feature_acts)
         values = self.train_metrics.compute()
         self.train_metrics.reset()
         log: dict[str, Any] = {f"metrics/{name}": value for name, value in values.items()}
@@ -128,7 +139,12 @@ class TrackedSAE(nn.Module):
     def evaluate(self, x: Tensor, metrics: MetricCollection) -> None:
         """Update held-out ``metrics`` with a batch (batch, d_in); the SAE's state stays as it is."""
         feature_acts = self.sae.encode(x)
-        metrics.update(x=x, x_hat=self.sae.decode(feature_acts), feature_acts=feature_acts)
+        self._update(metrics, x, self.sae.decode(feature_acts), feature_acts)
+
+    def _update(self, metrics: MetricCollection, x: Tensor, x_hat: Tensor, feature_acts: Tensor) -> None:
+        if isinstance(self.sae, FeatureSharded):  # metrics add over ranks: give each its share of the tokens
+            x, x_hat, feature_acts = self.sae.parts.token_share(x, x_hat, feature_acts=feature_acts)
+        metrics.update(x=x, x_hat=x_hat, feature_acts=feature_acts)
 
     def extra_state(self) -> dict[str, Any]:
         """What a checkpoint needs besides tensors, as plain values."""

@@ -65,9 +65,15 @@ def test_several_batches_of_one_optimizer_step_count_once():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DeadFeatureTracker(window_steps=0), "window_steps must be >= 1, got 0"),
+        (
+            lambda: DeadFeatureTracker(window_steps=0),
+            "window_steps must be an integer number of steps >= 1, or a share .* got 0",
+        ),
         (lambda: EMAWeightRefresh(every_n_steps=0), "every_n_steps must be >= 1, got 0"),
-        (lambda: DelayedWarmup(ramp_steps=-1), "ramp_steps must be >= 0, got -1"),
+        (
+            lambda: DelayedWarmup(ramp_steps=-1),
+            "ramp_steps must be an integer number of steps >= 0, or .* got -1",
+        ),
     ],
 )
 def test_bad_arguments_are_named(make: Any, message: str):

@@ -60,8 +60,8 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path):
     ("kwargs", "message"),
     [
         ({"k": 0}, "HardFinish.k must be above 0, got 0"),
-        ({"k": 4, "at": 0}, r"HardFinish.at must be in \(0, 1\), got 0"),
-        ({"k": 4, "at": 1.0}, r"HardFinish.at must be in \(0, 1\), got 1.0"),
+        ({"k": 4, "at": 0}, "HardFinish.at must be an integer number of steps >= 1, .* got 0"),
+        ({"k": 4, "at": 1.0}, "HardFinish.at must be an integer .* got 1.0"),
     ],
 )
 def test_values_out_of_range_are_named(kwargs: dict[str, Any], message: str):

@@ -82,7 +82,7 @@ def test_every_option_on_a_page_is_one_of_the_parser(
     classes = {"--data.SpikedDataModule", "--data.ActivationsDataModule", "--data.TextActivationsDataModule"}
     on_the_page = options_of(command)
     assert len(on_the_page) > 10
-    assert on_the_page - fields - classes <= known
+    assert on_the_page - fields - classes - {"--quiet", "--json"} <= known
 
 
 def test_what_the_page_says_of_the_trainer_is_so() -> None:

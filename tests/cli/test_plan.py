@@ -31,6 +31,14 @@ def test_values_are_overridden_as_for_fit(capsys: pytest.CaptureFixture[str]) ->
     assert once["tokens_per_s"] == pytest.approx(2e12 / (10 * 32 * 64), rel=1e-3)
     more = planned(capsys, "--config", "debug", "--trainer.devices=4", "--data.train_batch_size_tokens", "10")
     assert more["tokens"] == 4 * 300 * 10
+    assert (more["ranks"], more["effective_batch_tokens"]) == (4, 40)
+
+
+def test_the_memory_of_a_rank_is_the_sum_of_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = planned(capsys, "--config", "smollm2-135m")
+    parts = {n: v for n, v in numbers.items() if n.endswith("_per_rank_gib") and n != "memory_per_rank_gib"}
+    assert len(parts) == 5
+    assert numbers["memory_per_rank_gib"] == pytest.approx(sum(parts.values()), abs=3e-3)
 
 
 @pytest.mark.parametrize(

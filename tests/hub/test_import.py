@@ -181,7 +181,7 @@ def test_synthetic_models_get_no_scaling_and_need_no_hook(tmp_path: Path) -> Non
     path = save(tmp_path, "checkpoints/spiked/seed0/l1/lambda1_0p01.pt", checkpoint(adaptive=False))
     cfg = json.loads((import_checkpoint(path, tmp_path / "out") / "cfg.json").read_text())
     assert cfg["normalize_activations"] == "none"
-    with pytest.raises(ValueError, match="--model-name, --hook-name"):
+    with pytest.raises(ValueError, match="--model_name, --hook_name"):
         import_checkpoint(save(tmp_path, "a.pt", checkpoint()), tmp_path / "b")
     folder = import_checkpoint(
         tmp_path / "a.pt", tmp_path / "b", model_name="me/lm", hook_name="blocks.1.hook_resid_post"

@@ -150,3 +150,24 @@ def test_pulled_files_may_be_read_as_the_umask_says(tmp_path: Path, hub: HubServ
         os.umask(before)
     modes = {path.name: oct(path.stat().st_mode & 0o777) for path in folder.iterdir()}
     assert modes == dict.fromkeys(("cfg.json", "sae_weights.safetensors", "sparsity.safetensors"), "0o644")
+
+
+def test_nothing_from_a_repository_is_obeyed_by_the_terminal(
+    tmp_path: Path, hub: HubServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    final = make_run(tmp_path / "run") / "sae" / "final"
+    cfg = json.loads((final / "cfg.json").read_text())
+    cfg["metadata"] |= {"model_name": "\x1b]0;pwned\x07\x1b[2Jmodel", "hook_name": "a\x9bb\u202eline\nline"}
+    files = {"a/cfg.json": json.dumps(cfg).encode(), "a/sae_weights.safetensors": (final / "sae_weights.safetensors").read_bytes()}  # fmt: skip
+    hub.add("tester/hostile", files)
+    for args in (["tester/hostile"], ["tester/hostile", "a"]):
+        pull_command(args)
+        out = capsys.readouterr().out
+        assert "model" in out
+        assert not [c for c in out if not c.isprintable() and c != "\n"]
+
+
+def test_a_config_that_cannot_be_is_refused_before_weights_are_fetched(hub: HubServer) -> None:
+    hub.add("tester/wrong", {"a/cfg.json": b'{"d_in": -1, "d_sae": 4}', "a/sae_weights.safetensors": b"x"})
+    with pytest.raises(ValueError, match=r"tester/wrong, a/cfg\.json: d_in: expected greater than or equal to 1"):
+        pull("tester/wrong")

@@ -69,7 +69,25 @@ def test_features_agree_with_the_whole_language_model(dictionary: Path):
         assert feature["density"] == pytest.approx(float((h > 0).sum() / keep.sum()))
         assert feature["max"] == pytest.approx(float(h.max()), rel=1e-4)
         assert feature["mean"] == pytest.approx(float(h[h > 0].mean()), rel=1e-4)
-        top = [c for c in feature["contexts"] if c["kind"] == "top"]
+        top = [c for c in feature["contexts"] if c["quantile"] is None]
+        fired = (codes > 0).flatten(0, 1)
+        both = (fired & fired[:, feature["id"], None]).sum(dim=0).double()
+        either = (fired | fired[:, feature["id"], None]).sum(dim=0)
+        jaccard = torch.where(torch.arange(D_SAE) == feature["id"], 0.0, both / either.clamp_min(1))
+        wanted = jaccard.sort(descending=True).values[:5]
+        assert [j for _, j in feature["together"]] == pytest.approx(wanted[wanted > 0].tolist(), abs=1e-4)
+        assert all(jaccard[i] == pytest.approx(j, abs=1e-4) for i, j in feature["together"])
+        expected_counts = torch.histc(h[h > 0], 24, 0, float(h.max())).long().tolist()
+        assert sum(feature["acts"]["counts"]) == sum(expected_counts) == int((h > 0).sum())
+        assert feature["acts"]["counts"][-1] >= 1
+        assert (feature["acts"]["from"], feature["acts"]["to"]) == (
+            0,
+            pytest.approx(float(h.max()), rel=1e-3),
+        )
+        row_of_logits = logits[feature["id"]]
+        assert sum(feature["logits"]["counts"]) == len(row_of_logits)
+        ends = (feature["logits"]["from"], feature["logits"]["to"])
+        assert ends == pytest.approx((float(row_of_logits.min()), float(row_of_logits.max())), rel=1e-3)
         best = h.amax(dim=1).sort(descending=True).values
         n = min(8, int((best > 0).sum()))
         assert [c["acts"][c["peak"]] for c in top] == pytest.approx(best[:n].tolist(), rel=1e-3)
@@ -87,7 +105,7 @@ def test_features_agree_with_the_whole_language_model(dictionary: Path):
         assert [v for _, v in feature["suppressed"]] == pytest.approx((-suppressed.values).tolist(), abs=1e-3)
 
 
-def test_ordinary_contexts_are_near_the_median_and_texts_come_once(dictionary: Path):
+def test_contexts_are_sampled_by_strength_and_texts_come_once(dictionary: Path):
     sae, inputs = opened(dictionary)
     inputs.rows[3] = inputs.rows[7]  # boilerplate
     page = feature_pages(
@@ -95,13 +113,19 @@ def test_ordinary_contexts_are_near_the_median_and_texts_come_once(dictionary: P
     )
     frequent = page["features"][-1]
     texts = ["".join(c["tokens"]) for c in frequent["contexts"]]
-    assert len(set(texts)) == len(texts) == 5
-    median = [c["acts"][c["peak"]] for c in frequent["contexts"] if c["kind"] == "ordinary"]
-    assert len(median) == 2
-    assert max(median) < frequent["contexts"][0]["acts"][frequent["contexts"][0]["peak"]]
+    assert len(set(texts)) == len(texts) == 11
+    strengths = {
+        q: [c["acts"][c["peak"]] for c in frequent["contexts"] if c["quantile"] == q]
+        for q in (None, 0.9, 0.75, 0.5, 0.25)
+    }
+    assert [len(values) for values in strengths.values()] == [3, 2, 2, 2, 2]
+    means = [sum(values) / len(values) for values in strengths.values()]
+    assert means == sorted(means, reverse=True)
     counts = [f["density"] for f in page["features"]]
     assert counts == sorted(counts)
     assert all(counts)
+    every = feature_pages(sae, collect_activations(sae, inputs), str, n_features=0)
+    assert sorted(f["id"] for f in every["features"]) == list(range(D_SAE))
     with pytest.raises(ValueError, match="there is no feature 24: the dictionary has features 0 to 23"):
         feature_pages(sae, collect_activations(sae, inputs), str, feature_ids=[24])
 

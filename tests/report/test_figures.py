@@ -133,7 +133,7 @@ def test_the_geometry_is_that_of_the_dictionary(sweep: tuple[Path, SweepModule])
     assert written([folder]).traces("geometry")[3]["y"] == pytest.approx(list(expected))
     report = collect([folder])
     assert "geometry" not in [f.id for f in make_figures(report, max_geometry_features=23)]
-    assert "--max-geometry-features" in report.notes[-1]
+    assert "--max_geometry_features" in report.notes[-1]
 
 
 def test_log_axes_have_plain_numbers_and_thinning_keeps_the_ends():

@@ -104,7 +104,7 @@ def test_the_average_scale_beside_a_checkpoint(tmp_path: Path):
     (tmp_path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 0.5}))
     assert read_activation_scale(tmp_path) == 0.5
     (tmp_path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": "half"}))
-    with pytest.raises(ValueError, match="expected a number as scaling_factor, got 'half'"):
+    with pytest.raises(ValueError, match="scaling_factor: expected a valid number, got 'half'"):
         read_activation_scale(tmp_path)
 
 

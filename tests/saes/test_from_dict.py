@@ -17,7 +17,7 @@ AEN = {"d_in": 4, "d_sae": 8}
         ({"lambda_1": "strong"}, r"^sae\.lambda_1 must be float, got 'strong'$"),
         ({"gamma": True}, r"^sae\.gamma must be float, got True$"),
         ({"d_sae": 8.0}, r"^sae\.d_sae must be int, got 8\.0$"),
-        ({"warmup_delay_steps": None}, r"^sae\.warmup_delay_steps must be int, got None$"),
+        ({"warmup_delay_steps": None}, r"^sae\.warmup_delay_steps must be int \| float, got None$"),
         ({"decoder_init_norm": "0.1"}, r"^sae\.decoder_init_norm must be float \| None, got '0\.1'$"),
         ({"sparse_step": True}, r"^sae\.sparse_step must be 'auto' or 'on' or 'off', got True$"),
         ({"device": 0}, r"^sae\.device must be str, got 0$"),

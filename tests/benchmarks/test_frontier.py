@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def frontier(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import frontier
+
+    yield frontier
+    for name in ("frontier", "frontier_data"):
+        sys.modules.pop(name, None)
+
+
+def test_calibrated_thresholds_give_the_asked_l0(frontier):
+    torch.manual_seed(0)
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=8, d_sae=40, normalize_activations="constant_norm_rescale"))
+    sae.W_enc.data.normal_()
+    sae.threshold.data.fill_(0.3)
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    x = 100 * torch.randn(500, 8)  # raw: the SAE scales them to norm sqrt(8) itself
+    factor = frontier.calibrate(sae, x, 6.0)
+    assert sae.threshold.unique().item() == pytest.approx(0.3 * factor)
+    # one activation sits on the threshold, which JumpReLU leaves out
+    assert int(sae.encode(x).count_nonzero()) == 6 * 500 - 1
+
+
+def test_results_are_averaged_over_seeds_and_their_spread_is_shown(frontier):
+    row = {
+        "variant": "recommended",
+        "d_sae": 2304,
+        "target_l0": 32.0,
+        "l0": 32.0,
+        "ce_recovered": 0.9,
+        "dead_pct": 0.0,
+    }
+    line = frontier.table([row | {"ev": 0.80, "seed": 0}, row | {"ev": 0.82, "seed": 1}]).splitlines()[1]
+    assert line.split() == ["recommended", "2304", "32.0", "2", "0.8100", "0.0200", "0.9000", "0.00"]
+
+
+def test_the_default_text_is_the_docstrings_of_installed_packages(frontier, tmp_path: Path):
+    import frontier_data
+
+    file = frontier_data.docstrings(tmp_path / "text.jsonl.gz", 20_000)
+    with gzip.open(file, "rt") as lines:
+        documents = [json.loads(line)["text"] for line in lines]
+    assert 20_000 <= sum(map(len, documents)) <= 20_000 + 8000
+    assert max(map(len, documents)) <= 8000
+    assert len(set(documents)) == len(documents)
+
+
+def test_every_variant_is_a_config_that_saelens_accepts(frontier):
+    for name, make in frontier.VARIANTS.items():
+        run = make(16.0, 100)
+        module = frontier.SAEModule({"d_in": 8, "d_sae": 32, **run.sae}, seed=0, lr=run.lr, **run.training)
+        norms = module.sae.W_dec.norm(dim=-1)
+        torch.testing.assert_close(norms, torch.ones_like(norms), msg=name)  # the same start for all
+        torch.testing.assert_close(module.sae.W_enc, module.sae.W_dec.T, msg=name)
