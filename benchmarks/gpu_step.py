@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -122,6 +123,7 @@ class SAELensStep:
         self.problem = problem
 
     def step(self) -> None:
+        """One training step."""
         self.trainer.step(self.problem.next_batch())
 
 
@@ -145,6 +147,7 @@ class CompiledStep:
         return mse + L1 * h.sum(dim=-1).mean() + L2 * h.square().sum(dim=-1).mean()
 
     def step(self) -> None:
+        """One training step."""
         p = self.p
         with torch.autocast(self.problem.device, dtype=torch.bfloat16):
             loss = self.loss(self.problem.next_batch())
@@ -165,22 +168,45 @@ class OurStep:
         sparse.feature_major_(self.p["W_enc"])
         self.ema = torch.ones(problem.shape[2], device=problem.device)
         self.optimizer: Any = sparse.FusedAdam(self.p.values(), lr=0.0)
+        if path == "sparse, rows":
+            norms = torch.ones(problem.shape[2], device=problem.device)
+            self.optimizer = sparse.RowAdam(self.p.values(), lr=0.0, low_dtype=torch.bfloat16)
+            self.optimizer.hold_rows(self.p["W_dec"], lambda: norms)
+            self.optimizer.param_groups[0]["max_norm"] = CLIP
+        self.capacity = int(2 * problem.shape[0] * problem.l0) + 2**12
+
+    def rest(self) -> None:
+        """As though the silent features had been silent for long."""
+        if isinstance(self.optimizer, sparse.RowAdam):
+            for state in self.optimizer.state.values():
+                state["silent_steps"].mul_(1000)
 
     def step(self) -> None:
+        """One training step."""
         p, x = self.p, self.problem.next_batch()
-        encode = sparse.encode_dense if self.path == "dense" else sparse.encode
         with torch.autocast(self.problem.device, dtype=torch.bfloat16):
-            code: Any = encode(x, p["W_enc"], p["b_enc"], p["b_dec"])
+            code: Any
+            if self.path == "dense":
+                code = sparse.encode_dense(x, p["W_enc"], p["b_enc"], p["b_dec"])
+            else:
+                code = sparse.encode(x, p["W_enc"], p["b_enc"], p["b_dec"], capacity=self.capacity)
             self.ema.lerp_(code.feature_sums / x.shape[0], 1e-3)
             weights = penalty.adaptive_weights(
                 self.ema, gamma=0.5, reference_fraction=0.05, weight_min=0.01, weight_max=10.0
             )
             loss = sparse.loss(x, code, l1_weights=L1 * weights, l2_coefficient=L2, **p).loss
+        if isinstance(code, sparse.PaddedCode) and code.overflowed:
+            raise RuntimeError("the code overflowed: this benchmark is about the sparse step")
         loss.backward()
         self.update()
 
     def update(self) -> None:
+        """Clip, Adam, projection."""
         p = self.p
+        if self.path == "sparse, rows":
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            return
         nn.utils.clip_grad_norm_(list(p.values()), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -194,7 +220,8 @@ def contestants(problem: Problem) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "compiled dense, fused Adam", lambda: CompiledStep(problem)
     yield "ours, dense", lambda: OurStep(problem, "dense")
     if problem.l0 / problem.shape[2] < 0.02 or problem.device == "cpu":
-        yield "ours, sparse", lambda: OurStep(problem, "sparse")
+        yield "ours, sparse kernels, fused Adam", lambda: OurStep(problem, "sparse")
+        yield "ours, sparse kernels, RowAdam", lambda: OurStep(problem, "sparse, rows")
 
 
 # --- measuring -----------------------------------------------------------------------------------------------
@@ -217,7 +244,7 @@ def timed(step: Callable[[], Any], device: str, *, warmup: int, repeats: int) ->
         step()
         event.record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
 class Waits(TorchDispatchMode):
@@ -261,6 +288,9 @@ def measure_step(
 ) -> dict[str, Any]:
     free(problem.device)
     contestant = make()
+    if isinstance(contestant, OurStep):
+        timed(contestant.step, problem.device, warmup=2, repeats=1)
+        contestant.rest()
     times = timed(contestant.step, problem.device, warmup=3, repeats=repeats)
     waits, operations = waits_of(contestant.step, problem.device)
     batch, d_in, d_sae = problem.shape
@@ -303,12 +333,12 @@ def kernel_errors(device: str) -> list[dict[str, Any]]:
 
     Outputs are poisoned with NaN. Errors are relative to the largest entry of the exact result.
     """
-    backend = "triton" if TRITON and (device == "cuda" or os.environ.get("TRITON_INTERPRET")) else "torch"
+    kind = "triton" if TRITON and (device == "cuda" or os.environ.get("TRITON_INTERPRET")) else "torch"
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then gives NaN
     try:
         return [
-            {"name": name, "max_error": error, "backend": backend}
-            for name, error in sorted(_kernel_errors(device, backend).items())
+            {"name": name, "max_error": error, "backend": kind}
+            for name, error in sorted(_kernel_errors(device, kind).items())
         ]
     finally:
         torch.use_deterministic_algorithms(False)
@@ -319,7 +349,7 @@ def _relative(actual: Tensor, exact: Tensor) -> float:
     return float(error) if bool(error.isfinite()) else float("inf")
 
 
-def _kernel_errors(device: str, backend: str) -> dict[str, float]:
+def _kernel_errors(device: str, kind: str) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -332,7 +362,35 @@ def _kernel_errors(device: str, backend: str) -> dict[str, float]:
     pre = (x.double() - b_dec.double()) @ W_enc.double() + b_enc.double()
     h = pre.relu()
     errors = {}
-    with _kernels(backend):
+    moved = nn.Parameter(W_dec.clone())
+    moved.grad = normal(d_sae, d_in)
+    moved.grad[::3] = 0
+    exact_row = moved.detach().double() - 1e-2 * moved.grad.double().sign()  # Adam's first step, eps aside
+    exact_row = torch.where(moved.grad == 0, moved.detach().double(), exact_row)
+    exact_row = exact_row / exact_row.norm(dim=1, keepdim=True)
+    with _kernels(kind):
+        optimizer = sparse.RowAdam([moved], lr=1e-2, eps=1e-30)
+        optimizer.hold_rows(moved, lambda: torch.ones(d_sae, device=device))
+        optimizer.step()
+        errors["Adam, clip, projection"] = _relative(moved.detach(), exact_row)
+        padded = sparse.encode(x, W_enc, b_enc, b_dec, capacity=batch * d_sae, screen=False)
+        errors["compaction, padded"] = _relative(padded.to_dense(), h)
+        for name, make, keep in (
+            ("TopK", lambda: sparse.encode_topk(x, W_enc, b_enc, b_dec, k=4), 4),
+            ("BatchTopK", lambda: sparse.encode_batch_topk(x, W_enc, b_enc, b_dec, k=4), 4 * batch),
+        ):
+            flat = h if name == "TopK" else h.view(1, -1)
+            top = torch.zeros_like(flat).scatter(1, flat.topk(keep, dim=1).indices, 1.0) * flat
+            errors[name] = _relative(make().to_dense(), top.view_as(h))
+        threshold = torch.full_like(b_enc, 0.5)
+        jump = sparse.encode(
+            x, W_enc, b_enc, b_dec, threshold=threshold, capacity=batch * d_sae, screen=False
+        )
+        errors["JumpReLU"] = _relative(jump.to_dense(), h * (h > 0.5))
+        ones = torch.full_like(b_enc, 0.1)
+        gated = sparse.gated_loss(x, padded, W_enc, b_enc, ones, b_enc + 0.3, W_dec, b_dec)
+        magnitude = (ones.double().exp() * (pre - b_enc.double()) + b_enc.double() + 0.3).relu() * (pre > 0)
+        errors["gated"] = _relative(gated.code.to_dense(), magnitude)
         code = sparse.encode(x, W_enc, b_enc, b_dec, screen=False)
         errors["compaction"] = _relative(code.to_dense(), h)
         errors["statistics"] = _relative(code.feature_sums, h.sum(dim=0))
@@ -357,8 +415,8 @@ def _kernel_errors(device: str, backend: str) -> dict[str, float]:
 class _kernels:  # a context manager
     """Triton's kernels on a CPU as well, which the interpreter can do."""
 
-    def __init__(self, backend: str) -> None:
-        self.on_cpu = backend == "triton" and not torch.cuda.is_available()
+    def __init__(self, kind: str) -> None:
+        self.on_cpu = kind == "triton" and not torch.cuda.is_available()
 
     def __enter__(self) -> None:
         if self.on_cpu:
@@ -439,6 +497,8 @@ def trainer_steps(problem: Problem, n_steps: int, card: cost.Card | None) -> lis
         with torch.no_grad():
             for name, value in problem.parameters().items():
                 getattr(module.sae, name).copy_(value)
+        if problem.device == "cpu":  # a CPU's sparse step looks for non-zeros, a GPU's never does
+            module.sae.density_switch = sparse.DensitySwitch(threshold=1e-9)
         # logging at steps 1 and n: the steps between are a run's ordinary ones
         clock, synced = _Clock(problem.device), _SyncedSteps(problem.device, 5, n_steps - 2)
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -467,7 +527,7 @@ def trainer_steps(problem: Problem, n_steps: int, card: cost.Card | None) -> lis
                 "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if problem.device == "cuda" else None,
                 "predicted_ms": sum(model.milliseconds(card, path).values()) if card else None,
                 "predicted_gib": sum(model.gibibytes(path).values()),
-            }  # fmt: skip
+            }
         )
     return rows
 
@@ -479,7 +539,7 @@ def crossover(device: str, shape: tuple[int, int, int], repeats: int) -> list[di
     for density in (0.001, 0.002, 0.004, 0.008, 0.016):
         problem = Problem(batch, d_in, d_sae, max(1.0, density * d_sae), device)
         row: dict[str, Any] = {"density": density}
-        for path in ("dense", "sparse"):
+        for path in ("dense", "sparse, rows"):
             free(device)
             step = OurStep(problem, path)  # type: ignore[arg-type]
             row[path] = statistics.median(timed(step.step, device, warmup=2, repeats=repeats))
@@ -583,10 +643,12 @@ class Run:
         self.save()
 
     def save(self) -> None:
+        """Write what there is so far."""
         if self.args.json:
             self.args.json.write_text(json.dumps(self.result, indent=1) + "\n")
 
     def all(self) -> None:
+        """All sections, then the table."""
         device, tiny, result = self.device, self.args.dry_run, self.result
         llama, pythia = ((16, 32, 256), (32, 16, 64)) if tiny else ((4096, 4096, 131072), (8192, 512, 4096))
         l0s, wide_l0 = ((2.0, 4.0), 4.0) if tiny else ((64.0, 128.0), 225.0)
@@ -629,6 +691,7 @@ class Run:
         self.show()
 
     def show(self) -> None:
+        """Print what was found."""
         result = self.result
         print(f"\n{result['device']}, torch {result['torch']}\n")
         for kernel in result["kernels"]:
@@ -638,7 +701,7 @@ class Run:
                 print(f"  {name:24} {value:,.2f}")
         for row in result.get("crossover", []):
             print(
-                f"  density {row['density']:.3f}: dense {row['dense']:.2f} ms, sparse {row['sparse']:.2f} ms"
+                f"  density {row['density']:.3f}: dense {row['dense']:.2f} ms, sparse {row['sparse, rows']:.2f} ms"
             )
         print("\n" + table(result["steps"]))
         print(f"\nsyncs a step outside logging steps, under the Trainer: {result['syncs_per_step']}")

@@ -16,8 +16,10 @@ from transformers import PretrainedConfig
 from aen_lightning.files import DTYPES
 from aen_lightning.language_model.cut_model import build_cut_model, load_config, resolve_hooks
 from aen_lightning.language_model.families import cut_config, layers_of
+from aen_lightning.sparse import cost
 
 GIB = 2**30
+_PLANNED_L0 = 100  # about the paper's on Llama; the dense step does not depend on it
 _DOCUMENT_START_BYTES = 5  # a token waiting to be harvested: int32 and a mark
 
 
@@ -230,9 +232,24 @@ def _plan_fit(
     made.notes.append(
         "sae_flops_per_token is a dense step; once features are sparse only the encoder product remains"
     )
+    _plan_step(made, config.get("trainer") or {}, batch, d_in, d_sae)
     steps = (config.get("trainer") or {}).get("max_steps")
     if isinstance(steps, int) and steps > 0:
         made.numbers["tokens"] = steps * batch * world_size
+
+
+def _plan_step(made: Plan, trainer: dict[str, Any], batch: int, d_in: int, d_sae: int) -> None:
+    """Rows about the step on one H100, by the model of cost of ``benchmarks/gpu_step.py``."""
+    low = str(trainer.get("precision")) == "bf16-mixed"
+    step = cost.Step(batch, d_in, d_sae, _PLANNED_L0, low=low, tf32=True)
+    paths: tuple[tuple[str, cost.Path], ...] = (("dense", "dense"), ("sparse", "sparse, rows"))
+    for name, path in paths:
+        made.numbers[f"h100_{name}_step_ms"] = sum(step.milliseconds(cost.CARDS["h100"], path).values())
+        made.numbers[f"h100_{name}_step_gib"] = sum(step.gibibytes(path).values())
+    made.notes.append(
+        f"h100_* is one SAE's step on one H100 by arithmetic, {'bf16' if low else 'TF32'} products, L0 {_PLANNED_L0}, "
+        "language model and data left out; benchmarks/gpu_step.py prints it beside what it measures"
+    )
 
 
 def _sae_on_meta(sae: dict[str, Any]) -> nn.Module:

@@ -24,6 +24,7 @@ from aen_lightning.saes.hard_phase import HardPhase
 from aen_lightning.saes.penalty import elastic_net_terms, penalty_concavity, penalty_slopes
 from aen_lightning.saes.registry import register_architecture
 from aen_lightning.saes.sparse_step import SparseStep
+from aen_lightning.saes.step_output import CodedStepOutput
 from aen_lightning.saes.step_schedule import StepSchedule
 from aen_lightning.saes.tangent import without_radial_gradient
 
@@ -172,64 +173,76 @@ class AENTrainingSAE(AdaptiveState, HardPhase, SparseStep, TrainingSAE[AENTraini
             "mse_loss": mse_loss,
             **self.calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out),
         }
-        return self._step_output(step_input, sae_out, feature_acts, hidden_pre, losses)
+        fields = self._output_fields(step_input, sae_out, losses)
+        return TrainStepOutput(feature_acts=feature_acts, hidden_pre=hidden_pre, **fields)
 
     def _own_forward_pass(self, step_input: TrainStepInput, schedule: StepSchedule) -> TrainStepOutput:
-        x, cfg = step_input.sae_in, self.cfg
-        b_dec = self.b_dec if cfg.apply_b_dec_to_input else None
-        code: sparse.SparseCode | sparse.DenseCode
-        hard_k = cfg.hard_k
-        if hard_k is not None:
-            code = sparse.encode_batch_topk(x, self.W_enc, self.b_enc, b_dec, k=hard_k)
-            least = code.values.min() if code.values.numel() else self.hard_threshold
-            self.observe_threshold(least, schedule)
-        elif self.density_switch.sparse and self.sparse_step_applies():
-            code = sparse.encode(x, self.W_enc, self.b_enc, b_dec, screen=self.density_switch.screen)
-        else:
-            code = sparse.encode_dense(x, self.W_enc, self.b_enc, b_dec)
-        if self.training and self.sparse_step_applies():
-            self.density_switch.observe(code)
+        x = step_input.sae_in
+        b_dec = self.b_dec if self.cfg.apply_b_dec_to_input else None
+        code = self._encode_own(x, b_dec, schedule)
         counts = code.feature_counts if self.counts_firings else None
         self.observe_and_refresh(code.feature_sums / len(x), counts, len(x), schedule)
-        out = sparse.loss(
-            x,
+        out = self._loss_of(code, step_input)
+        observed = code
+        if isinstance(code, sparse.PaddedCode) and code.overflowed:
+            # Its statistics were right. The device is still busy with the decoding while the host learns of this.
+            code = sparse.encode_dense(x, self.W_enc, self.b_enc, b_dec)
+            out = self._loss_of(code, step_input)
+        if self.training and self.sparse_step_applies():
+            self.density_switch.observe(observed)
+        losses = {"mse_loss": out.mse_loss, "l1_loss": out.l1_loss, "l2_loss": out.l2_loss}
+        if self.cfg.hard_k is not None:
+            losses |= self._hard_losses(step_input, out.sae_out)
+        return CodedStepOutput(code, **self._output_fields(step_input, out.sae_out, losses))
+
+    def _encode_own(
+        self, x: Tensor, b_dec: Tensor | None, schedule: StepSchedule
+    ) -> sparse.SparseCode | sparse.DenseCode:
+        encoder, hard_k = (x, self.W_enc, self.b_enc, b_dec), self.cfg.hard_k
+        if hard_k is not None:
+            # what exceeds half the usual level is few, and enough
+            code = sparse.encode_batch_topk(
+                *encoder, k=hard_k, level=0.5 * self.hard_threshold, capacity=int(4 * hard_k * len(x))
+            )
+            if isinstance(code, sparse.PaddedCode) and code.overflowed:
+                code = sparse.encode_batch_topk(*encoder, k=hard_k)
+            self.observe_threshold(code.least if code.values.numel() else self.hard_threshold, schedule)
+            return code
+        switch = self.density_switch
+        if switch.sparse and self.sparse_step_applies():
+            return sparse.encode(*encoder, screen=switch.screen, capacity=switch.capacity)
+        return sparse.encode_dense(*encoder)
+
+    def _loss_of(
+        self, code: sparse.SparseCode | sparse.DenseCode, step_input: TrainStepInput
+    ) -> sparse.SparseLoss:
+        hard = self.cfg.hard_k is not None
+        return sparse.loss(
+            step_input.sae_in,
             code,
             self.W_enc,
             self.b_enc,
             self._trained_decoder(),
             self.b_dec,
-            l1_weights=step_input.coefficients["l1"] * self.l1_weights if hard_k is None else None,
-            slopes=self._slopes(code.values) if hard_k is None else None,
-            l2_coefficient=self._l2_coefficient(step_input) if hard_k is None else 0.0,
-            apply_b_dec_to_input=cfg.apply_b_dec_to_input,
+            l1_weights=None if hard else step_input.coefficients["l1"] * self.l1_weights,
+            slopes=None if hard else self._slopes(code.values),
+            l2_coefficient=0.0 if hard else self._l2_coefficient(step_input),
+            apply_b_dec_to_input=self.cfg.apply_b_dec_to_input,
         )
-        losses = {"mse_loss": out.mse_loss, "l1_loss": out.l1_loss, "l2_loss": out.l2_loss}
-        if hard_k is not None:
-            losses |= self._hard_losses(step_input, out.sae_out)
-        feature_acts = code.feature_acts()
-        # of the pre-activations only the positive ones are known here, and they are the activations
-        return self._step_output(step_input, out.sae_out, feature_acts, feature_acts, losses)
 
-    def _step_output(
-        self,
-        step_input: TrainStepInput,
-        sae_out: Tensor,
-        feature_acts: Tensor,
-        hidden_pre: Tensor,
-        losses: dict[str, Tensor],
-    ) -> TrainStepOutput:
+    def _output_fields(
+        self, step_input: TrainStepInput, sae_out: Tensor, losses: dict[str, Tensor]
+    ) -> dict[str, Any]:
         total = losses["mse_loss"]
         for name, value in losses.items():
             total = total if name == "mse_loss" else total + value
-        return TrainStepOutput(
-            sae_in=step_input.sae_in,
-            sae_out=sae_out,
-            feature_acts=feature_acts,
-            hidden_pre=hidden_pre,
-            loss=total,
-            losses=losses,
-            metrics={**self.adaptive_metrics(), **self._convexity_metric(step_input)},
-        )
+        return {
+            "sae_in": step_input.sae_in,
+            "sae_out": sae_out,
+            "loss": total,
+            "losses": losses,
+            "metrics": {**self.adaptive_metrics(), **self._convexity_metric(step_input)},
+        }
 
     def _convexity_metric(self, step_input: TrainStepInput) -> dict[str, Callable[[], Tensor]]:
         """``coding_convexity``.

@@ -69,8 +69,8 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
             and decoder). A positive number: SAELens's tied start, ``W_enc = decoder_init_norm *
             unit(W_dec)^T``. Decoder rows have unit norm either way.
         sparse_step: Compute the training step on the non-zeros of the code, exactly
-            (:mod:`aen_lightning.sparse`), once the code is sparse enough. ``auto``: on a CPU; ``on``: on any
-            device; ``off``: always dense. Where it cannot apply (parameters in half precision, a run-time
+            (:mod:`aen_lightning.sparse`), once the code is sparse enough. ``auto``: on a CPU, and on a GPU on which
+            the Triton kernels solve a test problem; ``on``: on any device; ``off``: always dense. Where it cannot apply (parameters in half precision, a run-time
             normalisation in the SAE, hooks on the SAE) the step is dense.
         hard_k: Mean active features per token in a hard phase (:meth:`AENTrainingSAE.harden`, callback
             ``HardFinish``); None before it.

@@ -33,6 +33,7 @@ from aen_lightning.saes.aen import AENTrainingSAE
 from aen_lightning.saes.aen_config import AENTrainingSAEConfig
 from aen_lightning.saes.penalty import elastic_net_terms
 from aen_lightning.saes.registry import register_architecture
+from aen_lightning.saes.step_output import CodedStepOutput
 from aen_lightning.saes.step_schedule import StepSchedule
 
 GATED_ARCHITECTURE = "aen_gated"
@@ -155,7 +156,14 @@ class AENGatedTrainingSAE(AENTrainingSAE):
             self.density_switch.observe(sparse.DenseCode(by_token))
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         losses = {"mse_loss": mse_loss, **self._gate_losses(step_input, gate)}
-        return self._step_output(step_input, sae_out, feature_acts, hidden_pre, losses)
+        fields = self._output_fields(step_input, sae_out, losses)
+        return TrainStepOutput(feature_acts=feature_acts, hidden_pre=hidden_pre, **fields)
+
+    @override
+    def sparse_step_applies(self) -> bool:
+        """As for ``aen``, but on a GPU only where it is asked for: the kernels there have not been tried with a gate."""
+        here = self.cfg.sparse_step == "on" or self.W_enc.device.type == "cpu"
+        return here and super().sparse_step_applies()
 
     @override
     def _own_forward_pass(self, step_input: TrainStepInput, schedule: StepSchedule) -> TrainStepOutput:
@@ -181,8 +189,7 @@ class AENGatedTrainingSAE(AENTrainingSAE):
             "l1_loss": out.l1_loss,
             "l2_loss": out.l2_loss,
         }
-        feature_acts = out.code.feature_acts()
-        return self._step_output(step_input, out.sae_out, feature_acts, feature_acts, losses)
+        return CodedStepOutput(out.code, **self._output_fields(step_input, out.sae_out, losses))
 
     # --- saving, loading, folding --------------------------------------------------------------------------
     @override

@@ -9,6 +9,7 @@ from torch import nn
 
 from aen_lightning import sparse
 from aen_lightning.saes.aen_config import AENTrainingSAEConfig
+from aen_lightning.sparse import backend
 
 
 class SparseStep:
@@ -25,8 +26,11 @@ class SparseStep:
 
         It then does once the code is sparse.
         """
-        on_this_device = self.cfg.sparse_step == "on" or self.W_enc.device.type == "cpu"
-        return on_this_device and self.own_step_applies()
+        if not self.own_step_applies():
+            return False
+        device = self.W_enc.device
+        on_this_device = self.cfg.sparse_step == "on" or device.type == "cpu"
+        return on_this_device or (self.dtype == torch.float32 and backend.triton_serves(device))
 
     def own_step_applies(self) -> bool:
         """Whether the step can be that of :mod:`aen_lightning.sparse`, dense or on the non-zeros, and not

@@ -27,6 +27,7 @@ from aen_lightning.sparse.gated import GatedLoss, gated_loss
 from aen_lightning.sparse.objective import SparseLoss, loss
 from aen_lightning.sparse.optim import FusedAdam
 from aen_lightning.sparse.padded import PaddedCode
+from aen_lightning.sparse.row_adam import RowAdam
 from aen_lightning.sparse.screening import screening_pays
 from aen_lightning.sparse.switch import DensitySwitch
 from aen_lightning.sparse.topk import encode_batch_topk, encode_topk
@@ -37,6 +38,7 @@ __all__ = [
     "FusedAdam",
     "GatedLoss",
     "PaddedCode",
+    "RowAdam",
     "SparseCode",
     "SparseLoss",
     "activations",

@@ -51,6 +51,11 @@ class SparseCode:
         return self.values.numel()
 
     @property
+    def least(self) -> Tensor:
+        """Scalar: the least activation of the code, which must have one."""
+        return self.values.min()
+
+    @property
     def density(self) -> float:
         """Share of non-zeros, in [0, 1]."""
         return self.nnz / max(1, self.shape[0] * self.shape[1])

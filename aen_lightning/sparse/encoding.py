@@ -212,7 +212,9 @@ def encode(
                 "expand one threshold for all features"
             )
         threshold = threshold.detach().to(b_enc.dtype).clamp_min(0)
-    kernels = not screen and backend.triton_serves(x.device)  # they read a block twice at most: nothing to screen
+    kernels = not screen and backend.triton_serves(
+        x.device
+    )  # they read a block twice at most: nothing to screen
     if block_elements is None:
         block_elements = _KERNEL_BLOCK_ELEMENTS if kernels else BLOCK_ELEMENTS
     blocks = EncoderBlocks(x, W_enc, b_enc, b_dec, False if kernels else screen, block_elements)

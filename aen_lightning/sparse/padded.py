@@ -46,6 +46,15 @@ class PaddedCode(SparseCode):
         """Whether there were more non-zeros than room, or fewer than there must be; waits as :attr:`nnz` does."""
         return not self.at_least <= self.nnz <= self.capacity
 
+    @property
+    def least(self) -> Tensor:
+        """See base class."""
+        return self.values.where(self._used, torch.inf).min()
+
+    @property
+    def _used(self) -> Tensor:
+        return torch.arange(self.capacity, device=self.values.device) < self.feature_offsets[-1]
+
     @cached_property
     def feature_counts(self) -> Tensor:
         """See base class."""
@@ -60,8 +69,7 @@ class PaddedCode(SparseCode):
     def by_token(self) -> tuple[Tensor, Tensor]:
         """See base class; what is not used comes last and belongs to no token."""
         batch = self.shape[0]
-        used = torch.arange(self.capacity, device=self.tokens.device) < self.feature_offsets[-1]
-        key = torch.where(used, self.tokens, batch).to(torch.int16 if batch < 2**15 else torch.int32)
+        key = torch.where(self._used, self.tokens, batch).to(torch.int16 if batch < 2**15 else torch.int32)
         ordered, order = key.sort(stable=True)
         ends = torch.arange(batch + 1, dtype=key.dtype, device=key.device)
         return order, torch.searchsorted(ordered, ends)

@@ -24,7 +24,12 @@ def check_kernels(device: torch.device) -> None:
         return torch.randn(*shape, generator=generator).to(device)
 
     x = normal(300, d_in)  # more than a chunk of tokens
-    p = {"W_enc": normal(d_in, d_sae), "b_enc": normal(d_sae) - 6, "W_dec": normal(d_sae, d_in), "b_dec": normal(d_in)}
+    p = {
+        "W_enc": normal(d_in, d_sae),
+        "b_enc": normal(d_sae) - 14,
+        "W_dec": normal(d_sae, d_in),
+        "b_dec": normal(d_in),
+    }
     p["b_enc"][0], p["b_enc"][1] = 100.0, -100.0
     weights = torch.linspace(0.1, 1, d_sae, device=device)
     with torch.autocast(device.type, enabled=False), torch.enable_grad():

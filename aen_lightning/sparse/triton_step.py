@@ -194,6 +194,8 @@ def backward(
         values if slopes is None else slopes, l2, grad_pre, *grads, *splits, d_sae, width,
         BLOCK=block, CHUNK=_CHUNK, SLOPES=slopes is not None, SUM=kind, num_warps=warps,
     )  # fmt: skip
-    _join[(d_sae,)](chunk_offsets, split_offsets, *grads, *splits, width, BLOCK=block, SUM=kind, num_warps=warps)
+    _join[(d_sae,)](
+        chunk_offsets, split_offsets, *grads, *splits, width, BLOCK=block, SUM=kind, num_warps=warps
+    )
     grad_W_dec, grad_W_enc, grad_b_enc = grads
     return grad_pre, grad_W_dec, grad_W_enc, grad_b_enc

@@ -30,6 +30,7 @@ from aen_lightning.saes.export import check_scaling, export_sae
 from aen_lightning.saes.input_scaling import InputScaling
 from aen_lightning.saes.lengths import Length
 from aen_lightning.saes.step_schedule import StepSchedule
+from aen_lightning.sparse import backend
 from aen_lightning.sparse.precision import MatmulPrecision, set_matmul_precision
 from aen_lightning.training.checkpoints import WholeCheckpointIO
 from aen_lightning.training.finite import (
@@ -245,19 +246,31 @@ class SAETrainingModule(pl.LightningModule):
         """One optimizer with a parameter group per SAE, and SAELens's learning-rate schedule, stepped once
         per optimizer step.
         """
-        optimizer_class = None
+        optimizer_class: type[torch.optim.Optimizer] | None = None
         if self._lays_encoders_feature_by_feature():
             # the layout of the step on the non-zeros, and the Adam that keeps to it; the same numbers as
             # torch's
             for sae in self._adaptive_saes():
                 sparse.feature_major_(sae.W_enc)
-            optimizer_class = sparse.FusedAdam
-        return self.optimizer_settings.configure(
+            optimizer_class = sparse.RowAdam if self._updates_rows() else sparse.FusedAdam
+        configured = self.optimizer_settings.configure(
             [tracked.sae.parameters() for tracked in self.tracked],
             training_steps=self.trainer.estimated_stepping_batches,
             device=self.device,
             scaled_gradients=self._scales_gradients(),
             optimizer_class=optimizer_class,
+        )
+        if isinstance(rows := cast("dict[str, Any]", configured)["optimizer"], sparse.RowAdam):
+            rows.low_dtype = torch.bfloat16 if str(self.trainer.precision) == "bf16-mixed" else None
+            for sae in self._adaptive_saes():
+                rows.hold_rows(sae.W_dec, lambda sae=sae: sae.decoder_norm)
+        return configured
+
+    def _updates_rows(self) -> bool:
+        """Whether Adam runs as this package's kernel, which clips, projects and leaves out silent rows."""
+        return all(
+            sae.dtype == torch.float32 and backend.triton_serves(sae.W_enc.device)
+            for sae in self.saes.values()
         )
 
     def _lays_encoders_feature_by_feature(self) -> bool:
@@ -288,6 +301,11 @@ class SAETrainingModule(pl.LightningModule):
         if self.shard_features and gradient_clip_val:
             sharded.clip_gradients_(self.parameters(), gradient_clip_val, algorithm=gradient_clip_algorithm)
             return
+        rows = self.trainer.optimizers[0]
+        if isinstance(rows, sparse.RowAdam) and gradient_clip_algorithm != "value":
+            for group in rows.param_groups:
+                group["max_norm"] = gradient_clip_val
+            return
         own = len(self.tracked) > 1 or str(self.trainer.precision) == "bf16-mixed"
         if not own or not gradient_clip_val:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -301,8 +319,10 @@ class SAETrainingModule(pl.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The optimizer's step, then the decoder rows back to unit norm."""
         super().optimizer_step(*args, **kwargs)
+        rows = self.trainer.optimizers[0]
         for sae in self._adaptive_saes():
-            sae.normalize_decoder()
+            if not (isinstance(rows, sparse.RowAdam) and rows.holds_rows(sae.W_dec)):
+                sae.normalize_decoder()
 
     # --- steps ---------------------------------------------------------------------------------------------
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:

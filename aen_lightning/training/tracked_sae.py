@@ -16,6 +16,7 @@ from torchmetrics import Metric, MetricCollection
 from aen_lightning.metrics import L0, MSE, DeadFeatures, ExplainedVariance, ShrinkageRatio, firing_counts
 from aen_lightning.saes.aen import AENTrainingSAE
 from aen_lightning.saes.lengths import Length, check_length, in_steps
+from aen_lightning.saes.step_output import CodedStepOutput
 from aen_lightning.saes.step_schedule import StepSchedule
 from aen_lightning.sharded import FeatureSharded
 
@@ -118,6 +119,8 @@ class TrackedSAE(nn.Module):
         """How often each feature fired in this rank's batch, shape (d_sae,), int64."""
         if isinstance(self.sae, FeatureSharded):
             return self.sae.whole_firing_counts(output.feature_acts)
+        if isinstance(output, CodedStepOutput):
+            return output.code.feature_counts
         return firing_counts(output.feature_acts)
 
     def note_firings(self, n_firings: Tensor) -> None:

@@ -125,3 +125,16 @@ def test_table_shows_every_number():
 def test_bad_configs_are_named(config: dict[str, Any], kwargs: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         plan(config, model_config=tiny_config("llama"), **kwargs)
+
+
+def test_the_step_on_a_gpu_by_hand():
+    """Llama in bf16 on an H100: five products at 720 TFLOP/s alone take 30.5 ms; Adam moves 28 bytes a parameter."""
+    config = yaml.safe_load((RECIPES / "llama-3.1-8b.yaml").read_text())
+    config["data"] = {"train_batch_size_tokens": 4096}
+    numbers = plan(config).numbers
+    products = 5 * 2 * 4096 * 4096 * 131072 / 720e12
+    adam = 28 * 2 * 4096 * 131072 / 3e12
+    assert 1e3 * (products + adam) < numbers["h100_dense_step_ms"] < 1.5e3 * (products + adam)
+    assert 1e3 * (products / 5 + adam) < numbers["h100_sparse_step_ms"] < 1.5e3 * (products / 5 + adam)
+    # weights, gradient and two moments in float32, and the copies in bf16
+    assert numbers["h100_sparse_step_gib"] == pytest.approx(2 * 4096 * 131072 * (16 + 2) / GIB, rel=0.02)

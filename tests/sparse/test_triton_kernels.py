@@ -21,7 +21,8 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no GPU: set TRITON_INTERPRET=1 to run the kernels interpreted", allow_module_level=True)
 
 from aen_lightning import sparse  # noqa: E402
-from aen_lightning.sparse import triton_kernels  # noqa: E402
+from aen_lightning.sparse import triton_kernels, triton_step  # noqa: E402
+from aen_lightning.sparse.self_check import check_kernels  # noqa: E402
 from tests.support.sparse_problem import dense_terms, gradients, make_batch, make_parameters  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -153,6 +154,127 @@ def test_a_step_by_kernels_equals_dense_autograd(kind: str, batch: int, dtype: t
     for name, grad in gradients(out.loss, p).items():
         scale = expected_grads[name].abs().max().item() + 1
         assert_close(grad.double().cpu(), expected_grads[name], rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slopes", [False, True])
+def test_backward_of_features_split_into_chunks(dtype: torch.dtype, slopes: bool) -> None:
+    batch, d_in, d_sae = 600, 5, 9
+    h = pattern(batch, d_sae, dtype)  # one feature fires on all 600 tokens: three chunks
+    rows = h.to_sparse_csr()
+    n, room = rows.values().numel(), 37
+    padding = torch.zeros(room, dtype=torch.int64, device=DEVICE)
+    tokens = torch.cat((rows.col_indices(), padding))
+    values = torch.cat((rows.values(), padding.to(dtype)))
+    table, g, x, l1 = (
+        make_batch(m, d_in, seed=s).to(DEVICE, dtype) for s, m in enumerate((d_sae, batch, batch, d_sae))
+    )
+    slope = make_batch(1, n + room, seed=9)[0].to(DEVICE, dtype)
+    l2 = torch.tensor(0.3, dtype=dtype, device=DEVICE)
+    arguments = (
+        rows.crow_indices(),
+        tokens,
+        values,
+        table,
+        g,
+        x,
+        l1[:, 0].contiguous(),
+        slope if slopes else None,
+        l2,
+    )
+    found = triton_step.backward(*arguments)
+    on = h != 0
+    feature = torch.arange(d_sae, device=DEVICE).repeat_interleave(on.sum(dim=1))
+    d = (table.double() @ g.double().t() + 0.3 * h.double())[on]
+    d = d + l1[:, 0].double()[feature] * (slope[:n].double() if slopes else 1)
+    dense = torch.zeros_like(h, dtype=torch.float64).masked_scatter_(on, d)
+    expected = (d, h.double() @ g.double(), dense @ x.double(), dense.sum(dim=1))
+    for actual, want in zip((found[0][:n], *found[1:]), expected, strict=True):
+        tolerance = (1e-12 if dtype == torch.float64 else 1e-5) * float(want.abs().max())
+        assert_close(actual.double(), want, rtol=0, atol=tolerance)
+    for actual, again in zip(found, triton_step.backward(*arguments), strict=True):
+        assert torch.equal(actual[:n], again[:n])  # bit for bit
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "batch_topk", "gated"])
+def test_a_padded_code_gives_what_the_exact_one_gives(kind: str) -> None:
+    p, x = make_parameters(6, 30, bias=-0.5), make_batch(16, 6)
+    p = {name: torch.nn.Parameter(value.detach().to(DEVICE)) for name, value in p.items()}
+    encoder = x.to(DEVICE), p["W_enc"], p["b_enc"], p["b_dec"]
+    threshold = torch.full((30,), 0.4, dtype=torch.float64, device=DEVICE) if kind == "jumprelu" else None
+    if kind == "batch_topk":
+        exact: Any = sparse.encode_batch_topk(*encoder, k=2)
+        padded: Any = sparse.encode_batch_topk(*encoder, k=2, level=exact.least * 0.5, capacity=200)
+    else:
+        exact = sparse.encode(*encoder, threshold=threshold)
+        padded = sparse.encode(*encoder, threshold=threshold, capacity=500)
+    assert isinstance(padded, sparse.PaddedCode)
+    assert not isinstance(exact, sparse.PaddedCode)
+    assert padded.nnz == exact.nnz <= padded.capacity
+    assert not padded.overflowed
+    assert torch.equal(padded.to_dense(), exact.to_dense())
+    assert torch.equal(padded.feature_acts().to_dense(), exact.to_dense())
+    assert torch.equal(padded.feature_counts, exact.feature_counts)
+    assert_close(padded.feature_sums, exact.feature_sums)
+    assert torch.equal(padded.least, exact.least)
+    losses = []
+    for code in (padded, exact):
+        weights = torch.linspace(0.1, 1, 30, device=DEVICE).double()
+        slopes = (1 - code.values / 3).clamp_min(0)
+        common: Any = {"l1_weights": weights, "slopes": slopes, "l2_coefficient": 0.2}
+        if kind == "gated":
+            heads = torch.full((2, 30), 0.1, dtype=torch.float64, device=DEVICE).unbind()
+            out: Any = sparse.gated_loss(
+                encoder[0],
+                code,
+                p["W_enc"],
+                p["b_enc"],
+                heads[0],
+                heads[1] - 0.3,
+                p["W_dec"],
+                p["b_dec"],
+                **common,
+            )
+            h = out.code.to_dense()
+        else:
+            out, h = sparse.loss(encoder[0], code, **p, **common), code.to_dense()
+        losses.append([out.loss, out.sae_out, h, *gradients(out.loss, p).values()])
+    for actual, expected in zip(*losses, strict=True):
+        assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+def test_what_a_padded_code_cannot_hold_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, x = make_parameters(6, 30), make_batch(16, 6)
+    encoder = [t.detach().to(DEVICE) for t in (x, p["W_enc"], p["b_enc"], p["b_dec"])]
+    exact = sparse.encode(*encoder)
+    code: Any = sparse.encode(*encoder, capacity=10)
+    assert code.overflowed
+    assert code.nnz == exact.nnz > 10
+    assert torch.equal(code.feature_counts, exact.feature_counts)  # statistics are right
+    assert_close(code.feature_sums, exact.feature_sums)
+    assert not sparse.encode(*encoder, capacity=exact.nnz).overflowed
+    top = sparse.encode_batch_topk(*encoder, k=2)
+    for level, capacity in ((top.least * 0, 40), (top.least * 1.5, 400)):  # no room; too high a level
+        code = sparse.encode_batch_topk(*encoder, k=2, level=level, capacity=capacity)
+        assert code.overflowed
+        sparse.loss(encoder[0], code, **p)  # reads nothing past the end
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+def test_the_problem_that_kernels_must_solve_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_kernels(torch.device(DEVICE))
+    right = triton_step.backward
+
+    def wrong(*args: Any) -> Any:
+        found = right(*args)
+        found[2][3, 4] += 0.01 * found[2].abs().max()
+        return found
+
+    monkeypatch.setattr(triton_step, "backward", wrong)
+    with pytest.raises(RuntimeError, match=r"W_enc is off by \d"):
+        check_kernels(torch.device(DEVICE))
 
 
 @pytest.mark.usefixtures("kernels_everywhere")
