@@ -13,7 +13,7 @@ PACKAGE = Path(aen_lightning.__file__).parent
 
 # from the bottom up; rooms of one line do not know each other
 LAYERS = [
-    {"spelling", "files", "redaction", "retry", "compat", "registration", "device_copies"},
+    {"spelling", "files", "redaction", "retry", "compat", "registration", "device_copies", "progress"},
     {"checked"},
     {"sparse", "metrics"},
     {"saes"},
