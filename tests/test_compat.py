@@ -30,6 +30,7 @@ from aen_lightning.compat import (
     is_index_into_other_rows,
     local_slice,
     requeue_signal,
+    version_of,
     with_own_children,
 )
 from tests.support.tiny_models import tiny_model
@@ -209,3 +210,12 @@ def test_no_private_name_of_a_library_outside_compat():
 def test_the_search_finds_each_way_to_touch_one(line: str):
     assert "_name" in [name for _, name in _private_names_used(ast.parse(line))]
     assert "_name" not in _own_names(ast.parse(line))
+
+
+def test_a_change_in_place_moves_the_version_and_a_read_does_not():
+    tensor = torch.ones(3)
+    before = version_of(tensor)
+    tensor.sum()
+    assert version_of(tensor) == before
+    tensor.add_(1)
+    assert version_of(tensor) > before

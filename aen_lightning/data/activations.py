@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,10 +179,7 @@ class ActivationsDataModule(pl.LightningDataModule):
     ) -> dict[str, DeviceCopy]:
         """Send the rows to the device as they are stored; they become float32, and are scaled, there."""
         read = self._read(rows, self.hook_names, as_stored=True, pin=stream is not None)
-        return {
-            h: DeviceCopy(x, device, stream, lambda x, scale=self._scaling[h]: scale(x.float()))
-            for h, x in read.items()
-        }
+        return {h: DeviceCopy(x, device, stream, partial(_scaled, self._scaling[h])) for h, x in read.items()}
 
     def _batch(self, rows: NDArray[np.int64]) -> Batch:
         return self._finish_batch(self._start_batch(rows, torch.device("cpu"), None))
@@ -255,6 +253,10 @@ class ActivationsDataModule(pl.LightningDataModule):
     def test_dataloader(self) -> HeldOutBatches:
         """As ``val_dataloader``."""
         return self.val_dataloader()
+
+
+def _scaled(scaling: InputScaling, x: Tensor) -> Tensor:
+    return scaling(x.float())
 
 
 class TrainBatches:

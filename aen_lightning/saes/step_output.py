@@ -25,10 +25,10 @@ class CodedStepOutput(TrainStepOutput):
     def __init__(self, code: sparse.SparseCode | sparse.DenseCode, **rest: Any) -> None:
         self.code = code
         self._feature_acts: Tensor | None = None
-        super().__init__(feature_acts=None, hidden_pre=None, **rest)  # type: ignore[arg-type]
+        super().__init__(feature_acts=None, hidden_pre=None, **rest)
 
     @property
-    def feature_acts(self) -> Tensor:  # type: ignore[override]
+    def feature_acts(self) -> Tensor:
         """(batch, d_sae) activations, dense or a coalesced COO tensor."""
         if self._feature_acts is None:
             self._feature_acts = self.code.feature_acts()
@@ -39,7 +39,7 @@ class CodedStepOutput(TrainStepOutput):
         self._feature_acts = value
 
     @property
-    def hidden_pre(self) -> Tensor:  # type: ignore[override]
+    def hidden_pre(self) -> Tensor:
         """The activations."""
         return self.feature_acts
 

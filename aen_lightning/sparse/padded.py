@@ -37,7 +37,7 @@ class PaddedCode(SparseCode):
         return self.values.numel()
 
     @cached_property
-    def nnz(self) -> int:  # type: ignore[override]
+    def nnz(self) -> int:
         """Number of non-zeros. Waits until the device has counted them, and for nothing that comes after."""
         return int(self.arriving.numbers())
 

@@ -73,7 +73,7 @@ class RowAdam(torch.optim.Adam):
         return parameter in self._norms
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; see ``torch.optim.Optimizer.step``."""
         loss = None
         if closure is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -215,7 +216,7 @@ class SAETrainingModule(pl.LightningModule):
         self.finite_watch.begin(self.n_skipped_rows if self.trainer.is_global_zero else 0)
         for tracked in self.tracked:
             tracked.run_steps = self.trainer.estimated_stepping_batches
-        self._undo.append(show_in_bar(self.trainer.progress_bar_callback, self.bar_values))  # type: ignore[attr-defined]
+        self._undo.append(show_in_bar(self.trainer.progress_bar_callback, self.bar_values))
         if self.device.type == "cuda" and self.float32_matmul_precision is not None:
             self._undo.append(set_matmul_precision(self.float32_matmul_precision))
         self.step_schedule = StepSchedule(
@@ -263,7 +264,7 @@ class SAETrainingModule(pl.LightningModule):
         if isinstance(rows := cast("dict[str, Any]", configured)["optimizer"], sparse.RowAdam):
             rows.low_dtype = torch.bfloat16 if str(self.trainer.precision) == "bf16-mixed" else None
             for sae in self._adaptive_saes():
-                rows.hold_rows(sae.W_dec, lambda sae=sae: sae.decoder_norm)
+                rows.hold_rows(sae.W_dec, partial(getattr, sae, "decoder_norm"))
         return configured
 
     def _updates_rows(self) -> bool:
