@@ -131,10 +131,11 @@ def recommended(
 ) -> Recommended:
     """The recommended SAE, ready for ``Trainer(max_steps=..., callbacks=callbacks).fit(module, data)``.
 
-    >>> from aen_lightning.presets import recommended
-    >>> module, callbacks = recommended(d_in=64, d_sae=256, l0=8, max_steps=1000)
-    >>> [type(callback).__name__ for callback in callbacks]
-    ['InitializeFromData', 'TargetL0', 'HardFinish']
+    Examples:
+        >>> from aen_lightning.presets import recommended
+        >>> module, callbacks = recommended(d_in=64, d_sae=256, l0=8, max_steps=1000)
+        >>> [type(callback).__name__ for callback in callbacks]
+        ['InitializeFromData', 'TargetL0', 'HardFinish']
 
     Args:
         d_in: Width of the activations, scaled so that their norm is about ``sqrt(d_in)``.
