@@ -82,8 +82,8 @@ def _load_folder(folder: Path, device: str, dtype: str | None) -> SAE[Any]:
         sae = SAE.load_from_disk(folder, device=device, dtype=dtype)
     except FOREIGN_ERRORS as err:
         raise ValueError(
-            f"{folder} holds no dictionary for inference ({cfg.get('architecture', 'no architecture')}: "
-            f"{printable(str(err))}); if it is a "
+            f"{folder} holds no dictionary for inference "
+            f"({printable(str(cfg.get('architecture', 'no architecture')))[:60]}: {printable(str(err))}); if it is a "
             "training checkpoint, export it with save_inference_model"
         ) from err
     if sae.cfg.normalize_activations == "expected_average_only_in":

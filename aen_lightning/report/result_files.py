@@ -86,6 +86,7 @@ class _Pair(Ours):
     found_again: dict[Word, _Shares]
     exact: Flag = True
     n_pairs: Count = 0
+    unstable: dict[Word, Any] | None = None
 
 
 class _Chance(Ours):

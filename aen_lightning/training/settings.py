@@ -47,7 +47,8 @@ def settings_of_run(module: pl.LightningModule, config: Mapping[str, Any] | None
         "gradient_clip_val": trainer.gradient_clip_val,
         "gradient_clip_algorithm": None if algorithm is None else str(getattr(algorithm, "value", algorithm)),
         "precision": str(trainer.precision),
-        "n_ranks": trainer.world_size,
+        # ranks that share the features of one SAE see the same batch, so their number changes nothing
+        "n_ranks": 1 if getattr(module, "shard_features", False) else trainer.world_size,
     }
     optimizer = getattr(module, "optimizer_settings", None)
     knows_the_end = any(isinstance(c, HardFinish) for c in trainer.callbacks)  # type: ignore[attr-defined]
