@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import multiprocessing
 import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +22,6 @@ from aen_lightning.compat import (
     FullPrecisionBuffers,
     compute_again,
     consolidate_saelens_shards,
-    exit_at_once,
     find_in_repository,
     initialize,
     is_index_into_other_rows,
@@ -92,18 +89,6 @@ def test_slurms_requeue_signal_is_known_of_any_strategy(monkeypatch: pytest.Monk
     assert requeue_signal(trainer(SLURMEnvironment())) == signal.SIGUSR1
     assert requeue_signal(trainer(SLURMEnvironment(requeue_signal=signal.SIGUSR2))) == signal.SIGUSR2
     assert requeue_signal(trainer(SLURMEnvironment(auto_requeue=False))) is None
-
-
-def test_an_exit_at_once_ends_a_process_from_any_thread():
-    process = multiprocessing.get_context("fork").Process(target=_exits_in_a_thread)
-    process.start()
-    process.join(30)
-    assert process.exitcode == 7
-
-
-def _exits_in_a_thread() -> None:
-    threading.Thread(target=exit_at_once, args=(7,)).start()
-    threading.Event().wait()
 
 
 def test_transformers_computes_rotary_frequencies_again():

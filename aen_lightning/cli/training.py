@@ -93,7 +93,8 @@ class OneLineCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Show progress our way, and no table of a model that is one SAE."""
-        given = {**(self._get(self.config_init, "trainer", default={}) or {}), **kwargs}
+        section = self.config_init.get(str(self.subcommand), self.config_init)
+        given = {**(section.get("trainer") or {}), **kwargs}
         callbacks = given.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if given.get("enable_progress_bar") is not False and not any(

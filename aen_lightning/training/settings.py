@@ -13,7 +13,7 @@ from aen_lightning.runs.provenance import scrub
 
 _CHANGE_NOTHING = {
     "EvaluateDictionaries", "ExportSAE", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "PublishToHub",
-    "RankWatch", "RichProgressBar", "SaveOnSignal", "Throughput", "TQDMProgressBar",
+    "RichProgressBar", "SaveOnSignal", "Throughput", "TQDMProgressBar",
 }  # fmt: skip
 """Callbacks that watch and write only."""
 
