@@ -514,7 +514,8 @@ class SAETrainingModule(pl.LightningModule):
         """
         self._compare_settings(checkpoint)
         optimizers = checkpoint.get("optimizer_states", [])
-        if bad := non_finite_tensors(_tensors_in([checkpoint["state_dict"], *optimizers])):
+        # in a sharded checkpoint the tensors are not here; what writes it has looked at them
+        if bad := non_finite_tensors(_tensors_in([checkpoint.get("state_dict", {}), *optimizers])):
             raise NonFiniteError(
                 f"the checkpoint holds numbers that are not finite, in {', '.join(bad[:4])}: it was saved after the "
                 "run diverged; resume from an earlier one"
