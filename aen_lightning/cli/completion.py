@@ -98,13 +98,17 @@ def options_of_commands() -> dict[str, list[str]]:
 
 def _options_on(page: str) -> list[str]:
     """Options in the left column: full ones, and those of a section whose title says ``--model.KEY``."""
-    found, prefix = [], ""
+    found, prefix, in_title = [], "", False
     for line in page.splitlines():
-        if m := re.match(r"\S.*?(--[\w.]+\.)KEY", line):
-            prefix = m[1]
-        elif re.match(r"\S", line):
-            prefix = ""
-        elif m := re.match(r"  (--[\w.-]+)", line):
+        if re.match(r"\S", line):
+            if m := re.search(r"(--[\w.]+\.)KEY", line):
+                prefix = m[1]
+            elif not in_title:
+                prefix = ""
+            in_title = not line.rstrip().endswith(":")  # on a narrow terminal a title takes two lines
+            continue
+        in_title = False
+        if m := re.match(r"  (--[\w.-]+)", line):
             found.append(m[1])
         elif prefix and (m := re.match(r"  ([a-z_]\w*)", line)):
             found.append(prefix + m[1])
