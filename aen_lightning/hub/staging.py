@@ -61,7 +61,10 @@ def stage(
             "which SAELens's trainer folds in when it ends: publish the folder it wrote at the end"
         )
     metadata = dict(cfg.get("metadata") or {})
-    if dictionary.training_architecture == ARCHITECTURE and cfg.get("architecture") in ("standard", ARCHITECTURE):
+    if dictionary.training_architecture == ARCHITECTURE and cfg.get("architecture") in (
+        "standard",
+        ARCHITECTURE,
+    ):
         # both are a ReLU SAE with the same four weights: the name is all that differs
         cfg["architecture"] = architecture
         metadata["training_architecture"] = ARCHITECTURE
