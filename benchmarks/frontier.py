@@ -37,6 +37,7 @@ warnings.filterwarnings("ignore")
 import lightning.pytorch as pl  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from calibration import calibrate  # noqa: E402
 from frontier_data import (  # noqa: E402
     CONTEXT_SIZE,
     HOOK_NAME,
@@ -51,7 +52,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from aen_lightning.callbacks import HardFinish, InitializeFromData, TargetL0  # noqa: E402
 from aen_lightning.data import ActivationsDataModule, TextActivationsDataModule  # noqa: E402
 from aen_lightning.diagnostics.stability import compare_dictionaries  # noqa: E402
-from aen_lightning.evaluate.dictionary import load_dictionary, scaled_space, to_scaled_space  # noqa: E402
+from aen_lightning.evaluate.dictionary import load_dictionary  # noqa: E402
 from aen_lightning.evaluate.downstream import evaluate_downstream  # noqa: E402
 from aen_lightning.evaluate.inputs import ShardInputs, TextInputs  # noqa: E402
 from aen_lightning.evaluate.reconstruction import evaluate_reconstruction  # noqa: E402
@@ -182,30 +183,6 @@ def train(run: Run, activations: str, *, d_sae: int, seed: int, steps: int, out:
         sys.platform == "linux"
     ):  # blocks of many sizes leave glibc's heap in pieces, by gigabytes after ten runs
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-@torch.no_grad()
-def calibrate(sae: Any, x: torch.Tensor, l0: float) -> float:
-    """Rescale the thresholds of a dictionary by one factor, so that its L0 on ``x`` is ``l0``.
-
-    Args:
-        sae: From ``load_dictionary``; without thresholds it stays as it is.
-        x: Raw activations (tokens, d_in).
-        l0: Mean active features per token.
-
-    Returns:
-        The factor.
-    """
-    if not isinstance(getattr(sae, "threshold", None), torch.Tensor):
-        return 1.0
-    learned = sae.threshold.clone()
-    sae.threshold.data.zero_()
-    parts = to_scaled_space(sae, x).split(2048)
-    with scaled_space(sae):
-        ratios = torch.cat([(sae.encode(part) / learned).flatten() for part in parts])
-    factor = ratios.topk(round(l0 * len(x)), sorted=False).values.min().item()
-    sae.threshold.data.copy_(learned * factor)
-    return factor
 
 
 class Judge:

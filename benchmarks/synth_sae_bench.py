@@ -31,6 +31,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from calibration import calibrate
 from sae_lens import SAE
 from sae_lens.synthetic import (
     FoldedNormalMagnitudeConfig,
@@ -240,20 +241,6 @@ def make_run(variant: str, size: Size, *, lr: float, seed: int) -> tuple[SAEModu
         dead_feature_window=max(20, min(1000, size.steps // 20)),
     )
     return module, callbacks
-
-
-@torch.no_grad()
-def calibrate(sae: SAE[Any], x: Tensor, l0: float) -> None:
-    """Scale the thresholds of a JumpReLU SAE by one factor so that L0 on samples (n, d_in) is ``l0``."""
-    trained = sae.threshold.clone()
-    low, high = -6.0, 6.0  # of the factor's logarithm
-    for _ in range(30):
-        middle = (low + high) / 2
-        sae.threshold.copy_(trained * math.exp(middle))
-        if float((sae.encode(x) > 0).sum(dim=-1).float().mean()) > l0:
-            low = middle
-        else:
-            high = middle
 
 
 def run(

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sae_lens import TrainingSAE
 from torch import Tensor, nn
 
-from aen_lightning import sharded, sparse
+from aen_lightning import sharded
 from aen_lightning.callbacks import (
     DeadFeatureTracker,
     DelayedWarmup,
@@ -26,32 +22,27 @@ from aen_lightning.callbacks import (
     Throughput,
 )
 from aen_lightning.callbacks.modules import prefixed
-from aen_lightning.saes.aen import AENTrainingSAE
 from aen_lightning.saes.export import check_scaling, export_sae
 from aen_lightning.saes.input_scaling import InputScaling
 from aen_lightning.saes.lengths import Length
 from aen_lightning.saes.step_schedule import StepSchedule
-from aen_lightning.sparse import backend
 from aen_lightning.sparse.precision import MatmulPrecision, set_matmul_precision
 from aen_lightning.training.checkpoints import WholeCheckpointIO
 from aen_lightning.training.finite import (
     FiniteWatch,
-    NonFiniteError,
     OnNonFinite,
-    non_finite_tensors,
     require_finite,
-    say,
-    state_of,
 )
 from aen_lightning.training.hand_back import HandBack
+from aen_lightning.training.optimization import SAEOptimization
 from aen_lightning.training.optimizer import OptimizerSettings
 from aen_lightning.training.progress_bar import show_in_bar
-from aen_lightning.training.settings import differences, settings_of_run
+from aen_lightning.training.run_state import RunState
 from aen_lightning.training.sharded_features import ShardedFeatures, refuse_model_parallel
 from aen_lightning.training.tracked_sae import TrackedSAE
 
 
-class SAETrainingModule(pl.LightningModule):
+class SAETrainingModule(SAEOptimization, RunState):
     """Trains SAEs on batches of activations, each with its own loss and its gradients clipped on their own.
 
     Args:
@@ -124,24 +115,6 @@ class SAETrainingModule(pl.LightningModule):
         self.bar_values: dict[str, float] = {}
         self._undo: list[Callable[[], None]] = []
 
-    @property
-    def saes(self) -> dict[str, TrainingSAE[Any]]:
-        """The SAEs by name."""
-        return {tracked.name: tracked.sae for tracked in self.tracked}
-
-    @property
-    def sparsity_multipliers(self) -> dict[str, Tensor]:
-        """Scalars by which the sparsity coefficient of each SAE is multiplied, by name.
-
-        1 unless a callback changes them.
-        """
-        return {tracked.name: tracked.sparsity_multiplier for tracked in self.tracked}
-
-    @property
-    def shard_features(self) -> bool:
-        """Whether each rank holds a part of the features and sees the whole batch."""
-        return self.sharded_features is not None
-
     # --- wiring --------------------------------------------------------------------------------------------
     def configure_callbacks(self) -> list[pl.Callback]:
         """The callbacks training needs.
@@ -193,9 +166,6 @@ class SAETrainingModule(pl.LightningModule):
         if self.sharded_features is not None:
             self.sharded_features.make_weights(self.trainer)
 
-    def _adaptive_saes(self) -> list[AENTrainingSAE]:
-        return [sae for sae in self.saes.values() if isinstance(sae, AENTrainingSAE)]
-
     def _adopt_data_description(self) -> None:
         datamodule = getattr(self.trainer, "datamodule", None)
         scaling = getattr(datamodule, "input_scaling", None)
@@ -243,88 +213,6 @@ class SAETrainingModule(pl.LightningModule):
             if not self.shard_features:
                 sae.W_enc.data = sae.W_enc.data.contiguous()
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One optimizer with a parameter group per SAE, and SAELens's learning-rate schedule, stepped once
-        per optimizer step.
-        """
-        optimizer_class: type[torch.optim.Optimizer] | None = None
-        if self._lays_encoders_feature_by_feature():
-            # the layout of the step on the non-zeros, and the Adam that keeps to it; the same numbers as
-            # torch's
-            for sae in self._adaptive_saes():
-                sparse.feature_major_(sae.W_enc)
-            optimizer_class = sparse.RowAdam if self._updates_rows() else sparse.FusedAdam
-        configured = self.optimizer_settings.configure(
-            [tracked.sae.parameters() for tracked in self.tracked],
-            training_steps=self.trainer.estimated_stepping_batches,
-            device=self.device,
-            scaled_gradients=self._scales_gradients(),
-            optimizer_class=optimizer_class,
-        )
-        if isinstance(rows := cast("dict[str, Any]", configured)["optimizer"], sparse.RowAdam):
-            rows.low_dtype = torch.bfloat16 if str(self.trainer.precision) == "bf16-mixed" else None
-            for sae in self._adaptive_saes():
-                rows.hold_rows(sae.W_dec, partial(getattr, sae, "decoder_norm"))
-        return configured
-
-    def _updates_rows(self) -> bool:
-        """Whether Adam runs as this package's kernel, which clips, projects and leaves out silent rows."""
-        return all(
-            sae.dtype == torch.float32 and backend.triton_serves(sae.W_enc.device)
-            for sae in self.saes.values()
-        )
-
-    def _lays_encoders_feature_by_feature(self) -> bool:
-        return (
-            self.optimizer_settings.is_plain_adam
-            and not self.shard_features
-            and not self._scales_gradients()
-            and self.trainer.world_size
-            == 1  # DDP and FSDP lay out their buckets before the optimizer is made
-            and not self.compile_sae
-            and any(sae.sparse_step_applies() for sae in self._adaptive_saes())
-            and sparse.FusedAdam.supported()
-        )
-
-    def _scales_gradients(self) -> bool:
-        return str(self.trainer.precision) == "16-mixed"
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip as the Trainer asks, each SAE's gradients by their own norm: as in separate runs.
-
-        Lightning refuses to clip for a fused optimizer in any mixed precision, though only scaled losses forbid it.
-        """
-        if self.shard_features and gradient_clip_val:
-            sharded.clip_gradients_(self.parameters(), gradient_clip_val, algorithm=gradient_clip_algorithm)
-            return
-        rows = self.trainer.optimizers[0]
-        if isinstance(rows, sparse.RowAdam) and gradient_clip_algorithm != "value":
-            for group in rows.param_groups:
-                group["max_norm"] = gradient_clip_val
-            return
-        own = len(self.tracked) > 1 or str(self.trainer.precision) == "bf16-mixed"
-        if not own or not gradient_clip_val:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        for sae in self.saes.values():
-            if gradient_clip_algorithm == "value":
-                nn.utils.clip_grad_value_(sae.parameters(), gradient_clip_val)
-            else:
-                nn.utils.clip_grad_norm_(sae.parameters(), gradient_clip_val)
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The optimizer's step, then the decoder rows back to unit norm."""
-        super().optimizer_step(*args, **kwargs)
-        rows = self.trainer.optimizers[0]
-        for sae in self._adaptive_saes():
-            if not (isinstance(rows, sparse.RowAdam) and rows.holds_rows(sae.W_dec)):
-                sae.normalize_decoder()
-
     # --- steps ---------------------------------------------------------------------------------------------
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
         """A SAELens training forward pass of every SAE on the same batch (batch, d_in).
@@ -359,38 +247,6 @@ class SAETrainingModule(pl.LightningModule):
             self.check_finite(batch_size=len(batch))
             self._log_training(logs)
         return {"loss": stacked.sum(), "n_firings": n_firings, "n_tokens": n_tokens}
-
-    def check_finite(self, *, batch_size: int | None = None) -> None:
-        """End the run if a batch, a loss or an SAE was or is not finite. Every rank must call it; waits for the device.
-
-        Raises:
-            NonFiniteError: With the first step, batch and rank, and the names of the tensors.
-        """
-        strategy = self.trainer.strategy
-        found = strategy.all_gather(self.finite_watch.found().to(self.device)).reshape(-1, 2, 4).cpu()
-        tensors = [
-            prefixed(name, tensor)
-            for name, sae in self.saes.items()
-            for tensor in non_finite_tensors(state_of(sae))
-        ]
-        somewhere = strategy.reduce_boolean_decision(bool(tensors), all=False)
-        problem = say(found, tensors, batch_size=batch_size)
-        if problem or somewhere:
-            raise NonFiniteError(
-                f"not finite: {problem or 'weights on another rank'}. Nothing of it was written. For rows of "
-                "activations look at the data or set model.on_non_finite to skip; for a loss lower model.lr"
-            )
-        if self.finite_watch.mode == "skip":
-            local = torch.as_tensor(self.finite_watch.n_skipped_rows, device=self.device)
-            self.n_skipped_rows = int(cast(Tensor, strategy.reduce(local.clone(), reduce_op="sum")))
-
-    def on_train_end(self) -> None:
-        """Look once more before the last dictionary is written."""
-        self.check_finite()
-        if self.n_skipped_rows:
-            rank_zero_warn(
-                f"{self.n_skipped_rows} rows of activations were not finite and left out of training"
-            )
 
     def _check_batch(self, batch: Tensor, tracked: TrackedSAE) -> None:
         d_in = tracked.sae.cfg.d_in
@@ -458,77 +314,6 @@ class SAETrainingModule(pl.LightningModule):
             )
             metrics.reset()
 
-    # --- saving --------------------------------------------------------------------------------------------
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the weights alone do not say, as plain values.
-
-        Raises:
-            NonFiniteError: If the run has diverged, before anything is written.
-        """
-        self.require_finite()
-        checkpoint["aen_lightning"] = {
-            "n_training_samples": self.n_training_samples,
-            "n_skipped_rows": self.n_skipped_rows,
-            "settings": settings_of_run(self, self.run_config),
-            "input_scaling": {"kind": self.input_scaling.kind, "factor": self.input_scaling.factor},
-            "tracked": [tracked.extra_state() for tracked in self.tracked],
-        }
-
-    def _is_attached(self) -> bool:
-        """Whether a Trainer drives the module; ``load_from_checkpoint`` needs none."""
-        try:
-            return self.trainer is not None
-        except RuntimeError:
-            return False
-
-    def _compare_settings(self, checkpoint: dict[str, Any]) -> None:
-        if not self._is_attached() or self.trainer.state.fn != TrainerFn.FITTING:
-            return
-        # without settings: of an earlier version
-        old = checkpoint["aen_lightning"].get("settings") or {"model": checkpoint.get("hyper_parameters", {})}
-        if not (changed := differences(old, settings_of_run(self, self.run_config))):
-            return
-        said = "the checkpoint is of a run with other settings: " + "; ".join(changed)
-        if not self.accept_changed_config:
-            raise ValueError(
-                f"{said}. Take the same settings, or --force_resume (in Python module.accept_changed_config = True)"
-            )
-        rank_zero_warn(
-            f"{said}. Weights, optimizer and schedule, the learning rate too, go on as in the checkpoint"
-        )
-
-    def require_finite(self) -> None:
-        """Refuse to have a diverged run written: on all ranks together while it trains, on each by itself after it."""
-        if self.trainer.state.status == TrainerStatus.RUNNING and self.trainer.state.fn == TrainerFn.FITTING:
-            self.check_finite()
-            return
-        for name, sae in self.saes.items():
-            require_finite(sae, f"the SAE {name!r}" if name else "the SAE")
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what :meth:`on_save_checkpoint` added.
-
-        Raises:
-            NonFiniteError: If a weight, a statistic or the optimizer's state is not finite.
-            ValueError: In a fit, if the run was another one; not with ``accept_changed_config``, which warns.
-        """
-        self._compare_settings(checkpoint)
-        optimizers = checkpoint.get("optimizer_states", [])
-        # in a sharded checkpoint the tensors are not here; what writes it has looked at them
-        if bad := non_finite_tensors(_tensors_in([checkpoint.get("state_dict", {}), *optimizers])):
-            raise NonFiniteError(
-                f"the checkpoint holds numbers that are not finite, in {', '.join(bad[:4])}: it was saved after the "
-                "run diverged; resume from an earlier one"
-            )
-        state = checkpoint["aen_lightning"]
-        self.n_training_samples = state["n_training_samples"]
-        self.n_skipped_rows = state.get("n_skipped_rows", 0)  # 0: of an earlier version
-        self.input_scaling = InputScaling(**state["input_scaling"])
-        for tracked, extra in zip(self.tracked, state["tracked"], strict=True):
-            tracked.load_extra_state(extra)
-        if self.sharded_features is not None:
-            self.sharded_features.load(self.trainer, self)
-
     def export(self, path: str | Path, log_sparsity: Tensor | None = None, *, name: str = "") -> Path:
         """Write one dictionary as a SAELens folder for raw activations.
 
@@ -543,13 +328,3 @@ class SAETrainingModule(pl.LightningModule):
             require_finite(self.saes[name], f"the SAE {name!r}" if name else "the SAE")
         write = sharded.export_sharded_sae if self.shard_features else export_sae
         return write(self.saes[name], path, input_scaling=self.input_scaling, log_sparsity=log_sparsity)
-
-
-def _tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in nested dicts and lists, by the path to each."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, Mapping | list):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for key, member in items:
-            yield from _tensors_in(member, f"{name}.{key}" if name else str(key))

@@ -2,24 +2,16 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def frontier(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import frontier
-
-    yield frontier
-    for name in ("frontier", "frontier_data"):
-        sys.modules.pop(name, None)
+def frontier(load_script):
+    return load_script("frontier")
 
 
 def test_calibrated_thresholds_give_the_asked_l0(frontier):
