@@ -67,6 +67,14 @@ def test_what_would_be_written_before_the_next_logging_step_is_not(tmp_path: Pat
     assert [p.name for p in (tmp_path / "sae").iterdir()] == ["step_4"]
 
 
+def test_a_checkpoint_of_weights_that_are_not_finite_is_not_written(tmp_path: Path):
+    module, trainer = make_module(), make_trainer(tmp_path, 3)
+    trainer.fit(module, loader())
+    module.sae.b_enc.data[2] = NAN
+    with pytest.raises(NonFiniteError, match="b_enc"):
+        module.on_save_checkpoint({})  # by itself: the export that goes with a checkpoint refuses as well
+
+
 def test_at_the_end_of_a_run_nothing_is_exported(tmp_path: Path):
     with pytest.raises(NonFiniteError, match="step 5"):
         make_trainer(tmp_path, 7, log_every_n_steps=1000).fit(make_module(), data(NAN))
