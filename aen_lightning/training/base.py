@@ -18,6 +18,7 @@ from aen_lightning.callbacks import (
     DelayedWarmup,
     EMAWeightRefresh,
     ExportSAE,
+    RankWatch,
     SaveOnSignal,
     Throughput,
 )
@@ -127,6 +128,7 @@ class SAETrainingModule(SAEOptimization, RunState):
             ExportSAE,
             Throughput,
             SaveOnSignal,
+            RankWatch,
         ]
         if self._adaptive_saes():
             defaults = [DelayedWarmup, EMAWeightRefresh, *defaults]
