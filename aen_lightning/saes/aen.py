@@ -181,7 +181,7 @@ class AENTrainingSAE(AdaptiveState, HardPhase, SparseStep, TrainingSAE[AENTraini
         b_dec = self.b_dec if self.cfg.apply_b_dec_to_input else None
         code = self._encode_own(x, b_dec, schedule)
         counts = code.feature_counts if self.counts_firings else None
-        self.observe_and_refresh(code.feature_sums / len(x), counts, len(x), schedule)
+        self.observe_and_refresh(code.feature_means, counts, len(x), schedule)
         out = self._loss_of(code, step_input)
         observed = code
         if isinstance(code, sparse.PaddedCode) and code.overflowed:

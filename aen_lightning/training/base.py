@@ -243,12 +243,14 @@ class SAETrainingModule(SAEOptimization, RunState):
                 tracked.note_firings(n_firings[tracked.name])
                 if is_logging_step:
                     logs[tracked.name] = tracked.log_values(output, n_steps)
-        stacked = torch.stack(losses)
+        # of one SAE without operations of its own
+        stacked = losses[0].view(1) if len(losses) == 1 else torch.stack(losses)
         self.finite_watch.losses(stacked, step=n_steps, batch_idx=batch_idx)
         if is_logging_step:
             self.check_finite(batch_size=len(batch))
             self._log_training(logs)
-        return {"loss": stacked.sum(), "n_firings": n_firings, "n_tokens": n_tokens}
+        loss = losses[0] if len(losses) == 1 else stacked.sum()
+        return {"loss": loss, "n_firings": n_firings, "n_tokens": n_tokens}
 
     def _check_batch(self, batch: Tensor, tracked: TrackedSAE) -> None:
         d_in = tracked.sae.cfg.d_in

@@ -71,6 +71,13 @@ class TrackedSAE(nn.Module):
         own = getattr(self.sae.cfg, "aux_loss_window", None)
         return self.dead_neuron_mask if own is None else self._silent_for(own, "aux_loss_window")
 
+    @property
+    def _revives(self) -> bool:
+        """Whether a step of the SAE may ask who is dead."""
+        cfg = self.sae.cfg
+        own = isinstance(self.sae, AENTrainingSAE)
+        return not own or (cfg.hard_k is not None and bool(cfg.aux_loss_coefficient))
+
     def _silent_for(self, window: Length, name: str) -> Tensor:
         return self.n_forward_passes_since_fired > in_steps(window, self.run_steps, name)
 
@@ -104,7 +111,7 @@ class TrackedSAE(nn.Module):
         step_input = TrainStepInput(
             sae_in=x,
             coefficients=self.coefficients(n_training_steps),
-            dead_neuron_mask=self.revived_neuron_mask,
+            dead_neuron_mask=self.revived_neuron_mask if self._revives else None,
             n_training_steps=n_training_steps,
             is_logging_step=is_logging_step,
         )
