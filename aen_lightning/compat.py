@@ -69,9 +69,7 @@ def adam_tensors_known() -> bool:
     return gather is not None and list(inspect.signature(gather).parameters) == known
 
 
-def on_adam_tensors(
-    optimizer: Any, change: Callable[[dict[str, Any], tuple[list[Any], ...]], None]
-) -> None:
+def on_adam_tensors(optimizer: Any, change: Callable[[dict[str, Any], tuple[list[Any], ...]], None]) -> None:
     """Call ``change`` with the tensors that each step of an Adam hands to its kernel, to exchange views in
     place.
 

@@ -9,13 +9,13 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from transformers import AutoConfig, PretrainedConfig
 
-from aen_lightning.checked import shortened
 from aen_lightning.cli.config import configs_in, read_config
 from aen_lightning.cli.errors import UsageError
 from aen_lightning.cli.harvest import HarvestCLI
 from aen_lightning.cli.output import answer
 from aen_lightning.cli.parser import normalized
 from aen_lightning.cli.training import AENCLI, OneLineCLI, errors_of_use
+from aen_lightning.files.checked import shortened
 from aen_lightning.harvest.plan import plan as plan_recipe
 from aen_lightning.training.module import SAEModule
 

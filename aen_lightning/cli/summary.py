@@ -18,9 +18,9 @@ _TRAINING_KEYS = {"l0": "l0", "explained_variance": "ev", "dead_features_pct": "
 
 
 def say_result(trainer: pl.Trainer) -> None:
-    """Answer ``aen fit``: on rank 0, of the SAE whose run has just ended."""
+    """Answer ``aen fit``: on rank 0, of the SAE whose run has just ended. To be called on every rank."""
+    result = fit_result(trainer)
     if trainer.is_global_zero:
-        result = fit_result(trainer)
         answer(result, lambda: fit_text(result))
 
 
@@ -29,7 +29,8 @@ def fit_result(trainer: pl.Trainer) -> dict[str, Any]:
 
     ``command``, ``steps``, ``metrics`` (``l0``, ``explained_variance``, ``dead_features_pct``, ... as far as
     they are known), ``metrics_from`` (``validation``, or ``training`` for the last logged batch), ``folder``,
-    ``dictionary`` and ``checkpoint``: paths, or null.
+    ``dictionary`` and ``checkpoint``: paths, or null. To be called on every rank: Lightning's ``log_dir`` is a
+    collective.
     """
     values = {key: float(value) for key, value in trainer.callback_metrics.items()}
     found = {m: values[f"val/metrics/{m}"] for m in METRICS if f"val/metrics/{m}" in values}

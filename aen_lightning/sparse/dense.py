@@ -84,7 +84,9 @@ class _DenseTerms(torch.autograd.Function):
         else:
             # Without slopes the means that the statistics took serve for the loss as well.
             means = (
-                code.feature_means if slopes is None else (h * slopes).sum(dim=0, dtype=mse_loss.dtype) / batch
+                code.feature_means
+                if slopes is None
+                else (h * slopes).sum(dim=0, dtype=mse_loss.dtype) / batch
             )
             l1_loss = torch.dot(means.to(mse_loss.dtype), l1_weights.to(mse_loss.dtype))
         if l2_coefficient:

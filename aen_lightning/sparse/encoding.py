@@ -51,9 +51,7 @@ def check_shapes(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) 
         )
 
 
-def encoder_input(
-    x: Tensor, W_enc: Tensor, b_dec: Tensor | None, dtype: torch.dtype | None = None
-) -> Tensor:
+def encoder_input(x: Tensor, W_enc: Tensor, b_dec: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
     """What the encoder multiplies: ``x`` less ``b_dec`` unless that is None, computed in the parameters' dtype.
 
     ``dtype`` is that of the result; None: the parameters'.

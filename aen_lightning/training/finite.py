@@ -78,6 +78,23 @@ class FiniteWatch:
         # of a batch without any finite row zeros remain
         return torch.where(finite.any(), x[at], torch.zeros_like(x))
 
+    def held_out_rows(self, x: Tensor, *, batch_idx: int, rank: int) -> Tensor:
+        """The rows of a held-out batch, (n, d_in); in ``skip`` the finite ones only. Waits for the device.
+
+        Raises:
+            NonFiniteError: In ``stop``, if there is another.
+        """
+        finite = x.isfinite().all(-1)
+        n_bad = len(x) - int(finite.sum())
+        if not n_bad:
+            return x
+        if self.mode == "stop":
+            raise NonFiniteError(
+                f"{n_bad} of {len(x)} rows of held-out activations are not finite (batch {batch_idx}, rank {rank}): "
+                "harvest them again, or leave them out with model.on_non_finite=skip"
+            )
+        return x[finite]
+
     def losses(self, losses: Tensor, *, step: int, batch_idx: int) -> None:
         """Look at the losses of a batch, (n_saes,)."""
         self._note(1, losses.detach(), step, batch_idx)

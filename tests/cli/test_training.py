@@ -104,24 +104,22 @@ def test_validate_and_test_read_a_checkpoint(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.slow
-def test_further_ranks_of_a_sweep_run_the_same_command(tmp_path: Path) -> None:
-    args = [
-        "--trainer.devices=2",
-        "--trainer.strategy=ddp",
-        "--trainer.accelerator=cpu",
-        "--trainer.max_steps=4",
-    ]
-    args += [
-        "--trainer.val_check_interval=4",
-        "--trainer.limit_val_batches=2",
-        f"--trainer.default_root_dir={tmp_path}",
-    ]
-    command = [sys.executable, "-m", "aen_lightning", "sweep", "--config", "spiked-sweep", *args, *QUICK]
+@pytest.mark.parametrize(("command", "recipe"), [("fit", "debug"), ("sweep", "spiked-sweep")])
+def test_two_processes_run_the_same_command_and_rank_0_answers(
+    tmp_path: Path, command: str, recipe: str
+) -> None:
+    args = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--trainer.max_steps=4",
+            "--trainer.val_check_interval=4", "--trainer.limit_val_batches=2",
+            f"--trainer.default_root_dir={tmp_path}"]  # fmt: skip
+    words = [sys.executable, "-m", "aen_lightning", command, "--config", recipe, "--json", *args, *QUICK]
     root = Path(aen_lightning.__file__).parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    rows = (run_folder(tmp_path) / "sweep.csv").read_text().splitlines()
-    assert len(rows) == 1 + 8
+    result = json.loads(done.stdout)
+    assert Path(result["folder"]) == run_folder(tmp_path)
+    if command == "sweep":
+        rows = (run_folder(tmp_path) / "sweep.csv").read_text().splitlines()
+        assert len(rows) == 1 + 8 == 1 + len(result["members"])
 
 
 def text_run(tmp_path: Path, *args: str) -> int:

@@ -120,15 +120,19 @@ def places(content: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def changed(draw: st.DrawFn, good: Any) -> Any:
     """The data with one to three changes."""
     content = copy.deepcopy(good)
+
+    def nasty() -> Any:
+        return copy.deepcopy(
+            draw(NASTY)
+        )  # the next change may reach into it, and must not change NASTY itself
+
     for _ in range(draw(st.integers(1, 3))):
         place = draw(st.sampled_from(list(places(content))))
         if not place:
             if draw(st.integers(0, 9)) == 0:
-                return draw(NASTY)
+                return nasty()
             if isinstance(content, dict):
-                content[draw(st.text(max_size=6) | st.sampled_from(["to_dict", "self", "schema"]))] = draw(
-                    NASTY
-                )
+                content[draw(st.text(max_size=6) | st.sampled_from(["to_dict", "self", "schema"]))] = nasty()
             continue
         holder = content
         for part in place[:-1]:
@@ -144,7 +148,7 @@ def changed(draw: st.DrawFn, good: Any) -> Any:
         elif change == "near" and isinstance(old, int | float) and not isinstance(old, bool):
             holder[place[-1]] = old + draw(st.sampled_from([-1, 1, 10**6, -2 * abs(old) or -1]))
         else:
-            holder[place[-1]] = draw(NASTY)
+            holder[place[-1]] = nasty()
     return content
 
 
@@ -357,9 +361,9 @@ _OPEN_DICTIONARY = (
 )
 
 KINDS: dict[str, Kind] = {
-    "manifest": Kind(_shards, "set/manifest.json", _OPEN_SET, _whole_set, _read_json, _write_json),
+    "manifest": Kind(_shards, "set/manifest.json", _OPEN_SET, _whole_set, _read_json, _write_json, 1),
     "shard": Kind(
-        _shards, "set/shard-00001.safetensors", (*_OPEN_SET[:1], lambda f: ShardSet(f / "set")), _whole_set
+        _shards, "set/shard-00001.safetensors", (*_OPEN_SET[:1], lambda f: ShardSet(f / "set")), _whole_set, n_true=1
     ),
     "verification notes": Kind(
         _shards, "set/.verified.json", (lambda f: ShardSet(f / "set"),), _whole_set, _read_json, _write_json
