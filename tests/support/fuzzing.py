@@ -308,9 +308,9 @@ def _run_config(folder: Path) -> None:
 
 
 def _provenance(folder: Path) -> None:
-    (dictionary,) = collect([folder / "run"]).dictionaries
-    assert dictionary.dictionary is not None
-    json.dumps(collect_provenance(dictionary.dictionary), allow_nan=False)
+    # curves of an SAE that has no dictionary are reported, too
+    (found,) = (d.dictionary for d in collect([folder / "run"]).dictionaries if d.dictionary is not None)
+    json.dumps(collect_provenance(found), allow_nan=False)
 
 
 def _checkpoint(folder: Path) -> None:
