@@ -69,20 +69,20 @@ def adam_tensors_known() -> bool:
     return gather is not None and list(inspect.signature(gather).parameters) == known
 
 
-def on_adam_tensors(optimizer: Any, change: Callable[[tuple[list[Any], ...]], None]) -> None:
+def on_adam_tensors(optimizer: Any, change: Callable[[dict[str, Any], tuple[list[Any], ...]], None]) -> None:
     """Call ``change`` with the tensors that each step of an Adam hands to its kernel, to exchange views in
     place.
 
     Args:
         optimizer: A ``torch.optim.Adam``. A second call replaces the first one's ``change``.
-        change: Gets five lists, one entry a parameter with a gradient: parameters, gradients, first and
-            second moments, greatest second moments (empty without ``amsgrad``).
+        change: Gets a parameter group and five lists, one entry a parameter with a gradient: parameters,
+            gradients, first and second moments, greatest second moments (empty without ``amsgrad``).
     """
     gather = type(optimizer)._init_group
 
     def gather_and_change(group: dict[str, Any], *lists: list[Any]) -> bool:
         has_complex: bool = gather(optimizer, group, *lists)
-        change(lists[:-1])
+        change(group, lists[:-1])
         return has_complex
 
     optimizer._init_group = gather_and_change

@@ -30,17 +30,19 @@ class DelayedWarmup(pl.Callback):
             check_length(ramp_steps, "DelayedWarmup.ramp_steps")
         self.delay_steps = delay_steps
         self.ramp_steps = ramp_steps
+        self._ramps: list[float] | None = None  # what the SAEs have, once it is known
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a module without adaptive weights before any work."""
         adaptive_saes(pl_module, self)
+        self._ramps = None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Set the ramp for the step that begins."""
-        run_steps = trainer.estimated_stepping_batches
-        for sae in adaptive_saes(pl_module, self):
+        run_steps, saes, ramps = trainer.estimated_stepping_batches, adaptive_saes(pl_module, self), []
+        for sae in saes:
             delay = sae.cfg.warmup_delay_steps if self.delay_steps is None else self.delay_steps
             rise = sae.cfg.warmup_ramp_steps if self.ramp_steps is None else self.ramp_steps
             ramp = warmup_ramp(
@@ -48,4 +50,8 @@ class DelayedWarmup(pl.Callback):
                 delay_steps=in_steps(delay, run_steps, "warmup_delay_steps"),
                 ramp_steps=in_steps(rise, run_steps, "warmup_ramp_steps"),
             )
-            sae.set_ramp(ramp)
+            ramps.append(ramp)
+        if ramps != self._ramps:
+            for sae, ramp in zip(saes, ramps, strict=True):
+                sae.set_ramp(ramp)
+            self._ramps = ramps

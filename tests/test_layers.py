@@ -13,8 +13,8 @@ PACKAGE = Path(aen_lightning.__file__).parent
 
 # from the bottom up; rooms of one line do not know each other
 LAYERS = [
-    {"spelling", "files", "redaction", "retry", "compat", "registration", "device_copies", "progress"},
-    {"checked"},
+    {"spelling"},
+    {"files", "retry", "compat", "registration", "device_copies", "progress"},
     {"sparse", "metrics"},
     {"saes"},
     {"shards", "language_model", "sharded"},

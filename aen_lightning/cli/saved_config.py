@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.cli import SaveConfigCallback
 
-from aen_lightning.redaction import REMOVED, is_secret_key, without_secrets
+from aen_lightning.files.redaction import REMOVED, is_secret_key, without_secrets
 
 
 class SaveConfigWithoutSecrets(SaveConfigCallback):

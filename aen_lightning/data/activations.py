@@ -18,7 +18,7 @@ from aen_lightning.data.options import require_at_least
 from aen_lightning.data.order import ShuffledOrder
 from aen_lightning.data.ranks import rank_and_world_size
 from aen_lightning.device_copies import DeviceCopy, side_stream
-from aen_lightning.redaction import without_secrets
+from aen_lightning.files.redaction import without_secrets
 from aen_lightning.saes.input_scaling import InputScaling, ScalingKind
 from aen_lightning.shards.read import ShardSet, Verify, open_activations
 from aen_lightning.shards.source import ActivationSource

@@ -11,8 +11,8 @@ from sae_lens.util import get_special_token_ids
 from aen_lightning.data.documents import HfDataset, open_dataset
 from aen_lightning.data.mixing import MixingBuffer
 from aen_lightning.data.token_filter import TokenFilter
+from aen_lightning.files.redaction import without_secrets
 from aen_lightning.language_model.source import LanguageModelOptions
-from aen_lightning.redaction import without_secrets
 from aen_lightning.saes.input_scaling import ScalingKind
 from aen_lightning.spelling import suggest
 

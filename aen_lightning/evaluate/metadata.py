@@ -8,8 +8,8 @@ from typing import Any, get_type_hints
 
 from pydantic import create_model
 
-from aen_lightning.checked import OURS, check, shortened
 from aen_lightning.data.synthetic import SpikedDataModule
+from aen_lightning.files.checked import OURS, check, shortened
 
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 # where and how the trainer loaded the model, which changes nothing that it computes here

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aen_lightning.files import write_json
-from aen_lightning.redaction import without_secrets
+from aen_lightning.files.redaction import without_secrets
 
 SCHEMA = 1
 _PACKAGES = ("aen-lightning", "sae-lens", "torch", "transformers")

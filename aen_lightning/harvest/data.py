@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -17,7 +16,6 @@ from aen_lightning.data.token_filter import TokenFilter
 from aen_lightning.harvest.batches import HarvestBatches
 from aen_lightning.harvest.module import HarvestModule
 from aen_lightning.harvest.tokens import (
-    TOKENS_FOLDER,
     MarkedTokenRows,
     read_token_shard,
     token_shard_path,
@@ -108,6 +106,7 @@ class HarvestDataModule(pl.LightningDataModule):
         folder = ShardFolder(writer.path)
         manifest = folder.begin(manifest)
         if manifest.complete:
+            writer.drop_work_orders()  # cut off between the last line of the manifest and this
             return
         done = {s.index for s in manifest.shards}
         if not self._has_work_orders(writer, manifest, done):
@@ -131,7 +130,7 @@ class HarvestDataModule(pl.LightningDataModule):
     def _write_work_orders(self, module: HarvestModule, writer: ShardWriter, manifest: Manifest) -> None:
         """Tokenise: at first, after being cut off at it, or when a shard of a finished set was deleted to be
         made again."""
-        shutil.rmtree(writer.path / TOKENS_FOLDER, ignore_errors=True)
+        writer.drop_work_orders()
         per_shard = manifest.plan.get("rows_per_shard")
         if per_shard is None:
             row_bytes = self.options.context_size * manifest.bytes_per_token

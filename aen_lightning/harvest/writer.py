@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from aen_lightning.device_copies import HostCopy, side_stream
+from aen_lightning.harvest.tokens import TOKENS_FOLDER
 from aen_lightning.shards.manifest import Manifest, ShardRecord
 from aen_lightning.shards.write import ShardFolder, ShardStream
 
@@ -206,8 +207,12 @@ class ShardWriter(BasePredictionWriter):
     def finish(self) -> Manifest:
         """Mark the set as complete, and drop the work orders (rank 0, once all shards are there)."""
         manifest = ShardFolder(self.path).collect(complete=True)
-        shutil.rmtree(self.path / "tokens", ignore_errors=True)
+        self.drop_work_orders()
         return manifest
+
+    def drop_work_orders(self) -> None:
+        """Remove the rows of tokens that the shards were made of, if they are still there."""
+        shutil.rmtree(self.path / TOKENS_FOLDER, ignore_errors=True)
 
 
 def writer_of(trainer: pl.Trainer) -> ShardWriter:

@@ -12,9 +12,9 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-from aen_lightning.checked import FileName, Foreign, Word, read_checked
 from aen_lightning.compat import find_in_repository
 from aen_lightning.files import write_json
+from aen_lightning.files.checked import FileName, Foreign, Word, read_checked
 from aen_lightning.language_model.families import after_layers_paths, base_prefix, layers_path
 
 _HUB_KWARGS = ("token", "cache_dir", "local_files_only", "force_download")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from aen_lightning.files import DTYPES, ModelDtype
+from aen_lightning.files.redaction import without_secrets
 from aen_lightning.language_model.cut_model import (
     ActivationModel,
     cut_model,
@@ -16,7 +17,6 @@ from aen_lightning.language_model.cut_model import (
     resolve_hooks,
 )
 from aen_lightning.language_model.hook_points import Hook
-from aen_lightning.redaction import without_secrets
 
 ModelClassName = Literal["AutoModelForCausalLM", "HookedTransformer", "TransformerBridge"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from aen_lightning.diagnostics.diagnose import RESULT_FILE as DIAGNOSIS_FILE
 from aen_lightning.evaluate.evaluate import RESULT_FILE as EVALUATION_FILE
 from aen_lightning.evaluate.results import short_names
-from aen_lightning.redaction import without_secrets_in_config
+from aen_lightning.files.redaction import without_secrets_in_config
 from aen_lightning.report.naming import family_of, name_dictionaries
 from aen_lightning.report.result_files import read_result
 from aen_lightning.report.trained import TrainedSAE, read_bare, read_run

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from aen_lightning.checked import Count, Flag, Foreign, Number, Ours, Share, Size, Text, Word, check
 from aen_lightning.files import read_json
+from aen_lightning.files.checked import Count, Flag, Foreign, Number, Ours, Share, Size, Text, Word, check
 
 _Section = dict[Word, Any] | None
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from aen_lightning.checked import shortened
 from aen_lightning.evaluate.results import number
+from aen_lightning.files.checked import shortened
 from aen_lightning.report.collect import Report
 from aen_lightning.report.tables import Cell, Table, TableCard, value_cell
 from aen_lightning.report.trained import TrainedSAE

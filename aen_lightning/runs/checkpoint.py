@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from aen_lightning.checked import FOREIGN, Count, Foreign, Word, check, shortened
+from aen_lightning.files.checked import FOREIGN, Count, Foreign, Word, check, shortened
 from aen_lightning.spelling import printable
 
 DAMAGED = (

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from aen_lightning.checked import FOREIGN, Count, Foreign, Number, Size, Text, Word, check, shortened
+from aen_lightning.files.checked import FOREIGN, Count, Foreign, Number, Size, Text, Word, check, shortened
 from aen_lightning.runs.layout import METRICS_FILE, SWEEP_FILE
 from aen_lightning.spelling import printable
 

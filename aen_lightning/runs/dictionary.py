@@ -15,8 +15,8 @@ from sae_lens.constants import (
 )
 from torch import Tensor
 
-from aen_lightning.checked import Foreign, Number, read_checked
 from aen_lightning.files import read_json, read_tensor, require_finite
+from aen_lightning.files.checked import Foreign, Number, read_checked
 from aen_lightning.runs.ids import check_id, id_of_one, ids_of_several
 from aen_lightning.runs.layout import is_dictionary, is_step, run_of
 from aen_lightning.runs.weights import check_config

@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from aen_lightning.checked import read_yaml
-from aen_lightning.redaction import without_secrets
+from aen_lightning.files.checked import read_yaml
+from aen_lightning.files.redaction import without_secrets
 from aen_lightning.runs.curves import read_curves
 from aen_lightning.runs.dictionary import Dictionary
 from aen_lightning.runs.layout import CONFIG_FILE
@@ -109,7 +109,7 @@ def git_commit(folder: Path | None = None) -> str | None:
 
 
 def scrub(value: Any) -> Any:
-    """A copy without secrets (:func:`~aen_lightning.redaction.without_secrets`), and with local paths cut to
+    """A copy without secrets (:func:`~aen_lightning.files.redaction.without_secrets`), and with local paths cut to
     their last part: an absolute one, or one that leads out of the working directory."""
     return _without_local_paths(without_secrets(value))
 

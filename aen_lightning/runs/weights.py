@@ -12,8 +12,8 @@ from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.util import str_to_dtype
 
-from aen_lightning.checked import Count, Flag, Foreign, Number, Size, Text, Word, check
 from aen_lightning.files import SAFETENSORS_NAMES, read_safetensors_header, require_finite_file
+from aen_lightning.files.checked import Count, Flag, Foreign, Number, Size, Text, Word, check
 from aen_lightning.saes.metadata import Metadata, version_number
 from aen_lightning.spelling import printable
 

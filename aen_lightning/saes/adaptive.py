@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import hardshrink
 
 from aen_lightning.compat import FullPrecisionBuffers
 from aen_lightning.saes.aen_config import AENTrainingSAEConfig
@@ -108,7 +109,7 @@ class AdaptiveState(FullPrecisionBuffers):
             # the first batch sets it: from 0 it would take hundreds of steps, at slopes that are all wrong
             self.activation_scale.copy_(torch.where(self.activation_scale == 0, scale, moved))
         decay = self.cfg.ema_decay ** (1 / n_micro_batches)
-        self.feature_acts_ema.mul_(decay).add_(mean, alpha=1 - decay)
+        self.feature_acts_ema.lerp_(mean, 1 - decay)
         self.n_observed_steps.add_(1)
 
     @torch.no_grad()
@@ -124,7 +125,7 @@ class AdaptiveState(FullPrecisionBuffers):
             weight_min=self.cfg.weight_min,
             weight_max=self.cfg.weight_max,
         )
-        self.l1_weights.copy_(1 + (weights - 1) * self.ramp)
+        self.l1_weights.fill_(1).lerp_(weights, self.ramp)
         if self.firing_rate_ema is not None:
             self.l1_weights.mul_(self._guard(self.firing_rate_ema))
 
@@ -212,18 +213,18 @@ class AdaptiveState(FullPrecisionBuffers):
     def normalize_decoder(self) -> None:
         """Project the decoder rows back to their norm (1 until a scaling is folded in)."""
         if self.W_dec.dtype == self.decoder_norm.dtype:
-            self.W_dec.mul_(self._row_scale(self.W_dec))
+            self.W_dec.addcmul_(self.W_dec, self._row_growth(self.W_dec))
         else:
             exact = self.W_dec.to(self.decoder_norm.dtype)
-            self.W_dec.copy_(exact * self._row_scale(exact))
+            self.W_dec.copy_(exact.addcmul(exact, self._row_growth(exact)))
 
-    def _row_scale(self, W_dec: Tensor, decoder_norm: Tensor | None = None) -> Tensor:
-        norm = torch.linalg.vector_norm(W_dec.detach(), dim=-1, keepdim=True).clamp_min(1e-12)
-        scale = (self.decoder_norm if decoder_norm is None else decoder_norm).unsqueeze(1) / norm
+    def _row_growth(self, W_dec: Tensor, decoder_norm: Tensor | None = None) -> Tensor:
+        """(rows, 1): what of itself each row lacks to its norm, as a factor."""
+        norm = torch.linalg.vector_norm(W_dec.detach(), dim=-1, keepdim=True).clamp_min_(1e-12)
+        wanted = (self.decoder_norm if decoder_norm is None else decoder_norm).unsqueeze(1)
         # a row that is right to rounding stays as it is, so that projecting twice, as an export does, changes
         # nothing
-        right = (scale - 1).abs() <= 8 * torch.finfo(scale.dtype).eps
-        return scale.masked_fill(right, 1.0)
+        return hardshrink((wanted - norm).div_(norm), lambd=8 * torch.finfo(norm.dtype).eps)
 
     def folded_to_unit_rows(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
         """Encoder, encoder bias and decoder whose rows have their norm, with the function that the given ones
@@ -234,7 +235,7 @@ class AdaptiveState(FullPrecisionBuffers):
         their rows shrink.
         """
         W_dec = state_dict["W_dec"]
-        scale = self._row_scale(W_dec.detach().to(self.decoder_norm.dtype)).squeeze(1)
+        scale = 1 + self._row_growth(W_dec.detach().to(self.decoder_norm.dtype)).squeeze(1)
         exact = {name: state_dict[name].to(scale.dtype) for name in ("W_enc", "b_enc", "W_dec")}
         folded = {
             "W_enc": exact["W_enc"] / scale,

@@ -175,7 +175,7 @@ class AENGatedTrainingSAE(AENTrainingSAE):
         if self.training:
             self.density_switch.observe(code)
         counts = code.feature_counts if self.counts_firings else None
-        self.observe_and_refresh(code.feature_sums / len(x), counts, len(x), schedule)
+        self.observe_and_refresh(code.feature_means, counts, len(x), schedule)
         out = sparse.gated_loss(
             x, code, self.W_enc, self.b_gate, self.r_mag, self.b_mag, self._trained_decoder(), self.b_dec,
             l1_weights=step_input.coefficients["l1"] * self.l1_weights,

@@ -8,7 +8,7 @@ from packaging.version import InvalidVersion, Version
 from pydantic import field_validator, model_validator
 from sae_lens.saes.sae import SAEMetadata
 
-from aen_lightning.checked import Count, Flag, Foreign, Size, Text
+from aen_lightning.files.checked import Count, Flag, Foreign, Size, Text
 
 _TEMPLATE = SAEMetadata()
 

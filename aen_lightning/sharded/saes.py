@@ -131,7 +131,7 @@ class ShardedAENTrainingSAE(FeatureSharded, AENTrainingSAE):
     def normalize_decoder(self) -> None:
         W_dec, norm = self.local("W_dec"), self.decoder_norm[self.parts.part]
         exact = W_dec.to(norm.dtype)
-        W_dec.copy_(exact * self._row_scale(exact, norm))
+        W_dec.copy_(exact.addcmul(exact, self._row_growth(exact, norm)))
 
     @override
     def harden(self, k: float) -> None:

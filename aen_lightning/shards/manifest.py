@@ -11,9 +11,9 @@ from typing import Annotated, Any, ClassVar
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
-from aen_lightning.checked import OUR_RECORD, Count, FileName, Flag, Size, Word, check
 from aen_lightning.files import DTYPES, ModelDtype, human_size, read_json, write_json
-from aen_lightning.redaction import without_secrets
+from aen_lightning.files.checked import OUR_RECORD, Count, FileName, Flag, Size, Word, check
+from aen_lightning.files.redaction import without_secrets
 from aen_lightning.saes.metadata import Metadata
 
 FORMAT = "aen-lightning-activations"

@@ -11,9 +11,9 @@ from pyarrow.lib import ArrowException
 from pydantic import Field
 from torch import Tensor
 
-from aen_lightning.checked import FileName, Foreign, read_checked
 from aen_lightning.compat import is_index_into_other_rows
 from aen_lightning.files import DTYPES
+from aen_lightning.files.checked import FileName, Foreign, read_checked
 from aen_lightning.shards.manifest import ShardError, file_inside
 from aen_lightning.shards.source import ActivationSource
 from aen_lightning.spelling import printable

@@ -13,8 +13,8 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
-from aen_lightning.checked import FileName, check
 from aen_lightning.files import write_json
+from aen_lightning.files.checked import FileName, check
 from aen_lightning.shards.manifest import (
     STAMP_KEY,
     ShardError,

@@ -67,8 +67,13 @@ class SparseCode:
 
     @cached_property
     def feature_sums(self) -> Tensor:
-        """(d_sae,): sum over the batch of each feature's activation; divide by the batch for the mean |h|."""
+        """(d_sae,): sum over the batch of each feature's activation."""
         return segment_sums(self.values, self.feature_offsets)
+
+    @cached_property
+    def feature_means(self) -> Tensor:
+        """(d_sae,): mean over the batch of each feature's activation."""
+        return self.feature_sums / self.shape[0]
 
     @property
     def l0(self) -> Tensor:
@@ -135,6 +140,11 @@ class DenseCode:
         """(d_sae,): sum over the batch of each feature's activation, at least float32."""
         dtype = self.values.dtype
         return self.values.sum(dim=0, dtype=dtype if dtype == torch.float64 else torch.float32)
+
+    @cached_property
+    def feature_means(self) -> Tensor:
+        """(d_sae,): mean over the batch of each feature's activation, at least float32."""
+        return self.feature_sums / self.shape[0]
 
     @property
     def l0(self) -> Tensor:

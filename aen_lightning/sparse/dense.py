@@ -32,7 +32,7 @@ def encode_dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None =
     check_shapes(x, W_enc, b_enc, b_dec)
     dtype = product_dtype(W_enc)
     with torch.autocast(x.device.type, enabled=False):
-        inputs = encoder_input(x, W_enc, b_dec).to(dtype)
+        inputs = encoder_input(x, W_enc, b_dec, dtype)
         kept = low_copy(W_enc, dtype)
         weight = W_enc.detach().to(dtype) if kept is None else kept
         pre = torch.addmm(b_enc.detach().to(dtype), inputs, weight)
@@ -44,6 +44,13 @@ def _squared_norm(tensor: Tensor) -> Tensor:
         flat = tensor.reshape(-1)
         return torch.dot(flat, flat)  # no squared copy
     return torch.linalg.vector_norm(tensor, dtype=torch.float32).square()
+
+
+def _product_in(dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
+    """``a * b``, rounded once to ``dtype``, in one pass on a GPU."""
+    if a.dtype == dtype:
+        return a * b
+    return torch.mul(a, b, out=torch.empty_like(a, dtype=dtype))
 
 
 class _DenseTerms(torch.autograd.Function):
@@ -71,20 +78,22 @@ class _DenseTerms(torch.autograd.Function):
         sae_out = torch.addmm(b_dec, h, W_dec) if full else torch.mm(h, low_W_dec) + b_dec
         residual = sae_out - x.to(sae_out.dtype)
         mse_loss = _squared_norm(residual) / batch
-        weighted_sums = None
+        means = None
         if l1_weights is None:
             l1_loss = mse_loss.new_zeros(())
         else:
-            # Without slopes the sums that the statistics took serve for the loss as well.
-            weighted_sums = (
-                code.feature_sums if slopes is None else (h * slopes).sum(dim=0, dtype=mse_loss.dtype)
+            # Without slopes the means that the statistics took serve for the loss as well.
+            means = (
+                code.feature_means
+                if slopes is None
+                else (h * slopes).sum(dim=0, dtype=mse_loss.dtype) / batch
             )
-            l1_loss = torch.dot(weighted_sums.to(mse_loss.dtype), l1_weights.to(mse_loss.dtype)) / batch
+            l1_loss = torch.dot(means.to(mse_loss.dtype), l1_weights.to(mse_loss.dtype))
         if l2_coefficient:
             l2_loss = _squared_norm(h).to(mse_loss.dtype) * (l2_coefficient / batch)
         else:
             l2_loss = mse_loss.new_zeros(())
-        ctx.save_for_backward(x, W_enc, low_W_dec, b_dec, l1_weights, slopes, residual, weighted_sums)
+        ctx.save_for_backward(x, W_enc, low_W_dec, b_dec, l1_weights, slopes, residual, means)
         ctx.code, ctx.l2_coefficient, ctx.apply_b_dec_to_input = code, l2_coefficient, apply_b_dec_to_input
         ctx.set_materialize_grads(False)
         return mse_loss, l1_loss, l2_loss, sae_out
@@ -94,7 +103,7 @@ class _DenseTerms(torch.autograd.Function):
     def backward(
         ctx: Any, g_mse: Tensor | None, g_l1: Tensor | None, g_l2: Tensor | None, g_out: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, W_enc, low_W_dec, b_dec, l1_weights, slopes, residual, weighted_sums = ctx.saved_tensors
+        x, W_enc, low_W_dec, b_dec, l1_weights, slopes, residual, means = ctx.saved_tensors
         code, batch, h = ctx.code, x.shape[0], ctx.code.values
         dtype, low = residual.dtype, h.dtype
         with torch.autocast(x.device.type, enabled=False):
@@ -106,7 +115,7 @@ class _DenseTerms(torch.autograd.Function):
             low_grad_out = grad_out.to(low)
             penalty = None
             if g_l1 is not None and l1_weights is not None:
-                penalty = (l1_weights.to(dtype) * g_l1).to(low)
+                penalty = _product_in(low, l1_weights.to(dtype), g_l1)
             if penalty is None or slopes is not None:
                 grad_pre = torch.mm(low_grad_out, low_W_dec.t())
             else:
@@ -119,7 +128,7 @@ class _DenseTerms(torch.autograd.Function):
             grad_W_dec = (h.t() @ low_grad_out).to(dtype)
             inputs = code.encoder_input
             if inputs is None:
-                inputs = encoder_input(x, W_enc, b_dec if ctx.apply_b_dec_to_input else None).to(low)
+                inputs = encoder_input(x, W_enc, b_dec if ctx.apply_b_dec_to_input else None, low)
             # Born in the parameter's memory layout.
             grad_W_enc = inputs.t() @ grad_pre if W_enc.is_contiguous() else (grad_pre.t() @ inputs).t()
             grad_b_enc = grad_pre.sum(dim=0, dtype=dtype)
@@ -132,7 +141,7 @@ class _DenseTerms(torch.autograd.Function):
                 grad_x = (grad_pre @ W_enc.to(low).t()).to(dtype)
                 grad_x = (grad_x if g_mse_out is None else grad_x - g_mse_out).to(x.dtype)
             if ctx.needs_input_grad[5] and g_l1 is not None:
-                grad_weights = (weighted_sums * (g_l1 / batch)).to(l1_weights.dtype)
+                grad_weights = (means * g_l1).to(l1_weights.dtype)
         grads = (grad_x, grad_W_enc.to(dtype), grad_b_enc, grad_W_dec, grad_b_dec, grad_weights)
         return *grads, None, None, None, None
 

@@ -51,10 +51,18 @@ def check_shapes(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) 
         )
 
 
-def encoder_input(x: Tensor, W_enc: Tensor, b_dec: Tensor | None) -> Tensor:
-    """What the encoder multiplies: ``x`` in the parameters' dtype, less ``b_dec`` unless that is None."""
-    x = x.detach().to(W_enc.dtype)
-    return x if b_dec is None else x - b_dec.detach()
+def encoder_input(x: Tensor, W_enc: Tensor, b_dec: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """What the encoder multiplies: ``x`` less ``b_dec`` unless that is None, computed in the parameters' dtype.
+
+    ``dtype`` is that of the result; None: the parameters'.
+    """
+    x, dtype = x.detach().to(W_enc.dtype), dtype or W_enc.dtype
+    if b_dec is None:
+        return x.to(dtype)
+    if dtype == x.dtype:
+        return x - b_dec.detach()
+    # on a GPU one pass: no difference in full precision is written
+    return torch.sub(x, b_dec.detach(), out=torch.empty_like(x, dtype=dtype))
 
 
 def product_dtype(W_enc: Tensor) -> torch.dtype:

@@ -45,18 +45,18 @@ class _KernelTerms(torch.autograd.Function):
             token_offsets, code.features[order], code.values[order], table, b_dec, x
         )
         l1_loss = l2_loss = squares.new_zeros(())
-        weighted_sums = None
+        means = None
         if l1_weights is not None:
-            # Without slopes the sums that the statistics took serve for the loss as well.
-            weighted_sums = (
-                code.feature_sums
+            # Without slopes the means that the statistics took serve for the loss as well.
+            means = (
+                code.feature_means
                 if slopes is None
-                else segment_sums(code.values * slopes.to(code.values.dtype), code.feature_offsets)
+                else segment_sums(code.values * slopes.to(code.values.dtype), code.feature_offsets) / batch
             )
-            l1_loss = torch.dot(weighted_sums, l1_weights.to(weighted_sums.dtype)) / batch
+            l1_loss = torch.dot(means, l1_weights.to(means.dtype))
         if l2_coefficient:
             l2_loss = torch.dot(code.values, code.values) * (l2_coefficient / batch)
-        ctx.save_for_backward(x, W_enc, b_dec, l1_weights, slopes, residual, weighted_sums, table)
+        ctx.save_for_backward(x, W_enc, b_dec, l1_weights, slopes, residual, means, table)
         ctx.code, ctx.l2_coefficient, ctx.low = code, l2_coefficient, low
         ctx.apply_b_dec_to_input = apply_b_dec_to_input
         ctx.set_materialize_grads(False)
@@ -70,7 +70,7 @@ class _KernelTerms(torch.autograd.Function):
         from aen_lightning.sparse import triton_step
         from aen_lightning.sparse.functions import in_layout_of
 
-        x, W_enc, b_dec, l1_weights, slopes, residual, weighted_sums, table = ctx.saved_tensors
+        x, W_enc, b_dec, l1_weights, slopes, residual, means, table = ctx.saved_tensors
         code, batch = ctx.code, x.shape[0]
         zero = residual.new_zeros(())
         with torch.autocast(x.device.type, enabled=False):
@@ -81,7 +81,7 @@ class _KernelTerms(torch.autograd.Function):
             paid = g_l1 is not None and l1_weights is not None
             costs = l1_weights.to(residual.dtype) * (g_l1 / batch) if paid else zero.expand(W_enc.shape[1])
             ridge = zero if g_l2 is None else g_l2 * (2.0 * ctx.l2_coefficient / batch)
-            inputs = encoder_input(x, W_enc, b_dec if ctx.apply_b_dec_to_input else None).to(ctx.low)
+            inputs = encoder_input(x, W_enc, b_dec if ctx.apply_b_dec_to_input else None, ctx.low)
             grad_pre, grad_W_dec, by_feature, grad_b_enc = triton_step.backward(
                 code.feature_offsets, code.tokens, code.values, table, grad_out.to(ctx.low).contiguous(),
                 inputs.contiguous(), costs.contiguous(), slopes if paid else None, ridge,
@@ -95,7 +95,7 @@ class _KernelTerms(torch.autograd.Function):
                 grad_x = by_token_mm(code, grad_pre, W_enc.t().contiguous())
                 grad_x = (grad_x if g_mse_out is None else grad_x - g_mse_out).to(x.dtype)
             if ctx.needs_input_grad[5] and g_l1 is not None:
-                grad_weights = (weighted_sums * (g_l1 / batch)).to(l1_weights.dtype)
+                grad_weights = (means * g_l1).to(l1_weights.dtype)
         grads = (grad_x, in_layout_of(W_enc, by_feature), grad_b_enc, grad_W_dec, grad_b_dec, grad_weights)
         return *grads, None, None, None, None, None
 

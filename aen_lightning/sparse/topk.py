@@ -58,7 +58,7 @@ def encode_topk(
     step = max(_MIN_TOKENS, block_elements // d_sae)
     values, features = [], []
     with torch.autocast(x.device.type, enabled=False):
-        for rows in encoder_input(x, W_enc, b_dec).to(dtype).split(step):
+        for rows in encoder_input(x, W_enc, b_dec, dtype).split(step):
             # The bias promotes a half-precision product, as it does in dense code.
             pre = torch.mm(rows, weight) + bias
             top = largest_columns(pre, k)

@@ -18,6 +18,7 @@ from aen_lightning.callbacks import (
     DelayedWarmup,
     EMAWeightRefresh,
     ExportSAE,
+    RankWatch,
     SaveOnSignal,
     Throughput,
 )
@@ -127,6 +128,7 @@ class SAETrainingModule(SAEOptimization, RunState):
             ExportSAE,
             Throughput,
             SaveOnSignal,
+            RankWatch,
         ]
         if self._adaptive_saes():
             defaults = [DelayedWarmup, EMAWeightRefresh, *defaults]
@@ -241,12 +243,14 @@ class SAETrainingModule(SAEOptimization, RunState):
                 tracked.note_firings(n_firings[tracked.name])
                 if is_logging_step:
                     logs[tracked.name] = tracked.log_values(output, n_steps)
-        stacked = torch.stack(losses)
+        # of one SAE without operations of its own
+        stacked = losses[0].view(1) if len(losses) == 1 else torch.stack(losses)
         self.finite_watch.losses(stacked, step=n_steps, batch_idx=batch_idx)
         if is_logging_step:
             self.check_finite(batch_size=len(batch))
             self._log_training(logs)
-        return {"loss": stacked.sum(), "n_firings": n_firings, "n_tokens": n_tokens}
+        loss = losses[0] if len(losses) == 1 else stacked.sum()
+        return {"loss": loss, "n_firings": n_firings, "n_tokens": n_tokens}
 
     def _check_batch(self, batch: Tensor, tracked: TrackedSAE) -> None:
         d_in = tracked.sae.cfg.d_in
@@ -289,13 +293,16 @@ class SAETrainingModule(SAEOptimization, RunState):
         """Update the held-out metrics; no SAE's state changes."""
         for tracked in self.tracked:
             self._check_batch(batch, tracked)
-            tracked.evaluate(batch, tracked.val_metrics)
+            tracked.evaluate(self._held_out(batch, batch_idx), tracked.val_metrics)
 
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
         """As :meth:`validation_step`, for the test split."""
         for tracked in self.tracked:
             self._check_batch(batch, tracked)
-            tracked.evaluate(batch, tracked.test_metrics)
+            tracked.evaluate(self._held_out(batch, batch_idx), tracked.test_metrics)
+
+    def _held_out(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.finite_watch.held_out_rows(batch, batch_idx=batch_idx, rank=self.trainer.global_rank)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/metrics/...`` over the whole held-out split."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 OnNonFinite = Literal["stop", "skip"]
+
+_READ_AFTER = 64  # steps, of which little is kept: a number for each row
 
 
 class NonFiniteError(ValueError):
@@ -29,6 +31,12 @@ def non_finite_tensors(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
         return []
     bad = torch.stack([flag.to(flags[0].device) for flag in flags]).logical_not()
     return [name for name, is_bad in zip(names, bad.tolist(), strict=True) if is_bad]
+
+
+class _Noted(NamedTuple):
+    step: int
+    batch_idx: int
+    numbers: Tensor
 
 
 class FiniteWatch:
@@ -53,35 +61,71 @@ class FiniteWatch:
         self.n_skipped_rows: Tensor | int = n_skipped_rows
         # of rows and of losses the step, the batch, their number, 1 if there were any: (2, 4)
         self._first: Tensor | None = None
+        # what steps have left, not looked at yet: step, batch, numbers
+        self._unread: tuple[list[_Noted], list[_Noted]] = ([], [])
 
     def rows(self, x: Tensor, *, step: int, batch_idx: int) -> Tensor:
         """Look at the rows of a batch, (batch, d_in); returns it, in ``skip`` with finite rows only."""
-        finite = x.detach().sum(-1, dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()
-        n_bad = (~finite).sum()
+        sums = x.detach().sum(-1, dtype=torch.promote_types(x.dtype, torch.float32))
         if self.mode == "stop":
-            self._note(0, n_bad, step, batch_idx)
+            self._note(0, sums, step, batch_idx)
             return x
-        self.n_skipped_rows = self.n_skipped_rows + n_bad
+        finite = sums.isfinite()
+        self.n_skipped_rows = self.n_skipped_rows + (~finite).sum()
         # the finite rows in their order, again and again until the batch is full; nothing here asks for their number
         order = (~finite).sort(stable=True).indices
         at = order[torch.arange(len(x), device=x.device) % finite.sum().clamp(min=1)]
         # of a batch without any finite row zeros remain
         return torch.where(finite.any(), x[at], torch.zeros_like(x))
 
+    def held_out_rows(self, x: Tensor, *, batch_idx: int, rank: int) -> Tensor:
+        """The rows of a held-out batch, (n, d_in); in ``skip`` the finite ones only. Waits for the device.
+
+        Raises:
+            NonFiniteError: In ``stop``, if there is another.
+        """
+        finite = x.isfinite().all(-1)
+        n_bad = len(x) - int(finite.sum())
+        if not n_bad:
+            return x
+        if self.mode == "stop":
+            raise NonFiniteError(
+                f"{n_bad} of {len(x)} rows of held-out activations are not finite (batch {batch_idx}, rank {rank}): "
+                "harvest them again, or leave them out with model.on_non_finite=skip"
+            )
+        return x[finite]
+
     def losses(self, losses: Tensor, *, step: int, batch_idx: int) -> None:
         """Look at the losses of a batch, (n_saes,)."""
-        self._note(1, (~losses.detach().isfinite()).sum(), step, batch_idx)
+        self._note(1, losses.detach(), step, batch_idx)
 
-    def _note(self, kind: int, n_bad: Tensor, step: int, batch_idx: int) -> None:
+    def _note(self, kind: int, numbers: Tensor, step: int, batch_idx: int) -> None:
+        # many steps are looked at in the operations of one
+        unread = self._unread[kind]
+        if unread and (len(unread) == _READ_AFTER or unread[0].numbers.shape != numbers.shape):
+            self._read(kind)
+        unread.append(_Noted(step, batch_idx, numbers))
+
+    def _read(self, kind: int) -> None:
+        unread = self._unread[kind]
+        if not unread:
+            return
+        numbers = torch.stack([noted.numbers for noted in unread])
+        places = torch.tensor([noted[:2] for noted in unread])
+        if numbers.is_cuda:  # from pageable memory the host would wait for the copy
+            places = places.pin_memory().to(numbers.device, non_blocking=True)
+        unread.clear()
+        n_bad = numbers.isfinite().logical_not().sum(dim=1)
+        seen = torch.column_stack((places, n_bad, n_bad > 0))
+        now = seen.index_select(0, seen[:, 3].argmax().view(1))[0]  # the first of those that are bad
         if self._first is None:
-            self._first = torch.zeros(2, 4, dtype=torch.int64, device=n_bad.device)
-        now = torch.stack(
-            [torch.full_like(n_bad, step), torch.full_like(n_bad, batch_idx), n_bad, (n_bad > 0).long()]
-        )
+            self._first = torch.zeros(2, 4, dtype=torch.int64, device=numbers.device)
         self._first[kind] = torch.where(self._first[kind, 3] > 0, self._first[kind], now)
 
     def found(self) -> Tensor:
         """What was noted, shape (2, 4), int64: for rows and losses the step, the batch, their number, and 1 if any."""
+        for kind in (0, 1):
+            self._read(kind)
         return torch.zeros(2, 4, dtype=torch.int64) if self._first is None else self._first
 
 

@@ -78,9 +78,9 @@ class SAEOptimization(SAEHolder):
         if self.shard_features and gradient_clip_val:
             sharded.clip_gradients_(self.parameters(), gradient_clip_val, algorithm=gradient_clip_algorithm)
             return
-        rows = self.trainer.optimizers[0]
-        if isinstance(rows, sparse.RowAdam) and gradient_clip_algorithm != "value":
-            for group in rows.param_groups:
+        adam = self.trainer.optimizers[0]
+        if gradient_clip_algorithm != "value" and self._clips_in_its_kernel(adam):
+            for group in adam.param_groups:
                 group["max_norm"] = gradient_clip_val
             return
         own = len(self.tracked) > 1 or str(self.trainer.precision) == "bf16-mixed"
@@ -92,6 +92,12 @@ class SAEOptimization(SAEHolder):
                 nn.utils.clip_grad_value_(sae.parameters(), gradient_clip_val)
             else:
                 nn.utils.clip_grad_norm_(sae.parameters(), gradient_clip_val)
+
+    def _clips_in_its_kernel(self, optimizer: torch.optim.Optimizer) -> bool:
+        return isinstance(optimizer, sparse.RowAdam) or (
+            isinstance(optimizer, sparse.FusedAdam)
+            and all(p.dtype == torch.float32 for group in optimizer.param_groups for p in group["params"])
+        )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The optimizer's step, then the decoder rows back to unit norm."""

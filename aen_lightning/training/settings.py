@@ -13,7 +13,7 @@ from aen_lightning.runs.provenance import scrub
 
 _CHANGE_NOTHING = {
     "EvaluateDictionaries", "ExportSAE", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "PublishToHub",
-    "RichProgressBar", "SaveOnSignal", "Throughput", "TQDMProgressBar",
+    "RankWatch", "RichProgressBar", "SaveOnSignal", "Throughput", "TQDMProgressBar",
 }  # fmt: skip
 """Callbacks that watch and write only."""
 

@@ -69,6 +69,17 @@ def test_run_again_does_nothing_and_other_settings_are_refused(tmp_path: Path, l
         harvest(tmp_path / "set", llama, text, context_size=8)
 
 
+def test_what_was_cut_off_after_its_last_shard_leaves_no_rows_of_tokens(
+    tmp_path: Path, llama: str, text: str
+):
+    harvest(tmp_path / "set", llama, text)
+    left = tmp_path / "set" / "tokens"
+    left.mkdir()
+    (left / "tokens-00000.safetensors").write_bytes(b"")
+    harvest(tmp_path / "set", llama, text)
+    assert not left.exists()
+
+
 def test_deleted_shard_is_made_again(tmp_path: Path, llama: str, text: str):
     """What the reader's error advises for a damaged shard.
 

@@ -164,6 +164,21 @@ def test_in_a_browser_nothing_of_it_runs_even_without_the_policy(hostile: str, t
 @pytest.mark.skipif(
     BROWSER is None, reason="no Chromium or Chrome here: the page is not looked at in a browser"
 )
+def test_in_a_browser_a_page_with_one_feature_opens_at_its_top(hostile: str, tmp_path: Path):
+    note = "setTimeout(() => document.documentElement.dataset.at = `${scrollY} ${location.hash}`, 3000)"
+    page = tmp_path / "page.html"
+    page.write_text(
+        without_policy(hostile).replace("</body>", f"<script>{note}</script></body>"), encoding="utf-8"
+    )
+    assert BROWSER is not None
+    (root,) = re.findall(r"<html[^>]*>", dump_dom(BROWSER, page))
+    assert 'data-at="0 "' in root
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium or Chrome here: the page is not looked at in a browser"
+)
 def test_in_a_browser_the_policy_stops_what_would_slip_through(hostile: str, tmp_path: Path):
     html = hostile.replace("</body>", f"<script>{RUN}</script><img src=x onerror='{RUN}'></body>")
     assert pwned(dom_of(without_policy(html), tmp_path)), "it runs where nothing forbids it"

@@ -23,7 +23,8 @@ def test_a_step_of_adam_uses_the_tensors_that_change_put_there() -> None:
     other = torch.zeros(2)
     optimizer = torch.optim.Adam([param], lr=0.1, fused=True)
 
-    def change(lists: tuple[list[Any], ...]) -> None:
+    def change(group: dict[str, Any], lists: tuple[list[Any], ...]) -> None:
+        assert group is optimizer.param_groups[0]
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = lists
         assert params[0] is param
         assert grads[0] is param.grad

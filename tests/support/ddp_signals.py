@@ -1,6 +1,6 @@
-"""Run by the tests of signals in a clean process: trains on two ranks, slowly.
+"""Run by the tests of signals and stopped ranks in a clean process: trains on two ranks, slowly.
 
-Usage: python -m tests.support.ddp_signals FOLDER STEPS PAUSE [CHECKPOINT]
+Usage: python -m tests.support.ddp_signals FOLDER STEPS PAUSE TIMEOUT [CHECKPOINT]
 
 Each rank writes its process id to FOLDER/pid<rank> when it has taken five steps.
 """
@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
+from aen_lightning.callbacks import RankWatch
 from aen_lightning.training.module import SAEModule
 from tests.support.streams import Batches
 from tests.support.training import SAE_FIELDS, make_trainer
@@ -45,11 +46,11 @@ class Slow(pl.Callback):
             temporary.rename(self.folder / f"pid{trainer.global_rank}")
 
 
-def main(folder: Path, steps: int, pause: float, checkpoint: str | None) -> None:
+def main(folder: Path, steps: int, pause: float, timeout: float, checkpoint: str | None) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     module = SAEModule(SAE_FIELDS)
-    callbacks: list[pl.Callback] = [Slow(folder, pause)]
+    callbacks: list[pl.Callback] = [Slow(folder, pause), RankWatch(timeout)]
     trainer = make_trainer(folder, steps, devices=2, strategy="ddp", callbacks=callbacks)
     trainer.fit(module, datamodule=Data(), ckpt_path=checkpoint, weights_only=True)
     if trainer.is_global_zero:
@@ -61,5 +62,6 @@ if __name__ == "__main__":
         Path(sys.argv[1]),
         int(sys.argv[2]),
         float(sys.argv[3]),
-        *([*sys.argv[4:], None][:1]),
+        float(sys.argv[4]),
+        *([*sys.argv[5:], None][:1]),
     )

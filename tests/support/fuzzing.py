@@ -308,9 +308,9 @@ def _run_config(folder: Path) -> None:
 
 
 def _provenance(folder: Path) -> None:
-    (dictionary,) = collect([folder / "run"]).dictionaries
-    assert dictionary.dictionary is not None
-    json.dumps(collect_provenance(dictionary.dictionary), allow_nan=False)
+    # curves of an SAE that has no dictionary are reported, too
+    (found,) = (d.dictionary for d in collect([folder / "run"]).dictionaries if d.dictionary is not None)
+    json.dumps(collect_provenance(found), allow_nan=False)
 
 
 def _checkpoint(folder: Path) -> None:
@@ -361,9 +361,9 @@ _OPEN_DICTIONARY = (
 )
 
 KINDS: dict[str, Kind] = {
-    "manifest": Kind(_shards, "set/manifest.json", _OPEN_SET, _whole_set, _read_json, _write_json),
+    "manifest": Kind(_shards, "set/manifest.json", _OPEN_SET, _whole_set, _read_json, _write_json, 1),
     "shard": Kind(
-        _shards, "set/shard-00001.safetensors", (*_OPEN_SET[:1], lambda f: ShardSet(f / "set")), _whole_set
+        _shards, "set/shard-00001.safetensors", (*_OPEN_SET[:1], lambda f: ShardSet(f / "set")), _whole_set, n_true=1
     ),
     "verification notes": Kind(
         _shards, "set/.verified.json", (lambda f: ShardSet(f / "set"),), _whole_set, _read_json, _write_json

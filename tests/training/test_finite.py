@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,18 @@ def test_a_batch_without_one_finite_row_becomes_zeros():
     assert int(watch.n_skipped_rows) == 7
 
 
+def test_the_first_of_many_steps_is_named_whatever_the_batches_sizes():
+    watch = FiniteWatch("stop")
+    for step in range(200):
+        x = torch.zeros(3 if step % 90 == 89 else 4, 2)
+        x[:2][torch.tensor([step >= 100, step in (71, 89, 130)])] = NAN
+        watch.rows(x, step=step, batch_idx=1000 + step)
+        watch.losses(torch.tensor([0.0, INF if step == 199 else 1.0]), step=step, batch_idx=step)
+    assert watch.found().tolist() == [[71, 1071, 1, 1], [199, 199, 1, 1]]
+    watch.begin()
+    assert watch.found().tolist() == [[0] * 4] * 2
+
+
 @pytest.mark.parametrize("where", ["weights", "optimizer"])
 def test_a_checkpoint_that_is_not_finite_is_not_resumed(tmp_path: Path, where: str):
     trainer = make_trainer(tmp_path, 3)
@@ -153,6 +166,23 @@ def test_tensors_by_hand():
     tensors = {"a": torch.ones(3), "b": torch.tensor([1.0, NAN]), "c": torch.tensor([[INF]], dtype=torch.bfloat16),
                "n": torch.arange(3), "empty": torch.ones(0)}  # fmt: skip
     assert non_finite_tensors(tensors.items()) == ["b", "c"]
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_held_out_rows_that_are_not_finite_are_named_or_left_out(tmp_path: Path, stage: str):
+    kept = [batch_at(i, batch_size=64, d_in=16) for i in range(6)]
+    kept[5] = torch.cat([kept[5][:3], kept[5][8:]])
+
+    def measured(rows: Any, **kwargs: Any) -> dict[str, float]:
+        trainer = make_trainer(tmp_path, 1, limit_val_batches=6, limit_test_batches=6)
+        (found,) = getattr(trainer, stage)(make_module(**kwargs), rows, verbose=False)
+        return dict(found)
+
+    with pytest.raises(NonFiniteError, match=r"5 of 64 rows of held-out activations .* \(batch 5, rank 0\)"):
+        measured(data(NAN))
+    found, expected = measured(data(NAN), on_non_finite="skip"), measured(DataLoader(kept, batch_size=None))
+    assert found == expected
+    assert all(math.isfinite(value) for value in found.values())
 
 
 def test_another_mode_is_refused():

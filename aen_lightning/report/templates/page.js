@@ -135,13 +135,13 @@ function detail(feature) {
   return div;
 }
 
-function toggle(row, feature) {
+function toggle(row, feature, name = true) {
   if (row.nextSibling && row.nextSibling.classList.contains("open")) return row.nextSibling.remove();
   const open = make("tr", "open"), cell = open.appendChild(make("td"));
   cell.colSpan = [...document.querySelectorAll("#feature-table th")].filter((th) => th.offsetParent).length;
   cell.appendChild(detail(feature));
   row.after(open);
-  history.replaceState(null, "", permalink(feature.id));
+  if (name) history.replaceState(null, "", permalink(feature.id));
 }
 
 function haystack(feature) {
@@ -177,7 +177,7 @@ function draw() {
     return row;
   });
   document.querySelector("#feature-table tbody").replaceChildren(...rows);
-  if (found.length === 1) toggle(rows[0], found[0]);
+  if (found.length === 1) toggle(rows[0], found[0], Boolean(query)); // unasked, the page stays at its top
 }
 
 // #feature-123 shows one feature, #feature-123&of=LABEL of another dictionary than the first

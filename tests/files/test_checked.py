@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field
 
-from aen_lightning.checked import (
+from aen_lightning.files.checked import (
     OUR_RECORD,
     Count,
     FileName,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from aen_lightning.redaction import without_secrets, without_secrets_in, without_secrets_in_config
+from aen_lightning.files.redaction import without_secrets, without_secrets_in, without_secrets_in_config
 
 HF = "hf_" + "aB3" * 8
 SIGNED = "https://bucket.s3.amazonaws.com/a/b.parquet?X-Amz-Expires=9&X-Amz-Signature=deadbeef"

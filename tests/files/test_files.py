@@ -120,7 +120,7 @@ def test_saved_tensors_are_those_given(tmp_path: Path):
 
 
 def test_slices_make_the_same_file_as_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("aen_lightning.files._SLICE_BYTES", 100)  # a few rows a slice
+    monkeypatch.setattr("aen_lightning.files.tensors._SLICE_BYTES", 100)  # a few rows a slice
     a, b = torch.randn(37, 11), torch.randn(5).to(torch.bfloat16)
     stream_tensors(tmp_path / "x.safetensors", {"a": Transposed(a), "plain": a, "b": b})
     found = load_file(tmp_path / "x.safetensors")

@@ -1,0 +1,51 @@
+"""Files: written whole or not at all, read within bounds, and free of secrets. Each is here once."""
+
+from aen_lightning.files.tensors import (
+    DTYPES,
+    SAFETENSORS_NAMES,
+    ModelDtype,
+    TensorInfo,
+    Transposed,
+    read_safetensors_header,
+    read_tensor,
+    require_finite,
+    require_finite_file,
+    safetensors_header,
+    save_tensors,
+    stream_tensors,
+)
+from aen_lightning.files.whole import (
+    MAX_TEXT_BYTES,
+    human_size,
+    put_in_place,
+    read_json,
+    replacing,
+    set_default_mode,
+    temporary_beside,
+    write_json,
+    write_text,
+)
+
+__all__ = [
+    "DTYPES",
+    "MAX_TEXT_BYTES",
+    "SAFETENSORS_NAMES",
+    "ModelDtype",
+    "TensorInfo",
+    "Transposed",
+    "human_size",
+    "put_in_place",
+    "read_json",
+    "read_safetensors_header",
+    "read_tensor",
+    "replacing",
+    "require_finite",
+    "require_finite_file",
+    "safetensors_header",
+    "save_tensors",
+    "set_default_mode",
+    "stream_tensors",
+    "temporary_beside",
+    "write_json",
+    "write_text",
+]
