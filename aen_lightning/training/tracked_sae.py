@@ -166,7 +166,7 @@ class TrackedSAE(nn.Module):
         state: dict[str, Any] = {"metadata": self.sae.cfg.metadata.to_dict()}
         if isinstance(self.sae, AENTrainingSAE):
             state["density_switch"] = self.sae.density_switch.state_dict()
-            state["hard_k"] = self.sae.cfg.hard_k
+            state["hard_k"], state["hard_finish"] = self.sae.cfg.hard_k, self.sae.cfg.hard_finish
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -176,6 +176,7 @@ class TrackedSAE(nn.Module):
         if isinstance(self.sae, AENTrainingSAE):
             self.sae.density_switch.load_state_dict(state["density_switch"])
             self.sae.cfg.hard_k = state["hard_k"]
+            self.sae.cfg.hard_finish = state.get("hard_finish", "batchtopk")  # absent: of an earlier version
 
 
 def _metrics(d_in: int, d_sae: int | None = None) -> MetricCollection:
