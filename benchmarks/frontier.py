@@ -47,6 +47,7 @@ from frontier_data import (  # noqa: E402
     language_model,
     n_documents,
 )
+from resampling import ResampleDead  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from aen_lightning.callbacks import HardFinish, InitializeFromData, TargetL0  # noqa: E402
@@ -117,6 +118,28 @@ def l1(l0: float, steps: int) -> Run:
     )
 
 
+def l1_resampled(l0: float, steps: int) -> Run:
+    """The same with resampling of dead features, four times in the first half, as its authors did."""
+    run = l1(l0, steps)
+    run.training = {"dead_feature_window": max(1, min(100, steps // 20))}
+    run.callbacks.append(ResampleDead([steps * share // 8 for share in (1, 2, 3, 4)]))
+    return run
+
+
+def jumprelu(l0: float, steps: int) -> Run:
+    """The JumpReLU SAE of SAELens with Gemma Scope 2's quadratic loss, which holds L0 at a target itself.
+
+    The loss is flat at the target, so one coefficient serves every L0. Bandwidth and threshold are those that
+    SAELens's authors publish for SynthSAEBench, where activations are of this size, too.
+    """
+    return Run(
+        {
+            "architecture": "jumprelu", "jumprelu_sparsity_loss_mode": "quadratic", "target_l0": l0,
+            "l0_coefficient": 1.0, "jumprelu_bandwidth": 1.0, "jumprelu_init_threshold": 1.0, "decoder_init_norm": 1.0,
+        }
+    )  # fmt: skip
+
+
 def mcp(l0: float, steps: int) -> Run:
     """Guarded MCP."""
     return _aen(l0, penalty="mcp")
@@ -148,7 +171,19 @@ def topk(l0: float, steps: int) -> Run:
 
 VARIANTS: dict[str, Callable[[float, int], Run]] = {
     f.__name__: f
-    for f in (recommended, batchtopk, hard_from_start, guarded_l1, mcp, aen_gated, topk, l1, gated)
+    for f in (
+        recommended,
+        batchtopk,
+        hard_from_start,
+        guarded_l1,
+        mcp,
+        aen_gated,
+        topk,
+        jumprelu,
+        l1,
+        l1_resampled,
+        gated,
+    )
 }
 
 

@@ -12,6 +12,7 @@ from aen_lightning.callbacks.initialize import InitializeFromData
 from aen_lightning.callbacks.interrupt import Interrupted, SaveOnSignal
 from aen_lightning.callbacks.publish import PublishToHub
 from aen_lightning.callbacks.rank_watch import RankWatch
+from aen_lightning.callbacks.refit_finish import RefitFinish
 from aen_lightning.callbacks.sparsity_target import TargetL0
 from aen_lightning.callbacks.throughput import Throughput
 from aen_lightning.callbacks.warmup import DelayedWarmup
@@ -19,5 +20,5 @@ from aen_lightning.callbacks.warmup import DelayedWarmup
 __all__ = [
     "DeadFeatureTracker", "DelayedWarmup", "EMAWeightRefresh", "EvaluateDictionaries", "ExportSAE",
     "HardFinish",
-    "InitializeFromData", "Interrupted", "PublishToHub", "RankWatch", "SaveOnSignal", "TargetL0", "Throughput",
+    "InitializeFromData", "Interrupted", "PublishToHub", "RankWatch", "RefitFinish", "SaveOnSignal", "TargetL0", "Throughput",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Turns a penalised run into BatchTopK on the same weights for the rest of the run."""
+"""Turns a penalised run into BatchTopK or TopK on the same weights for the rest of the run."""
 
 from __future__ import annotations
 
@@ -7,29 +7,32 @@ from typing import Any
 import lightning.pytorch as pl
 
 from aen_lightning.callbacks.modules import adaptive_saes
+from aen_lightning.saes.aen_config import HardFinishName
+from aen_lightning.saes.hard_phase import check_hard_finish
 from aen_lightning.saes.lengths import Length, check_length, in_steps
 
 
 class HardFinish(pl.Callback):
-    """Soft start, hard finish: after a share of the run AEN-SAEs keep the ``k * batch`` largest activations of each batch.
+    """Soft start, hard finish: after a share of the run AEN-SAEs keep the largest activations only.
 
     The penalty ends there; weights, optimizer state and statistics go on. The penalised phase decides which features there are, the
-    hard one takes back what the penalty shrank. L0 is ``k`` from then on, and what is exported is a SAELens ``jumprelu`` SAE. Such a
-    run is not differentiable throughout. A function of the optimizer step alone, so a resumed run needs nothing saved.
+    hard one takes back what the penalty shrank. L0 is ``k`` from then on, and what is exported is a SAELens ``jumprelu`` or ``topk``
+    SAE. Such a run is not differentiable throughout. A function of the optimizer step alone, so a resumed run needs nothing saved.
 
     Args:
-        k: Mean active features per token (a count), ``> 0``.
+        k: Mean active features per token (a count), ``> 0``; a whole number with ``topk``.
         at: Optimizer step, or share of the run, at which it begins. 0.3 to 0.5 did best (docs/experiments.md).
+        finish: ``batchtopk`` keeps the ``k * batch`` largest activations of each batch, and is exported as ``jumprelu``; ``topk`` keeps
+            the ``k`` largest of each token, and is exported as ``topk``.
 
     Raises:
         ValueError: For a value out of range, or a run without an end.
     """
 
-    def __init__(self, k: float, at: Length = 0.4) -> None:
-        if not k > 0:
-            raise ValueError(f"HardFinish.k must be above 0, got {k}")
+    def __init__(self, k: float, at: Length = 0.4, finish: HardFinishName = "batchtopk") -> None:
+        check_hard_finish(k, finish, "HardFinish.")
         check_length(at, "HardFinish.at", at_least=1)
-        self.k, self.at = k, at
+        self.k, self.at, self.finish = k, at, finish
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse SAEs that have no hard phase, or too few features for it, before any work."""
@@ -52,4 +55,4 @@ class HardFinish(pl.Callback):
         if trainer.global_step >= self._first_hard_step:
             for sae in adaptive_saes(pl_module, self):
                 if sae.cfg.hard_k is None:
-                    sae.harden(self.k)
+                    sae.harden(self.k, self.finish)

@@ -28,20 +28,25 @@ def training_saes(pl_module: pl.LightningModule, callback: pl.Callback) -> dict[
 
 
 def adaptive_saes(pl_module: pl.LightningModule, callback: pl.Callback) -> list[AENTrainingSAE]:
-    """The AEN-SAEs that ``pl_module`` trains.
+    """The AEN-SAEs that ``pl_module`` trains; none once it has come to its refit.
 
     Raises:
         TypeError: If none of its SAEs has adaptive weights.
     """
     saes = training_saes(pl_module, callback)
     adaptive = [sae for sae in saes.values() if isinstance(sae, AENTrainingSAE)]
-    if not adaptive:
+    if not adaptive and not in_refit(pl_module):
         names = ", ".join(sorted({repr(sae.cfg.architecture()) for sae in saes.values()}))
         raise TypeError(
             f"{type(callback).__name__} schedules adaptive weights, which architecture {names} "
             "does not have: remove the callback, or train architecture 'aen'"
         )
     return adaptive
+
+
+def in_refit(pl_module: pl.LightningModule) -> bool:
+    """Whether ``pl_module`` trains the refit of its SAEs."""
+    return bool(getattr(pl_module, "in_refit", False))
 
 
 def step_schedule(pl_module: pl.LightningModule, callback: pl.Callback) -> StepSchedule:

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from aen_lightning.callbacks.modules import prefixed, sparsity_multipliers, training_saes
+from aen_lightning.callbacks.modules import in_refit, prefixed, sparsity_multipliers, training_saes
 from aen_lightning.saes.lengths import Length, in_steps, is_length, length_expected
 
 _CORRECTION_LIMIT = 1.0  # of log(L0 / target), so that one batch far off does not throw the coefficient far
@@ -58,6 +58,7 @@ class TargetL0(pl.Callback):
         self.l0, self.reach_at, self.gain, self.damping = l0, reach_at, gain, damping
         self.average_steps = average_steps
         self._states: dict[str, dict[str, Tensor]] = {}
+        self._coefficients: dict[str, float] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse SAEs that have nothing to steer before any work."""
@@ -76,6 +77,7 @@ class TargetL0(pl.Callback):
                 raise ValueError(
                     f"TargetL0 multiplies the coefficient of {who}, which is 0: give it a positive value"
                 )
+            self._coefficients[name] = coefficient
             if sae.cfg.d_sae < self.l0:
                 raise ValueError(f"TargetL0.l0 is {self.l0}, but {who} has d_sae={sae.cfg.d_sae} features")
 
@@ -87,6 +89,8 @@ class TargetL0(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure, and set the multiplier of the next step."""
+        if in_refit(pl_module):  # L0 stays what it is
+            return
         multipliers = sparsity_multipliers(pl_module, self)
         for name, n_firings in outputs["n_firings"].items():
             l0 = (n_firings.sum() / outputs["n_tokens"]).float().clamp_min(1e-3)
@@ -109,7 +113,7 @@ class TargetL0(pl.Callback):
         """Record the coefficients that were reached."""
         for name, sae in training_saes(pl_module, self).items():
             multiplier = float(sparsity_multipliers(pl_module, self)[name])
-            sae.cfg.metadata["reached_l1_coefficient"] = (_l1_coefficient(sae) or 0.0) * multiplier
+            sae.cfg.metadata["reached_l1_coefficient"] = self._coefficients[name] * multiplier
             sae.cfg.metadata["target_l0"] = self.l0
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ def diagnose(
     no_inputs: bool = False,
     n_sample: int = 128,
     n_lipschitz: int = 32,
+    refine: int = 0,
     l1_coefficient: float | None = None,
     l2_coefficient: float | None = None,
     l1_weights: str | None = None,
@@ -36,6 +37,7 @@ def diagnose(
         no_inputs: Only what needs no data: the coherence.
         n_sample: Tokens to solve exactly.
         n_lipschitz: Of these, so many for Lipschitz constants.
+        refine: Proximal gradient steps on the encoder's codes: what so many would win of what the encoder loses. 0: none.
         l1_coefficient: Of the coding problem, in SAELens's form. null: as trained.
         l2_coefficient: Of the coding problem, in SAELens's form. null: as trained.
         l1_weights: safetensors file with the adaptive weights l1_weights, e.g. sae_weights.safetensors of a
@@ -52,6 +54,8 @@ def diagnose(
     for name, value in (("n_sample", n_sample), ("n_lipschitz", n_lipschitz)):
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
+    if refine < 0:
+        raise ValueError(f"--refine must be at least 0, got {refine}")
     sections = tuple(only or SECTIONS)
     sae = load_dictionary(dictionary, device=device_of(inputs), dtype=inputs.dtype)
     needs_inputs = not no_inputs and set(sections) != {"coherence"}
@@ -65,6 +69,8 @@ def diagnose(
         l1_coefficient=l1_coefficient,
         l2_coefficient=l2_coefficient,
         l1_weights=_weights_of(dictionary, l1_weights),
+        activation_scale=_state_of(dictionary, "activation_scale"),
+        n_refine=refine,
     )
     if (path := result_path(dictionary, out, RESULT_FILE)) is not None:
         write_result(result, path)
@@ -75,7 +81,6 @@ def diagnose(
 def _weights_of(dictionary: str, given: str | None) -> Any:
     """The adaptive weights from the file given, or from the state that our exports keep beside a dictionary."""
     from aen_lightning.files import read_safetensors_header, read_tensor
-    from aen_lightning.saes.export import ADAPTIVE_STATE_FILENAME
 
     if given is not None:
         weights = read_tensor(given, "l1_weights")
@@ -83,9 +88,16 @@ def _weights_of(dictionary: str, given: str | None) -> Any:
             has = ", ".join(read_safetensors_header(given))
             raise ValueError(f"{given} has no tensor l1_weights; it has {has}")
         return weights
+    return _state_of(dictionary, "l1_weights")
+
+
+def _state_of(dictionary: str, name: str) -> Any:
+    """A tensor of the state beside a dictionary; None if there is none, as with the means of an imported checkpoint."""
+    from aen_lightning.files import read_tensor
+    from aen_lightning.saes.export import ADAPTIVE_STATE_FILENAME
+
     beside = Path(dictionary) / ADAPTIVE_STATE_FILENAME
-    # an imported checkpoint has the running means only
-    return read_tensor(beside, "l1_weights") if beside.is_file() else None
+    return read_tensor(beside, name) if beside.is_file() else None
 
 
 def diagnosis_table(result: dict[str, Any]) -> str:
@@ -136,6 +148,10 @@ def diagnosis_table(result: dict[str, Any]) -> str:
         single("  of it by magnitudes", gap["from_magnitudes_share"], "the rest by the choice of features")
         for name, label in (("explained_variance", "explained variance"), ("l0", "L0")):
             single(f"{label}: encoder", gap[name]["encoder"])
+            if (refined := gap.get("refined")) is not None:
+                single(
+                    f"{label}: after {refined['n_steps']} steps", refined[name], "proximal steps on its codes"
+                )
             single(f"{label}: exact", gap[name]["exact"])
         single("support found (Jaccard)", gap["support"]["jaccard"])
         s = gap["starvation"]
@@ -166,5 +182,23 @@ def diagnosis_table(result: dict[str, Any]) -> str:
             "features active together, decoded and encoded again (last: interference of random atoms)"
         )
         text.append(table(body, header=["k", *(label for _, label in names), "at random"]))
+    if (cv := result.get("convexity")) is not None:
+        text.append(_said_of_convexity(cv))
     text += [f"skipped {name}: {why}" for name, why in result["skipped"].items()]
     return "\n\n".join(text)
+
+
+def _said_of_convexity(found: dict[str, Any]) -> str:
+    from aen_lightning.evaluate.results import number
+
+    penalty, l2 = found["penalty"], number(found["l2_coefficient"])
+    if found["l2_needed"] is None:
+        return (
+            f"convexity of coding with {penalty}: not known, as no activation_scale is beside the dictionary"
+        )
+    needed = number(found["l2_needed"])
+    if found["is_convex"]:
+        return f"coding with {penalty} is convex for every dictionary: l2_coefficient {l2}, needed {needed}"
+    return (
+        f"coding with {penalty} need not be convex: l2_coefficient {l2}, needed {needed} for every dictionary"
+    )

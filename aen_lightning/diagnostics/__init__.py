@@ -15,10 +15,13 @@ The JSON of ``aen diagnose`` (``diagnosis.json`` in the dictionary's folder), sc
                   {encoder, exact}, support: {precision, recall, jaccard}, starvation:
                   {features_fired_by_encoder, features_fired_by_exact, features_only_exact,
                   features_only_encoder, dead, dead_used_by_exact},
+                  refined, if asked for: {n_steps, objective, squared_error, explained_variance, l0},
                   certificate: {max_relative_gap, encoder_gap_mean, dtype}           -> diagnostics.coding_gap.coding_gap
     composition   n_samples, by_frequency, sizes: [k, ...], and lists as long: lost_share, spurious, spurious_mass,
                   spurious_energy, magnitude_ratio, relative_error, reconstruction_error, interference,
                   tied_spurious_energy; random_sphere: {interference, tied_spurious_energy}; half_lost_at
+    convexity     only with a concave penalty: penalty, l2_coefficient, activation_scale, l2_needed, ratio, is_convex
+                                                                                   -> diagnostics.convexity.coding_convexity
     skipped       {section: why}
 
 Sections not asked for, or skipped, are null. All but coherence is measured in the space the dictionary was

@@ -147,6 +147,32 @@ def solve_coding(
     return Code(h, objective, gap.clamp_min(0))
 
 
+@torch.no_grad()
+def proximal_steps(y: Tensor, W: Tensor, h: Tensor, *, l1: Tensor, l2: float, n_steps: int) -> Tensor:
+    """``n_steps`` steps of proximal gradient descent (ISTA) on P from h, of length one over the gradient's Lipschitz constant.
+
+    P falls with every step, and the code tends to the optimum: an unrolled encoder.
+
+    Args:
+        y: As for :func:`solve_coding`, like ``W``, ``l1`` and ``l2``.
+        W: Shape (d_sae, d_in).
+        h: Where it begins, shape (n, d_sae), ``>= 0``.
+        l1: c, shape (d_sae,).
+        l2: ``>= 0``.
+        n_steps: ``>= 0``.
+
+    Returns:
+        The code after them, shape (n, d_sae).
+
+    Source: Daubechies, Defrise & De Mol (2004), Comm. Pure Appl. Math. 57(11).
+    """
+    step = 1 / (2 * (spectral_norm(W) ** 2 + l2))
+    for _ in range(n_steps):
+        gradient = 2 * ((h @ W - y) @ W.T + l2 * h)
+        h = (h - step * (gradient + l1)).clamp_min(0)
+    return h
+
+
 def _fista(
     y: Tensor,
     W: Tensor,

@@ -13,6 +13,7 @@ from aen_lightning.diagnostics.coding import (
     Code,
     coding_gap_bound,
     coding_objective,
+    proximal_steps,
     solve_coding,
     solve_on_support,
 )
@@ -67,7 +68,8 @@ def coding_problem(
     norms = sae.W_dec.detach().double().norm(dim=-1)
     source = "given" if l1_coefficient is not None else f"metadata of its training as {kind}"
     if l1_coefficient is None:
-        l1_coefficient = details.get("l1_coefficient")
+        # TargetL0 multiplies the coefficient of the config
+        l1_coefficient = sae.cfg.metadata["reached_l1_coefficient"] or details.get("l1_coefficient")
     if not l1_coefficient or l1_coefficient < 0:
         raise ValueError(
             f"the coding problem needs an L1 coefficient above 0, and this dictionary (trained as {kind}) "
@@ -116,6 +118,7 @@ def coding_gap(
     dead: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
     max_iterations: int = 500,
+    n_refine: int = 0,
 ) -> tuple[dict[str, Any], Code]:
     """Compare the encoder's codes with exact ones.
 
@@ -128,6 +131,7 @@ def coding_gap(
         dead: Features that never fired on many tokens, bool, shape (d_sae,); do exact codes use them?
         dtype: Of the products; float32 for dictionaries whose float64 copy would not fit.
         max_iterations: Of FISTA.
+        n_refine: Proximal steps on the encoder's codes whose result is reported too; 0: none.
 
     Returns:
         The section ``coding_gap`` of the JSON, and the exact codes. In it ``objective``: means of the
@@ -192,6 +196,15 @@ def coding_gap(
             "dtype": str(dtype).removeprefix("torch."),
         },
     }
+    if n_refine:
+        refined = proximal_steps(y, W, h, l1=l1, l2=problem.l2, n_steps=n_refine)
+        section["refined"] = {
+            "n_steps": n_refine,
+            "objective": float(coding_objective(y, W, refined, l1=l1, l2=problem.l2).mean()),
+            "squared_error": _error(y, W, refined),
+            "explained_variance": _ev(y, W, refined),
+            "l0": float((refined > ACTIVE_THRESHOLD).sum(dim=-1).double().mean()),
+        }
     return section, exact
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from aen_lightning.diagnostics.coding_gap import CodingProblem, coding_gap, coding_problem
 from aen_lightning.diagnostics.coherence import coherence
 from aen_lightning.diagnostics.composition import composition
+from aen_lightning.diagnostics.convexity import coding_convexity
 from aen_lightning.diagnostics.gram import active_gram
 from aen_lightning.diagnostics.lipschitz import coding_map_lipschitz, encoder_lipschitz
 from aen_lightning.evaluate.dictionary import (
@@ -42,6 +43,8 @@ def diagnose_dictionary(
     l1_coefficient: float | None = None,
     l2_coefficient: float | None = None,
     l1_weights: Tensor | None = None,
+    activation_scale: Tensor | None = None,
+    n_refine: int = 0,
 ) -> dict[str, Any]:
     """Everything ``aen diagnose`` reports.
 
@@ -56,6 +59,8 @@ def diagnose_dictionary(
         l1_coefficient: See :func:`aen_lightning.diagnostics.coding_gap.coding_problem`.
         l2_coefficient: See there.
         l1_weights: See there.
+        activation_scale: See :func:`aen_lightning.diagnostics.convexity.coding_convexity`.
+        n_refine: See :func:`aen_lightning.diagnostics.coding_gap.coding_gap`.
 
     Returns:
         The JSON, laid out as :mod:`aen_lightning.diagnostics` says.
@@ -71,6 +76,9 @@ def diagnose_dictionary(
         **dict.fromkeys(SECTIONS),
         "skipped": {},
     }
+    convexity = coding_convexity(sae, activation_scale=activation_scale, l1_weights=l1_weights)
+    if convexity is not None:
+        result["convexity"] = convexity
     if "coherence" in sections:
         with working("coherence of the atoms"):
             result["coherence"] = coherence(sae.W_dec.detach()).summary()
@@ -110,7 +118,9 @@ def diagnose_dictionary(
             except ValueError as err:
                 result["skipped"]["coding_gap"] = str(err)
             else:
-                _coding(result, sae, x, feature_acts, problem, found.density == 0, sections, n_lipschitz)
+                _coding(
+                    result, sae, x, feature_acts, problem, found.density == 0, sections, n_lipschitz, n_refine
+                )
         if "composition" in sections:
             with working("composing features"):
                 result["composition"] = composition(sae, found.density, found.mean_when_active)
@@ -119,13 +129,15 @@ def diagnose_dictionary(
 
 def _coding(
     result: dict[str, Any], sae: SAE[Any], x: Tensor, feature_acts: Tensor, problem: CodingProblem, dead: Tensor,
-    sections: Collection[str], n_lipschitz: int,
+    sections: Collection[str], n_lipschitz: int, n_refine: int,
 ) -> None:  # fmt: skip
     W_dec, b_dec = sae.W_dec.detach(), sae.b_dec.detach()
     dtype = torch.float64 if W_dec.numel() <= _FLOAT64_LIMIT else torch.float32
     n = len(x) if "coding_gap" in sections else n_lipschitz
     with working("solving for the exact code"):
-        section, exact = coding_gap(x[:n], feature_acts[:n], W_dec, b_dec, problem, dead=dead, dtype=dtype)
+        section, exact = coding_gap(
+            x[:n], feature_acts[:n], W_dec, b_dec, problem, dead=dead, dtype=dtype, n_refine=n_refine
+        )
     if "coding_gap" in sections:
         result["coding_gap"] = section
     if "lipschitz" in sections:

@@ -85,11 +85,10 @@ class AENTrainingSAE(AdaptiveState, HardPhase, SparseStep, TrainingSAE[AENTraini
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         sae_in = self.process_sae_in(x)
         hidden_pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
-        feature_acts = self.activation_fn(hidden_pre)
-        if (
-            self.cfg.hard_k is not None
-        ):  # as the exported JumpReLU SAE will; a training step keeps k a token instead
-            feature_acts = feature_acts * (hidden_pre > self.hard_threshold)
+        if self.cfg.hard_k is None:
+            feature_acts = self.activation_fn(hidden_pre)
+        else:
+            feature_acts = self.hard_feature_acts(hidden_pre)
         return self.hook_sae_acts_post(feature_acts), hidden_pre
 
     @override
@@ -171,7 +170,7 @@ class AENTrainingSAE(AdaptiveState, HardPhase, SparseStep, TrainingSAE[AENTraini
 
     def _dense_forward_pass(self, step_input: TrainStepInput, schedule: StepSchedule) -> TrainStepOutput:
         feature_acts, hidden_pre = self.encode_with_hidden_pre(step_input.sae_in)
-        if self.cfg.hard_k is not None:
+        if self.cfg.hard_k is not None and self.cfg.hard_finish == "batchtopk":
             feature_acts, least = self.keep_largest(hidden_pre)
             self.observe_threshold(least, schedule)
         sae_out = self.decode(feature_acts)
@@ -207,6 +206,8 @@ class AENTrainingSAE(AdaptiveState, HardPhase, SparseStep, TrainingSAE[AENTraini
         self, x: Tensor, b_dec: Tensor | None, schedule: StepSchedule
     ) -> sparse.SparseCode | sparse.DenseCode:
         encoder, hard_k = (x, self.W_enc, self.b_enc, b_dec), self.cfg.hard_k
+        if hard_k is not None and self.cfg.hard_finish == "topk":
+            return sparse.encode_topk(*encoder, k=self.cfg.k)
         if hard_k is not None:
             # what exceeds half the usual level is few, and enough
             code = sparse.encode_batch_topk(
@@ -275,10 +276,12 @@ class AENTrainingSAE(AdaptiveState, HardPhase, SparseStep, TrainingSAE[AENTraini
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving_inference(state_dict)
-        folded, grown = self.folded_to_unit_rows(state_dict)
-        state_dict.update(folded)
-        if self.cfg.hard_k is not None:
-            state_dict["threshold"] = (self.hard_threshold * grown).to(folded["b_enc"].dtype)
+        # TopK compares the activations of features, which another norm of their rows would change
+        if self.cfg.hard_k is None or self.cfg.hard_finish != "topk":
+            folded, grown = self.folded_to_unit_rows(state_dict)
+            state_dict.update(folded)
+            if self.cfg.hard_k is not None:
+                state_dict["threshold"] = (self.hard_threshold * grown).to(folded["b_enc"].dtype)
         for name in STATE_BUFFERS:
             state_dict.pop(name, None)
 
@@ -304,7 +307,8 @@ class AENTrainingSAE(AdaptiveState, HardPhase, SparseStep, TrainingSAE[AENTraini
     def fold_and_get_W_dec_norm(self) -> Tensor:
         if self.cfg.hard_k is not None:
             raise NotImplementedError(
-                "one threshold cannot follow decoder rows of several norms: export the SAE and fold the jumprelu one"
+                "a hard phase compares the activations of all features, which decoder rows of several norms would change: "
+                "export the SAE and fold that one"
             )
         norms = super().fold_and_get_W_dec_norm()
         self.feature_acts_ema.mul_(norms)  # the activations just grew by the same factor

@@ -7,7 +7,13 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from sae_lens import JumpReLUSAEConfig, LanguageModelSAERunnerConfig, StandardSAEConfig, TrainingSAEConfig
+from sae_lens import (
+    JumpReLUSAEConfig,
+    LanguageModelSAERunnerConfig,
+    StandardSAEConfig,
+    TopKSAEConfig,
+    TrainingSAEConfig,
+)
 from sae_lens.saes.sae import SAEConfig
 from typing_extensions import override
 
@@ -16,6 +22,7 @@ from aen_lightning.saes.penalty import PenaltyName, coefficients_from_paper
 from aen_lightning.spelling import suggest
 
 ARCHITECTURE = "aen"
+HardFinishName = Literal["batchtopk", "topk"]
 
 
 @dataclass
@@ -74,6 +81,8 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
             normalisation in the SAE, hooks on the SAE) the step is dense.
         hard_k: Mean active features per token in a hard phase (:meth:`AENTrainingSAE.harden`, callback
             ``HardFinish``); None before it.
+        hard_finish: What the hard phase keeps: ``batchtopk`` the largest activations of a batch, ``topk`` the
+            ``hard_k`` largest of each token.
         aux_loss_coefficient: Weight of the auxiliary loss in the hard phase, ``>= 0``, in which silent features
             reconstruct what the others leave over, as in SAELens's TopK and BatchTopK, whose value is 1. 0: none.
         aux_loss_window: Training steps without firing, or a share of the run, after which a feature takes part
@@ -105,6 +114,7 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
     decoder_init_norm: float | None = None
     sparse_step: Literal["auto", "on", "off"] = "auto"
     hard_k: float | None = None
+    hard_finish: HardFinishName = "batchtopk"
     aux_loss_coefficient: float = 0.0
     aux_loss_window: Length | None = None
     aux_loss_k: int | None = None
@@ -173,6 +183,16 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
             ("guard_decay", at_least(self.guard_decay, 0) and self.guard_decay < 1, "in [0, 1)"),
             ("decoder_init_norm", norm is None or (at_least(norm, 0) and norm > 0), "None or a number > 0"),
             ("sparse_step", self.sparse_step in ("auto", "on", "off"), "'auto', 'on' or 'off'"),
+            (
+                "hard_finish",
+                self.hard_finish in get_args(HardFinishName),
+                f"one of {', '.join(get_args(HardFinishName))}",
+            ),
+            (
+                "hard_k",
+                self.hard_finish != "topk" or self.hard_k is None or self.hard_k == int(self.hard_k),
+                "a whole number of features with hard_finish='topk'",
+            ),
             ("aux_loss_coefficient", at_least(self.aux_loss_coefficient, 0), "a finite number >= 0"),
             (
                 "aux_loss_window",
@@ -231,10 +251,26 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
                 raise ValueError(f"{cls.__name__} has no field {key!r}{near}")
         return super().from_dict(given)
 
+    @property
+    def k(self) -> int:
+        """What SAELens's ``topk`` asks of the config that it is exported from.
+
+        Raises:
+            ValueError: Before a hard phase.
+        """
+        if self.hard_k is None:
+            raise ValueError("there is no k before a hard phase: hard_k is None")
+        return int(self.hard_k)
+
+    @property
+    def rescale_acts_by_decoder_norm(self) -> bool:
+        """False: activations are compared as they are. SAELens's ``topk`` asks for it, too."""
+        return False
+
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:
         if self.hard_k is not None:
-            return JumpReLUSAEConfig
+            return TopKSAEConfig if self.hard_finish == "topk" else JumpReLUSAEConfig
         return AENSAEConfig if self.inference_architecture == "aen" else StandardSAEConfig
 
 

@@ -30,7 +30,7 @@ from typing_extensions import override
 from aen_lightning import sparse
 from aen_lightning.saes.adaptive import STATE_BUFFERS
 from aen_lightning.saes.aen import AENTrainingSAE
-from aen_lightning.saes.aen_config import AENTrainingSAEConfig
+from aen_lightning.saes.aen_config import AENTrainingSAEConfig, HardFinishName
 from aen_lightning.saes.penalty import elastic_net_terms
 from aen_lightning.saes.registry import register_architecture
 from aen_lightning.saes.step_output import CodedStepOutput
@@ -106,7 +106,7 @@ class AENGatedTrainingSAE(AENTrainingSAE):
         self.b_mag = nn.Parameter(bias.clone())
 
     @override
-    def harden(self, k: float) -> None:
+    def harden(self, k: float, finish: HardFinishName = "batchtopk") -> None:
         """Refused: its activations are not shrunk, so there is nothing for a hard phase to give back.
 
         Raises:

@@ -1,20 +1,43 @@
-"""The hard phase of an AEN-SAE: BatchTopK on the weights that a penalised phase has made."""
+"""The hard phase of an AEN-SAE: BatchTopK or TopK on the weights that a penalised phase has made."""
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
+from sae_lens.saes.topk_sae import TopK
 from torch import Tensor, nn
 
-from aen_lightning.saes.aen_config import AENTrainingSAEConfig
+from aen_lightning.saes.aen_config import AENTrainingSAEConfig, HardFinishName
 from aen_lightning.saes.step_schedule import StepSchedule
 
 _THRESHOLD_RATE = 0.01  # of the running threshold; SAELens's BatchTopK takes the same
 
 
-class HardPhase:
-    """Mixin for a SAELens training SAE that can keep the largest activations of a batch only.
+def check_hard_finish(k: float, finish: str, prefix: str = "") -> None:
+    """Refuse what no SAE can be hardened to.
 
-    Its state is ``cfg.hard_k`` and the buffers ``hard_threshold`` and ``n_hard_steps``
+    Args:
+        k: See :meth:`HardPhase.harden`.
+        finish: Likewise.
+        prefix: What the messages begin the names with.
+
+    Raises:
+        ValueError: With the value and what was expected.
+    """
+    if finish not in get_args(HardFinishName):
+        names = ", ".join(get_args(HardFinishName))
+        raise ValueError(f"{prefix}finish must be one of {names}, got {finish!r}")
+    if not k > 0:
+        raise ValueError(f"{prefix}k must be above 0, got {k}")
+    if finish == "topk" and k != int(k):
+        raise ValueError(f"{prefix}k must be a whole number with finish 'topk', got {k}")
+
+
+class HardPhase:
+    """Mixin for a SAELens training SAE that can keep the largest activations of a batch, or of a token, only.
+
+    Its state is ``cfg.hard_k``, ``cfg.hard_finish`` and, for BatchTopK, the buffers ``hard_threshold`` and ``n_hard_steps``
     (:class:`~aen_lightning.saes.adaptive.AdaptiveState`).
     """
 
@@ -29,25 +52,33 @@ class HardPhase:
     n_hard_steps: Tensor
 
     @torch.no_grad()
-    def harden(self, k: float) -> None:
-        """From now on keep the ``k * batch`` largest activations of each batch (BatchTopK) and drop the penalty.
+    def harden(self, k: float, finish: HardFinishName = "batchtopk") -> None:
+        """From now on keep the largest activations only, and drop the penalty; weights and statistics stay.
 
-        Weights and statistics stay. What is exported is a ``jumprelu`` SAE, whose threshold is the running mean of
-        the least activation kept. The SAE is no longer differentiable throughout: activations below that level get
-        no gradient.
+        The SAE is no longer differentiable throughout: activations that are not kept get no gradient.
 
         Args:
-            k: Mean active features per token (a count), above 0 and at most d_sae.
+            k: Mean active features per token (a count), above 0 and at most d_sae; a whole number for ``topk``.
+            finish: ``batchtopk`` keeps the ``k * batch`` largest activations of each batch; what is exported is a
+                ``jumprelu`` SAE, whose threshold is the running mean of the least activation kept. ``topk`` keeps
+                the ``k`` largest of each token, and is exported as ``topk``.
 
         Raises:
-            ValueError: For another ``k``.
+            ValueError: For another ``k`` or ``finish``.
         """
         if not 0 < k <= self.cfg.d_sae:
             raise ValueError(f"k must be above 0 and at most d_sae {self.cfg.d_sae}, got {k}")
-        self.cfg.hard_k = k
+        check_hard_finish(k, finish)
+        self.cfg.hard_k, self.cfg.hard_finish = k, finish
+
+    def hard_feature_acts(self, hidden_pre: Tensor) -> Tensor:
+        """The activations (..., d_sae) of the exported dictionary, of which a batch is no part."""
+        if self.cfg.hard_finish == "topk":
+            return TopK(self.cfg.k)(hidden_pre)
+        return hidden_pre.relu() * (hidden_pre > self.hard_threshold)
 
     def keep_largest(self, hidden_pre: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch's activations (..., d_sae) of the hard phase, and the least one kept."""
+        """The batch's activations (..., d_sae) under BatchTopK, and the least one kept."""
         assert self.cfg.hard_k is not None
         positive = hidden_pre.relu()
         n_kept = int(self.cfg.hard_k * positive[..., 0].numel())

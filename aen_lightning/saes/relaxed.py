@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 ARCHITECTURE = "relaxed"
+REFITTED = ("standard", "aen", "jumprelu")
+"""Inference architectures whose features fire above a threshold on affine pre-activations."""
 
 
 @dataclass
@@ -69,7 +71,7 @@ class RelaxedTrainingSAE(TrainingSAE[RelaxedTrainingSAEConfig]):
         Raises:
             ValueError: If its support is not a threshold on affine pre-activations.
         """
-        if sae.cfg.architecture() not in ("standard", "aen", "jumprelu"):
+        if sae.cfg.architecture() not in REFITTED:
             raise ValueError(
                 "a refit needs a dictionary whose features fire above a threshold (standard, aen or "
                 "jumprelu), got "
@@ -97,6 +99,24 @@ class RelaxedTrainingSAE(TrainingSAE[RelaxedTrainingSAEConfig]):
             for name, value in weights.items():
                 getattr(relaxed, name).copy_(value)
         return relaxed
+
+    @classmethod
+    def of_training(cls, sae: TrainingSAE[Any]) -> RelaxedTrainingSAE:
+        """The refit of an SAE in training, as if it were exported now; activations stay as scaled as they are.
+
+        Raises:
+            ValueError: As for :meth:`of`, and for a normalisation inside the SAE.
+        """
+        if sae.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+            raise ValueError(
+                f"a refit is fitted in the space of its input, normalize_activations={sae.cfg.normalize_activations!r} "
+                "acts inside the SAE: scale the data instead"
+            )
+        exported = SAE.from_dict(sae.cfg.get_inference_sae_cfg_dict())
+        weights = sae.state_dict()
+        sae.process_state_dict_for_saving_inference(weights)
+        exported.load_state_dict(weights)
+        return cls.of(exported).to(device=sae.W_enc.device)
 
     @override
     def initialize_weights(self) -> None:

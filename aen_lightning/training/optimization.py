@@ -18,6 +18,26 @@ class SAEOptimization(SAEHolder):
     """The part of the training module that optimizes."""
 
     compile_sae: bool
+    in_refit = False
+    """Whether the run has come to its refit."""
+
+    def begin_refit(self) -> None:
+        """From the next step on train what a refit trains (:mod:`aen_lightning.saes.relaxed`).
+
+        The optimizer starts anew, its learning rate goes on.
+        """
+        before, schedule = self.trainer.optimizers[0], self._schedule().state_dict()
+        for tracked in self.tracked:
+            tracked.begin_refit()
+        self.in_refit = True
+        self.trainer.strategy.setup_optimizers(self.trainer)
+        groups = self.trainer.optimizers[0].param_groups
+        for old, new in zip(before.param_groups, groups, strict=True):
+            new["lr"], new["initial_lr"] = old["lr"], old["initial_lr"]
+        self._schedule().load_state_dict(schedule)
+
+    def _schedule(self) -> Any:
+        return self.trainer.lr_scheduler_configs[0].scheduler
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer with a parameter group per SAE, and SAELens's learning-rate schedule, stepped once

@@ -34,6 +34,7 @@ class RunState(SAEHolder):
         run_config: See :class:`~aen_lightning.training.base.SAETrainingModule`.
         accept_changed_config: Likewise.
         input_scaling: The scaling of the training data.
+        in_refit: Whether the run has come to its refit.
     """
 
     n_training_samples: int
@@ -42,6 +43,7 @@ class RunState(SAEHolder):
     run_config: Mapping[str, Any] | None
     accept_changed_config: bool
     input_scaling: InputScaling
+    in_refit: bool
 
     def check_finite(self, *, batch_size: int | None = None) -> None:
         """End the run if a batch, a loss or an SAE was or is not finite. Every rank must call it; waits for the device.
@@ -142,6 +144,7 @@ class RunState(SAEHolder):
         self.input_scaling = InputScaling(**state["input_scaling"])
         for tracked, extra in zip(self.tracked, state["tracked"], strict=True):
             tracked.load_extra_state(extra)
+        self.in_refit = any(extra.get("in_refit", False) for extra in state["tracked"])
         if self.sharded_features is not None:
             self.sharded_features.load(self.trainer, self)
 

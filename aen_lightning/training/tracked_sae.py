@@ -17,6 +17,7 @@ from torchmetrics import Metric, MetricCollection
 from aen_lightning.metrics import L0, MSE, DeadFeatures, ExplainedVariance, ShrinkageRatio, firing_counts
 from aen_lightning.saes.aen import AENTrainingSAE
 from aen_lightning.saes.lengths import Length, check_length, in_steps
+from aen_lightning.saes.relaxed import RelaxedTrainingSAE
 from aen_lightning.saes.step_output import CodedStepOutput
 from aen_lightning.saes.step_schedule import StepSchedule
 from aen_lightning.sharded import FeatureSharded
@@ -175,24 +176,34 @@ class TrackedSAE(nn.Module):
             x, x_hat, feature_acts = self.sae.parts.token_share(x, x_hat, feature_acts=feature_acts)
         metrics.update(x=x, x_hat=x_hat, feature_acts=feature_acts)
 
+    def begin_refit(self) -> None:
+        """Go on with the refit of the SAE: its support kept, its magnitudes and decoder trained without a penalty."""
+        self.sae = RelaxedTrainingSAE.of_training(self.sae)
+
     def extra_state(self) -> dict[str, Any]:
         """What a checkpoint needs besides tensors, as plain values."""
-        state: dict[str, Any] = {"metadata": self.sae.cfg.metadata.to_dict()}
+        state: dict[str, Any] = {
+            "metadata": self.sae.cfg.metadata.to_dict(),
+            "in_refit": isinstance(self.sae, RelaxedTrainingSAE),
+        }
         if isinstance(self.sae, AENTrainingSAE):
             state["density_switch"] = self.sae.density_switch.state_dict()
-            state["hard_k"] = self.sae.cfg.hard_k
+            state["hard_k"], state["hard_finish"] = self.sae.cfg.hard_k, self.sae.cfg.hard_finish
             state["dead_bound"] = self.dead_bound.state_dict()
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`extra_state`."""
+        """Restore :meth:`extra_state`, before the weights are."""
+        if state.get("in_refit", False) and not isinstance(self.sae, RelaxedTrainingSAE):
+            self.begin_refit()
         for key, value in state["metadata"].items():
             self.sae.cfg.metadata[key] = value
         if isinstance(self.sae, AENTrainingSAE):
             self.sae.density_switch.load_state_dict(state["density_switch"])
             self.sae.cfg.hard_k = state["hard_k"]
+            self.sae.cfg.hard_finish = state.get("hard_finish", "batchtopk")  # absent: of an earlier version
             self.dead_bound = DeadBound()
-            if "dead_bound" in state:  # absent in checkpoints of earlier versions
+            if "dead_bound" in state:  # absent: of an earlier version
                 self.dead_bound.load_state_dict(state["dead_bound"])
 
 

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from sae_lens import SAE, JumpReLUSAE
+from sae_lens import SAE, JumpReLUSAE, TopKSAE
 
 from aen_lightning import SAEModule
 from aen_lightning.callbacks import HardFinish
@@ -29,37 +29,50 @@ class L0(pl.Callback):
         self.seen.append(float(outputs["n_firings"][""].sum() / outputs["n_tokens"]))
 
 
-def test_l0_is_k_from_the_share_of_the_run_on_and_the_dictionary_is_jumprelu(tmp_path: Path):
+FINISHES = pytest.mark.parametrize(
+    ("finish", "architecture"), [("batchtopk", JumpReLUSAE), ("topk", TopKSAE)]
+)
+
+
+@FINISHES
+def test_l0_is_k_from_the_share_of_the_run_on_and_the_dictionary_is_a_plain_one(
+    tmp_path: Path, finish: Any, architecture: type[SAE[Any]]
+):
     trained, l0 = module(), L0()
-    make_trainer(tmp_path, 40, callbacks=[HardFinish(4, at=0.25), l0]).fit(trained, loader())
+    make_trainer(tmp_path, 40, callbacks=[HardFinish(4, at=0.25, finish=finish), l0]).fit(trained, loader())
     assert l0.seen[9] > 8  # the last soft step
     assert l0.seen[10:] == [4.0] * 30
     read = SAE.load_from_disk(trained.export(tmp_path / "sae"))
-    assert type(read) is JumpReLUSAE
+    assert type(read) is architecture
     x = batch_at(500, batch_size=256, d_in=16)
     trained.eval()
     torch.testing.assert_close(read(x), trained.sae(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path):
+@FINISHES
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
+    tmp_path: Path, finish: Any, architecture: type[SAE[Any]]
+):
     whole, resumed = module(), module(seed=5)
-    make_trainer(tmp_path, 40, callbacks=[HardFinish(4, at=0.25)]).fit(whole, loader())
+    make_trainer(tmp_path, 40, callbacks=[HardFinish(4, at=0.25, finish=finish)]).fit(whole, loader())
     checkpoint = ModelCheckpoint(tmp_path, filename="at20", every_n_train_steps=20, save_top_k=-1)
-    callbacks = [checkpoint, HardFinish(4, at=0.25)]
+    callbacks = [checkpoint, HardFinish(4, at=0.25, finish=finish)]
     make_trainer(tmp_path, 40, enable_checkpointing=True, callbacks=callbacks).fit(module(), loader())
-    again = make_trainer(tmp_path, 40, callbacks=[HardFinish(4, at=0.25)])
+    again = make_trainer(tmp_path, 40, callbacks=[HardFinish(4, at=0.25, finish=finish)])
     again.fit(resumed, loader(start=20), ckpt_path=tmp_path / "at20.ckpt", weights_only=True)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
     # a checkpoint read without its run knows that it is hard
     read = SAEModule.load_from_checkpoint(tmp_path / "at20.ckpt", weights_only=True)
-    assert type(SAE.load_from_disk(read.export(tmp_path / "read"))) is JumpReLUSAE
+    assert type(SAE.load_from_disk(read.export(tmp_path / "read"))) is architecture
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"k": 0}, "HardFinish.k must be above 0, got 0"),
+        ({"k": 4, "finish": "relu"}, "HardFinish.finish must be one of batchtopk, topk, got 'relu'"),
+        ({"k": 4.5, "finish": "topk"}, "HardFinish.k must be a whole number .* got 4.5"),
         ({"k": 4, "at": 0}, "HardFinish.at must be an integer number of steps >= 1, .* got 0"),
         ({"k": 4, "at": 1.0}, "HardFinish.at must be an integer .* got 1.0"),
     ],

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, JumpReLUSAE, TrainingSAE
+from sae_lens import (
+    SAE,
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    JumpReLUSAE,
+    TopKSAE,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+    TrainingSAE,
+)
 from torch.testing import assert_close
 
 from aen_lightning import AENTrainingSAE, AENTrainingSAEConfig
@@ -54,6 +63,60 @@ def test_a_hard_step_is_saelens_batchtopk_step(sparse_step: str):
             assert_close(getattr(sae, name).grad, parameter.grad, msg=lambda m, n=name: f"{n}: {m}")
     least = float(acts[acts > 0].min())
     assert sae.hard_threshold.item() == pytest.approx(least, rel=0.2)
+
+
+@pytest.mark.parametrize("sparse_step", ["on", "off"])
+def test_a_hard_topk_step_is_saelens_topk_step(sparse_step: str):
+    sae = hardened(sparse_step=sparse_step)
+    sae.harden(4, "topk")
+    theirs = TopKTrainingSAE(
+        TopKTrainingSAEConfig(
+            d_in=8,
+            d_sae=40,
+            k=4,
+            dtype="float64",
+            aux_loss_coefficient=0.0,
+            rescale_acts_by_decoder_norm=False,
+        )
+    )
+    own = {name: value for name, value in sae.state_dict().items() if name in dict(theirs.named_parameters())}
+    theirs.load_state_dict({**theirs.state_dict(), **own})
+    ours = sae.training_forward_pass(step_input(batch(), l1=7.0, l2=3.0))
+    expected = theirs.training_forward_pass(step_input(batch()))
+    assert_close(ours.loss, expected.loss)
+    acts = ours.feature_acts.to_dense() if ours.feature_acts.is_sparse else ours.feature_acts
+    assert_close(acts, expected.feature_acts)
+    assert int((acts > 0).sum(1).max()) == 4
+    ours.loss.backward()
+    expected.loss.backward()
+    for name, parameter in theirs.named_parameters():
+        assert_close(getattr(sae, name).grad, parameter.grad, msg=lambda m, n=name: f"{n}: {m}")
+    assert sae.eval().encode(batch(1)).count_nonzero(dim=1).max() == 4
+    assert_close(sae.encode(batch(1)), theirs.eval().encode(batch(1)))
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_a_topk_finish_is_exported_as_topk_with_the_same_function(tmp_path: Path, scale: float | None):
+    sae = hardened(dtype="float32")
+    sae.harden(4, "topk")
+    sae.training_forward_pass(step_input(batch().float()))
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.rand(40, 1) + 0.5)  # a step that no projection has followed
+    x = batch(9).float()
+    sae.eval()
+    out, acts = sae(x), sae.encode(x)
+    if scale is not None:
+        sae.fold_activation_norm_scaling_factor(scale)
+        x, out = x / scale, out / scale
+    sae.save_inference_model(tmp_path)
+    read = SAE.load_from_disk(tmp_path)
+    assert type(read) is TopKSAE
+    assert read.cfg.k == 4
+    assert_close(read.encode(x), acts, rtol=1e-4, atol=1e-5)
+    assert_close(read(x), out, rtol=1e-4, atol=1e-5)
+    sae.save_model(tmp_path / "training")
+    again = TrainingSAE.load_from_disk(tmp_path / "training")
+    assert (again.cfg.hard_k, again.cfg.hard_finish) == (4, "topk")
 
 
 @pytest.mark.parametrize("sparse_step", ["on", "off"])
@@ -146,3 +209,17 @@ def test_a_k_out_of_range_is_refused(k: float):
     sae = AENTrainingSAE(AENTrainingSAEConfig(d_in=8, d_sae=40))
     with pytest.raises(ValueError, match="k must be above 0 and at most d_sae 40"):
         sae.harden(k)
+
+
+def test_finishes_that_there_are_not_and_parts_of_features_are_refused():
+    sae = AENTrainingSAE(AENTrainingSAEConfig(d_in=8, d_sae=40))
+    with pytest.raises(ValueError, match="finish must be one of batchtopk, topk, got 'relu'"):
+        sae.harden(4, "relu")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"k must be a whole number .* got 3.5"):
+        sae.harden(3.5, "topk")
+    with pytest.raises(ValueError, match=r"hard_finish must be one of batchtopk, topk, got 'relu'"):
+        AENTrainingSAEConfig(d_in=8, d_sae=40, hard_finish="relu")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"hard_k must be a whole number .* got 3.5"):
+        AENTrainingSAEConfig(d_in=8, d_sae=40, hard_k=3.5, hard_finish="topk")
+    with pytest.raises(ValueError, match="hard_k is None"):
+        _ = AENTrainingSAEConfig(d_in=8, d_sae=40).k
