@@ -41,6 +41,7 @@ from torch.nn.functional import embedding_bag
 
 from aen_lightning import AENTrainingSAE, AENTrainingSAEConfig, sparse
 from aen_lightning.saes import penalty
+from aen_lightning.saes.step_schedule import StepSchedule
 
 SHAPES = ((4096, 512, 4096), (2048, 576, 18432), (1024, 1024, 32768))
 L0S = (16, 32, 64, 128)
@@ -161,7 +162,8 @@ class ProductStep:
                     dead_neuron_mask=None,
                     n_training_steps=1,
                     is_logging_step=False,
-                )
+                ),
+                StepSchedule(),
             )
         if not output.feature_acts.is_sparse:
             raise RuntimeError("the step went dense: this benchmark is about the sparse one")

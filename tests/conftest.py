@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 import aen_lightning  # noqa: F401  # registers the architecture for every test
 
@@ -14,8 +15,14 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 
 @pytest.fixture(autouse=True)
 def _same_environment_after_each_test() -> Iterator[None]:
-    """Lightning's launchers leave ranks and addresses in the environment, which would mislead the next test."""
-    before = dict(os.environ)
+    """Lightning's launchers leave ranks and addresses in the environment, which would mislead the next test.
+
+    A recipe's `num_threads` holds for the whole process: with several processes on few cores, threads that wait
+    for each other made every later test of that process ten times slower.
+    """
+    before, n_threads = dict(os.environ), torch.get_num_threads()
     yield
     os.environ.clear()
     os.environ.update(before)
+    if torch.get_num_threads() != n_threads:
+        torch.set_num_threads(n_threads)

@@ -201,6 +201,16 @@ def test_pictures_are_shown_and_have_words() -> None:
         assert all(len(words.split()) > 3 for words in shown), f"{picture.name} has no words to be read aloud"
 
 
+def test_colab_badges_lead_to_the_notebook_as_soon_as_the_repository_has_an_address() -> None:
+    address = re.search(
+        r'^Repository = "(?:https://github\.com/)?(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M
+    )
+    colab = "https://colab.research.google.com/github/"
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        expected = f"{colab}{address[1]}/blob/main/notebooks/{notebook.name}" if address else colab
+        assert re.findall(rf"\]\(({re.escape(colab)}.*?)\)", notebook.read_text()) == [expected]
+
+
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) < 900
 

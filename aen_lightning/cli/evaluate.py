@@ -29,7 +29,8 @@ def evaluate(
         dictionary: Folder with cfg.json, or RELEASE:ID as for SAE.from_pretrained.
         out: File for the result, of one dictionary only. null: evaluation.json in its folder.
         suite: What to measure, with commas between: core; mdl (bits that the codes take); probing (whether few
-            features tell kinds of text apart, on short texts that come with the package).
+            features tell kinds of text apart, on short texts that come with the package); absorption (how
+            often a word's first letter is left out by the features that stand for it).
         downstream: CE and KL of the language model. Without them it is cut after the hook, which is quicker.
         n_downstream_rows: Rows for CE and KL, which take four passes of the whole model each; 0: as many as
             for the rest.
@@ -105,6 +106,12 @@ _SCREEN = (
     ("by one feature", ("probing", "accuracy", 0)),
     ("by five features", ("probing", "accuracy", 2)),
     ("by all raw activations", ("probing", "accuracy_of_activations")),
+    ("absorption of first letters: means over letters", ()),
+    ("words fully absorbed by one feature", ("absorption", "full")),
+    ("fraction absorbed", ("absorption", "fraction")),
+    ("words on which no main feature fires", ("absorption", "silent")),
+    ("F1 of the main features", ("absorption", "f1")),
+    ("accuracy by all raw activations", ("absorption", "accuracy_of_activations")),
 )
 
 

@@ -5,6 +5,7 @@ Nothing here imports torch; only the commands that LightningCLI parses need it, 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -79,6 +80,10 @@ _HELP = ("-h", "--help")
 _OPTIONS = (*_HELP, "--version")
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says of a disk, a quota, or a file that is full."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``aen COMMAND ...`` and return the exit code.
 
@@ -93,6 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{_name(args)}: error: {one_line(error)}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in _NO_ROOM or os.environ.get("AEN_DEBUG"):
+            raise
+        print(f"{_name(args)}: error: {one_line(error)}", file=sys.stderr)
+        return 1
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):  # which Lightning makes an exit with 1 of
             raise

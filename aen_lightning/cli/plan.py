@@ -16,6 +16,7 @@ from aen_lightning.cli.output import answer
 from aen_lightning.cli.parser import normalized
 from aen_lightning.cli.training import AENCLI, OneLineCLI, errors_of_use
 from aen_lightning.files.checked import shortened
+from aen_lightning.harvest.measured import read_measured
 from aen_lightning.harvest.plan import plan as plan_recipe
 from aen_lightning.training.module import SAEModule
 
@@ -46,6 +47,7 @@ class _Parsed(OneLineCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_argument("--tflops_per_s", type=float | None, default=None)
+        parser.add_argument("--measured", type=Path | None, default=None)
 
     def before_instantiate_classes(self) -> None:
         """Nothing to prepare."""
@@ -88,10 +90,13 @@ def plan(args: Sequence[str]) -> None:
         made = plan_recipe(
             settings, tflops_per_s=settings["tflops_per_s"], model_config=known_model(settings)
         )
-    answer(
-        {"command": "plan", "kind": made.kind, "numbers": made.numbers, "notes": made.notes},
-        lambda: str(made),
-    )
+        measured = None if settings["measured"] is None else read_measured(settings["measured"])
+    record: dict[str, Any] = {
+        "command": "plan", "kind": made.kind, "numbers": made.numbers, "notes": made.notes,
+    }  # fmt: skip
+    if measured is not None:
+        record["measured"] = [step.as_numbers() for step in measured.steps]
+    answer(record, lambda: str(made) if measured is None else f"{made}\n\n{measured}")
 
 
 def _counted(devices: Any) -> Any:

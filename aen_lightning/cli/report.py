@@ -18,7 +18,7 @@ class FeaturePages:
         features: Show the texts on which features fire; runs the language model, or reads --shards.
         features_of: Of these dictionaries, by name in the report or folder (implies --features).
         n_features: Features a dictionary, from rare to frequent; 0: every one.
-        feature_ids: These features instead.
+        feature_ids: These features instead (implies --features).
         n_contexts: Texts a feature, where it is strongest.
         context_window: Tokens before the strongest one; half as many after.
         output_tokens: Promoted and suppressed tokens, which need the LM head.
@@ -74,7 +74,8 @@ def report(
     # before any work: a browser that was asked for by name has to be there
     found = find_browser(browser) if png else None
     collected = collect(run, results or [])
-    features = _features(collected, pages, inputs) if pages.features or pages.features_of else []
+    wanted = pages.features or pages.features_of or pages.feature_ids
+    features = _features(collected, pages, inputs) if wanted else []
     with working("drawing figures"):
         figures = make_figures(collected, max_geometry_features=max_geometry_features)
     path = write_text(out, render_report(collected, figures, features, title=title))

@@ -154,7 +154,13 @@ def _plan() -> list[Section]:
         "None",
         "What one rank sustains, in 1e12 operations per second: gives times.",
     )
-    return [("", [_RUN[0], tflops])]
+    measured = Option(
+        "--measured",
+        "FILE",
+        "None",
+        "From benchmarks/gpu_step.py --json: each measured step beside its prediction.",
+    )
+    return [("", [_RUN[0], tflops, measured])]
 
 
 _PAGES: dict[str, tuple[str, Callable[[], list[Section]]]] = {

@@ -24,6 +24,8 @@ null, "se": number | null}``, its standard error by the jackknife over groups of
                     exact_support_rate, l0, true_l0}
     mdl             null, or what aen_lightning.evaluate.mdl.description_length returns      (--suite core,mdl)
     probing         null, or what aen_lightning.evaluate.probing.sparse_probing returns      (--suite core,probing)
+    absorption      null, or what aen_lightning.evaluate.absorption.first_letter_absorption returns
+                    (--suite core,absorption)
 
 ``raw`` is the space the dictionary takes and returns; in ``scaled`` each token's ``x`` and ``x_hat`` are
 multiplied by ``sqrt(d_in) / ||x||``, the space the paper trains and measures in, where no token counts more

@@ -8,6 +8,7 @@ from typing import Any
 
 from sae_lens import SAE
 
+from aen_lightning.evaluate.absorption import absorption
 from aen_lightning.evaluate.dictionary import describe_dictionary, run_dictionary
 from aen_lightning.evaluate.downstream import Ablate, evaluate_downstream
 from aen_lightning.evaluate.inputs import Inputs, SyntheticInputs, TextInputs
@@ -19,7 +20,7 @@ from aen_lightning.metrics.ground_truth import ground_truth_scores
 from aen_lightning.spelling import suggest
 
 RESULT_FILE = "evaluation.json"
-SUITES = ("core", "mdl", "probing")
+SUITES = ("core", "mdl", "probing", "absorption")
 
 
 def evaluate_dictionary(
@@ -44,20 +45,21 @@ def evaluate_dictionary(
         downstream_batch_size_prompts: Rows a call of the whole language model.
         ablate: See :func:`aen_lightning.evaluate.downstream.evaluate_downstream`.
         per_feature: Add density and mean activation of every feature.
-        suites: Which of ``SUITES``; ``core`` is all but the others, ``mdl`` and ``probing``, and is always
-            there.
+        suites: Which of ``SUITES``; ``core`` is all but the others, ``mdl``, ``probing`` and ``absorption``,
+            and is always there.
 
     Returns:
         The JSON, laid out as :mod:`aen_lightning.evaluate` says.
 
     Raises:
-        ValueError: For an unknown suite, or probing without a language model.
+        ValueError: For an unknown suite, or probing or absorption without a language model.
     """
     check_suites(suites)
-    if "probing" in suites and not isinstance(inputs, TextInputs):
-        raise ValueError(
-            "the suite probing reads texts of its own, so it needs a language model: evaluate on text"
-        )
+    for suite in ("probing", "absorption"):
+        if suite in suites and not isinstance(inputs, TextInputs):
+            raise ValueError(
+                f"the suite {suite} reads texts of its own, so it needs a language model: evaluate on text"
+            )
     found = evaluate_reconstruction(sae, inputs)
     result = head("evaluate") | {
         "dictionary": describe_dictionary(sae, reference),
@@ -69,9 +71,12 @@ def evaluate_dictionary(
         "ground_truth": None,
         "mdl": description_length(sae, inputs) if "mdl" in suites else None,
         "probing": None,
+        "absorption": None,
     }
     if "probing" in suites and isinstance(inputs, TextInputs):
         result["probing"] = sparse_probing(sae, inputs)
+    if "absorption" in suites and isinstance(inputs, TextInputs):
+        result["absorption"] = absorption(sae, inputs)
     if isinstance(inputs, TextInputs) and inputs.lm is not None and n_downstream_rows != 0:
         result["downstream"] = evaluate_downstream(
             sae, inputs, found.mean_activation, n_rows=n_downstream_rows, batch_size_prompts=downstream_batch_size_prompts,

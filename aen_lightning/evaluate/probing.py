@@ -94,13 +94,14 @@ def _accuracy(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> float:
 
 
 @torch.enable_grad()
-def fit_logistic(x: Tensor, y: Tensor, *, l2: float = 1e-2) -> Tensor:
+def fit_logistic(x: Tensor, y: Tensor, *, l2: float = 1e-2, balanced: bool = False) -> Tensor:
     """Weights and, last, the intercept of a logistic regression on standardised inputs, for inputs as they are.
 
     Args:
         x: Shape (n, d).
         y: Labels 0 and 1, shape (n,).
         l2: Weight of half the squared norm of the weights, beside the mean loss.
+        balanced: Give a 1 the weight of as many zeros as there are for each, for labels with few ones.
 
     Returns:
         Shape (d + 1,), float64.
@@ -108,12 +109,13 @@ def fit_logistic(x: Tensor, y: Tensor, *, l2: float = 1e-2) -> Tensor:
     mean, std = x.double().mean(dim=0), x.double().std(dim=0, correction=0)
     scale = torch.where(std > 1e-12, 1 / std.clamp_min(1e-12), 0.0)
     z, y = (x.double() - mean) * scale, y.double()
+    weight_of_ones = (len(y) - y.sum()) / y.sum() if balanced else None
     weights = torch.zeros(z.shape[1] + 1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = binary_cross_entropy_with_logits(z @ weights[:-1] + weights[-1], y)
+        value = binary_cross_entropy_with_logits(z @ weights[:-1] + weights[-1], y, pos_weight=weight_of_ones)
         value = value + 0.5 * l2 * weights[:-1].square().sum()
         value.backward()
         return value

@@ -105,19 +105,25 @@ class AENTrainingSAE(AdaptiveState, HardPhase, SparseStep, TrainingSAE[AENTraini
     ) -> dict[str, Tensor]:
         """``l1_loss`` and ``l2_loss``, each with its coefficient; reads the state and never writes it."""
         if self.cfg.hard_k is not None:
-            return self._hard_losses(step_input, sae_out)
+            return self._hard_losses(step_input, sae_out, None)
         l1, l2 = elastic_net_terms(feature_acts, self.l1_weights, self._slopes(feature_acts))
         return {
             "l1_loss": step_input.coefficients["l1"] * l1,
             "l2_loss": self._l2_coefficient(step_input) * l2,
         }
 
-    def _hard_losses(self, step_input: TrainStepInput, sae_out: Tensor) -> dict[str, Tensor]:
+    def _hard_losses(
+        self, step_input: TrainStepInput, sae_out: Tensor, n_dead_at_most: int | None
+    ) -> dict[str, Tensor]:
         zero = sae_out.new_zeros(())
         losses = {"l1_loss": zero, "l2_loss": zero}
         if self.cfg.aux_loss_coefficient:
             losses["auxiliary_reconstruction_loss"] = self.auxiliary_loss(
-                step_input.sae_in, sae_out, self._trained_decoder(), step_input.dead_neuron_mask
+                step_input.sae_in,
+                sae_out,
+                self._trained_decoder(),
+                step_input.dead_neuron_mask,
+                n_dead_at_most,
             )
         return losses
 
@@ -156,7 +162,9 @@ class AENTrainingSAE(AdaptiveState, HardPhase, SparseStep, TrainingSAE[AENTraini
             step_input: ``sae_in`` of shape (..., d_in); the step on the non-zeros takes (batch, d_in) only.
             schedule: What the driver decides.
         """
-        if step_input.sae_in.ndim == 2 and self.own_step_applies():
+        # to find the largest activations of a batch without the kernels is to wait for a GPU again and again
+        own = self.own_step_applies() if self.cfg.hard_k is None else self.sparse_step_applies()
+        if step_input.sae_in.ndim == 2 and own:
             return self._own_forward_pass(step_input, schedule)
         return self._dense_forward_pass(step_input, schedule)
 
@@ -167,11 +175,11 @@ class AENTrainingSAE(AdaptiveState, HardPhase, SparseStep, TrainingSAE[AENTraini
             self.observe_threshold(least, schedule)
         sae_out = self.decode(feature_acts)
         self.observe_dense(feature_acts, schedule)
-        mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
-        losses = {
-            "mse_loss": mse_loss,
-            **self.calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out),
-        }
+        losses = {"mse_loss": self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()}
+        if self.cfg.hard_k is None:
+            losses |= self.calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+        else:
+            losses |= self._hard_losses(step_input, sae_out, schedule.n_dead_at_most)
         fields = self._output_fields(step_input, sae_out, losses)
         return TrainStepOutput(feature_acts=feature_acts, hidden_pre=hidden_pre, **fields)
 
@@ -191,7 +199,7 @@ class AENTrainingSAE(AdaptiveState, HardPhase, SparseStep, TrainingSAE[AENTraini
             self.density_switch.observe(observed)
         losses = {"mse_loss": out.mse_loss, "l1_loss": out.l1_loss, "l2_loss": out.l2_loss}
         if self.cfg.hard_k is not None:
-            losses |= self._hard_losses(step_input, out.sae_out)
+            losses |= self._hard_losses(step_input, out.sae_out, schedule.n_dead_at_most)
         return CodedStepOutput(code, **self._output_fields(step_input, out.sae_out, losses))
 
     def _encode_own(

@@ -97,7 +97,12 @@ class HardPhase:
         self.n_hard_steps.add_(1)
 
     def auxiliary_loss(
-        self, x: Tensor, sae_out: Tensor, W_dec: Tensor, dead_neuron_mask: Tensor | None
+        self,
+        x: Tensor,
+        sae_out: Tensor,
+        W_dec: Tensor,
+        dead_neuron_mask: Tensor | None,
+        n_dead_at_most: int | None = None,
     ) -> Tensor:
         """SAELens's auxiliary loss of TopK SAEs: silent features reconstruct what the others leave over.
 
@@ -106,19 +111,25 @@ class HardPhase:
             sae_out: Its reconstruction.
             W_dec: (d_sae, d_in), the decoder with the gradient that training wants.
             dead_neuron_mask: (d_sae,), who is silent; None: nobody.
+            n_dead_at_most: A number that the silent ones do not exceed. None: their number, for which the host waits.
 
         Returns:
             A scalar, weighted; 0 if nobody is silent.
         """
         coefficient = self.cfg.aux_loss_coefficient
-        # knowing who is silent is a synchronisation, as in SAELens
-        if not coefficient or dead_neuron_mask is None or not (n_dead := int(dead_neuron_mask.sum())):
+        if not coefficient or dead_neuron_mask is None:
             return sae_out.new_zeros(())
-        dead = dead_neuron_mask.nonzero().squeeze(1)
+        room = int(dead_neuron_mask.sum()) if n_dead_at_most is None else n_dead_at_most
+        if not room:
+            return sae_out.new_zeros(())
+        # the dead features come first; what else there is room for is left out of the choice, and not waited for
+        rank = dead_neuron_mask.to(torch.uint8).sort(descending=True, stable=True)
+        chosen, is_dead = rank.indices[:room], rank.values[:room].bool()
         wanted = self.cfg.aux_loss_k or max(1, x.shape[-1] // 2)
         shifted = x - self.b_dec if self.cfg.apply_b_dec_to_input else x
-        hidden_pre = shifted @ self.W_enc[:, dead] + self.b_enc[dead]
-        kept = hidden_pre.topk(min(wanted, n_dead), sorted=False)
-        acts = torch.zeros_like(hidden_pre).scatter(-1, kept.indices, kept.values)
-        error = (acts @ W_dec[dead] - (x - sae_out).detach()).pow(2).sum(dim=-1).mean()
-        return coefficient * min(n_dead / wanted, 1.0) * error
+        hidden_pre = shifted @ self.W_enc[:, chosen] + self.b_enc[chosen]
+        kept = hidden_pre.masked_fill(~is_dead, -torch.inf).topk(min(wanted, len(chosen)), sorted=False)
+        values = kept.values.masked_fill(~is_dead[kept.indices], 0.0)
+        acts = torch.zeros_like(hidden_pre).scatter(-1, kept.indices, values)
+        error = (acts @ W_dec[chosen] - (x - sae_out).detach()).pow(2).sum(dim=-1).mean()
+        return coefficient * (is_dead.sum().to(error.dtype) / wanted).clamp_max(1.0) * error

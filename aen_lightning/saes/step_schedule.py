@@ -24,8 +24,11 @@ class StepSchedule:
         n_micro_batches: Batches that make one optimizer step (gradient accumulation). Each moves the running
             means by ``beta^(1/n)``, so that their half-life stays in optimizer steps.
         reduce_mean: Mean of a tensor over the ranks. Ranks must have equally large batches.
+        n_dead_at_most: No more features than these are dead in this step. None: nobody knows, and where the number
+            matters the host waits for it.
     """
 
     refresh_weights: bool = True
     n_micro_batches: int = 1
     reduce_mean: Callable[[Tensor], Tensor] = _one_process
+    n_dead_at_most: int | None = None

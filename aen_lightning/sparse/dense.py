@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from aen_lightning.sparse.codes import DenseCode
 from aen_lightning.sparse.encoding import check_shapes, encoder_input, product_dtype
 from aen_lightning.sparse.low_copies import low_copy
+from aen_lightning.sparse.terms import Settings, input_gradient, output_gradients
 
 
 @torch.compiler.disable
@@ -54,7 +55,10 @@ def _product_in(dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
 
 
 class _DenseTerms(torch.autograd.Function):
-    """Forward from a code, backward to the parameters that made it (the code itself carries no graph)."""
+    """``(mse_loss, l1_loss, l2_loss, sae_out)`` of a dense code.
+
+    Forward from a code, backward to the parameters that made it (the code itself carries no graph).
+    """
 
     @staticmethod
     def forward(
@@ -66,11 +70,10 @@ class _DenseTerms(torch.autograd.Function):
         b_dec: Tensor,
         l1_weights: Tensor | None,
         slopes: Tensor | None,
-        code: DenseCode,
-        l2_coefficient: float,
-        apply_b_dec_to_input: bool,
+        settings: Settings[DenseCode],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        batch, h = x.shape[0], code.values
+        batch, code, l2_coefficient = x.shape[0], settings.code, settings.l2_coefficient
+        h = code.values
         kept = low_copy(W_dec, h.dtype)
         low_W_dec = W_dec.to(h.dtype) if kept is None else kept
         # In half precision the sum with the bias promotes.
@@ -94,7 +97,7 @@ class _DenseTerms(torch.autograd.Function):
         else:
             l2_loss = mse_loss.new_zeros(())
         ctx.save_for_backward(x, W_enc, low_W_dec, b_dec, l1_weights, slopes, residual, means)
-        ctx.code, ctx.l2_coefficient, ctx.apply_b_dec_to_input = code, l2_coefficient, apply_b_dec_to_input
+        ctx.settings = settings
         ctx.set_materialize_grads(False)
         return mse_loss, l1_loss, l2_loss, sae_out
 
@@ -104,14 +107,12 @@ class _DenseTerms(torch.autograd.Function):
         ctx: Any, g_mse: Tensor | None, g_l1: Tensor | None, g_l2: Tensor | None, g_out: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         x, W_enc, low_W_dec, b_dec, l1_weights, slopes, residual, means = ctx.saved_tensors
-        code, batch, h = ctx.code, x.shape[0], ctx.code.values
+        settings: Settings[DenseCode] = ctx.settings
+        code, batch, h = settings.code, x.shape[0], settings.code.values
         dtype, low = residual.dtype, h.dtype
         with torch.autocast(x.device.type, enabled=False):
             # Factors known on the host go into the products and fused operations: no operations of their own.
-            g_mse_out = None if g_mse is None else residual * (g_mse * (2.0 / batch))
-            grad_out = g_mse_out if g_mse_out is not None else torch.zeros_like(residual)
-            if g_out is not None:
-                grad_out = grad_out + g_out
+            by_mse, grad_out = output_gradients(residual, g_mse, g_out)
             low_grad_out = grad_out.to(low)
             penalty = None
             if g_l1 is not None and l1_weights is not None:
@@ -122,43 +123,29 @@ class _DenseTerms(torch.autograd.Function):
                 grad_pre = torch.addmm(penalty, low_grad_out, low_W_dec.t(), beta=1.0 / batch)
             if penalty is not None and slopes is not None:
                 grad_pre.addcmul_(slopes.to(low), penalty, value=1.0 / batch)
-            if g_l2 is not None and ctx.l2_coefficient:
-                grad_pre.addcmul_(h, g_l2, value=2.0 * ctx.l2_coefficient / batch)
+            if g_l2 is not None and settings.l2_coefficient:
+                grad_pre.addcmul_(h, g_l2, value=2.0 * settings.l2_coefficient / batch)
             torch.ops.aten.threshold_backward.grad_input(grad_pre, h, 0, grad_input=grad_pre)
             grad_W_dec = (h.t() @ low_grad_out).to(dtype)
             inputs = code.encoder_input
             if inputs is None:
-                inputs = encoder_input(x, W_enc, b_dec if ctx.apply_b_dec_to_input else None, low)
+                inputs = settings.encoder_input(x, W_enc, b_dec).to(low)  # a code made elsewhere
             # Born in the parameter's memory layout.
             grad_W_enc = inputs.t() @ grad_pre if W_enc.is_contiguous() else (grad_pre.t() @ inputs).t()
             grad_b_enc = grad_pre.sum(dim=0, dtype=dtype)
-            grad_b_dec = grad_out.sum(dim=0)
-            if ctx.apply_b_dec_to_input:
-                # sum_b dL/dpre @ W_enc.T, with the sum taken first: one vector instead of a sixth product.
-                grad_b_dec = torch.addmv(grad_b_dec, W_enc, grad_b_enc, alpha=-1)
+            grad_b_dec = settings.grad_b_dec(grad_out, W_enc, grad_b_enc)
             grad_x = grad_weights = None
             if ctx.needs_input_grad[0]:
-                grad_x = (grad_pre @ W_enc.to(low).t()).to(dtype)
-                grad_x = (grad_x if g_mse_out is None else grad_x - g_mse_out).to(x.dtype)
+                grad_x = input_gradient((grad_pre @ W_enc.to(low).t()).to(dtype), by_mse, x)
             if ctx.needs_input_grad[5] and g_l1 is not None:
                 grad_weights = (means * g_l1).to(l1_weights.dtype)
         grads = (grad_x, grad_W_enc.to(dtype), grad_b_enc, grad_W_dec, grad_b_dec, grad_weights)
-        return *grads, None, None, None, None
+        return *grads, None, None
 
 
 def dense_terms(
-    x: Tensor,
-    code: DenseCode,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    l1_weights: Tensor | None,
-    slopes: Tensor | None,
-    l2_coefficient: float,
-    apply_b_dec_to_input: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(mse_loss, l1_loss, l2_loss, sae_out)`` of a dense code; arguments as for :func:`~aen_lightning.sparse.loss`."""
-    return _DenseTerms.apply(
-        x, W_enc, b_enc, W_dec, b_dec, l1_weights, slopes, code, l2_coefficient, apply_b_dec_to_input
-    )
+    x: Tensor, parameters: tuple[Tensor, ...], l1_weights: Tensor | None, slopes: Tensor | None,
+    settings: Settings[DenseCode],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """``(mse_loss, l1_loss, l2_loss, sae_out)``; ``parameters`` are ``W_enc, b_enc, W_dec, b_dec``."""
+    return _DenseTerms.apply(x, *parameters, l1_weights, slopes, settings)

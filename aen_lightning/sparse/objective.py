@@ -14,6 +14,7 @@ from aen_lightning.sparse.dense import dense_terms
 from aen_lightning.sparse.encoding import product_dtype
 from aen_lightning.sparse.functions import activations, decode, per_entry
 from aen_lightning.sparse.kernel_loss import kernel_terms
+from aen_lightning.sparse.terms import Settings
 
 
 class SparseLoss(NamedTuple):
@@ -90,19 +91,14 @@ def loss(
                 f"{tuple(slopes.shape)}"
             )
         slopes = slopes.detach()
-    shift, low = b_dec if apply_b_dec_to_input else None, product_dtype(W_enc)
+    common = (l2_coefficient, apply_b_dec_to_input, product_dtype(W_enc))
+    parameters = (W_enc, b_enc, W_dec, b_dec)
     with torch.autocast(x.device.type, enabled=False):
         if isinstance(code, DenseCode):
-            terms = dense_terms(
-                x, code, W_enc, b_enc, W_dec, b_dec, l1_weights, slopes, l2_coefficient, apply_b_dec_to_input
-            )
-            return SparseLoss(*terms)
+            return SparseLoss(*dense_terms(x, parameters, l1_weights, slopes, Settings(code, *common)))
         if backend.triton_serves(x.device):
-            terms = kernel_terms(
-                x, code, W_enc, b_enc, W_dec, b_dec, l1_weights, slopes, l2_coefficient, apply_b_dec_to_input, low
-            )  # fmt: skip
-            return SparseLoss(*terms)
-        values = activations(x, W_enc, b_enc, shift, code)
+            return SparseLoss(*kernel_terms(x, parameters, l1_weights, slopes, Settings(code, *common)))
+        values = activations(x, W_enc, b_enc, b_dec if apply_b_dec_to_input else None, code)
         sae_out = decode(values, W_dec, b_dec, code)
         return SparseLoss(
             mean_squared_error(sae_out, x),

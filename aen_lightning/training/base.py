@@ -243,8 +243,9 @@ class SAETrainingModule(SAEOptimization, RunState):
                 tracked.note_firings(n_firings[tracked.name])
                 if is_logging_step:
                     logs[tracked.name] = tracked.log_values(output, n_steps)
-        # of one SAE without operations of its own
-        stacked = losses[0].view(1) if len(losses) == 1 else torch.stack(losses)
+        # of one SAE without operations of its own; what a compiled step returns it may write anew in the next
+        alone = len(losses) == 1 and not self.compile_sae
+        stacked = losses[0].view(1) if alone else torch.stack(losses)
         self.finite_watch.losses(stacked, step=n_steps, batch_idx=batch_idx)
         if is_logging_step:
             self.check_finite(batch_size=len(batch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import zipfile
 from collections.abc import Iterable
 from functools import lru_cache
@@ -12,7 +13,7 @@ from typing import IO, Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
-from aen_lightning.files import replacing
+from aen_lightning.files import human_size, replacing
 
 _PREFIX = b"aen-sha256:"
 _COMMENT_BYTES = len(_PREFIX) + 64
@@ -43,7 +44,18 @@ class WholeCheckpointIO(TorchCheckpointIO):
         with replacing(path) as temporary:
             with temporary.open("wb") as file:
                 hashing = _Hashing(file)
-                torch.save(checkpoint, hashing)  # type: ignore[arg-type]  # only write and flush are called
+                try:
+                    torch.save(checkpoint, hashing)  # type: ignore[arg-type]  # only write and flush are called
+                except RuntimeError as error:  # torch's, of its archive, which says nothing of the disk
+                    if hashing.error is None:
+                        raise
+                    free = human_size(shutil.disk_usage(path.parent).free)
+                    raise OSError(
+                        hashing.error.errno,
+                        f"{hashing.error.strerror}: the checkpoint is not written, {free} are free on its disk; older "
+                        "ones are as they were. Make room, and go on with --resume auto",
+                        str(path),
+                    ) from error
                 comment = _PREFIX + hashing.digest.hexdigest().encode()
                 file.write(comment)
             with temporary.open("r+b") as file:  # the archive's last field is the length of its comment
@@ -64,10 +76,15 @@ class WholeCheckpointIO(TorchCheckpointIO):
 class _Hashing:
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, piece: Any) -> int:
         self.digest.update(piece)
-        return self.file.write(piece)
+        try:
+            return self.file.write(piece)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()

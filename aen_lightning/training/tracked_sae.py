@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from aen_lightning.saes.relaxed import RelaxedTrainingSAE
 from aen_lightning.saes.step_output import CodedStepOutput
 from aen_lightning.saes.step_schedule import StepSchedule
 from aen_lightning.sharded import FeatureSharded
+from aen_lightning.training.dead_bound import DeadBound
 
 
 def new_sae(cfg: TrainingSAEConfig, seed: int | None) -> TrainingSAE[Any]:
@@ -54,6 +56,7 @@ class TrackedSAE(nn.Module):
         self.name = name
         self.dead_feature_window = dead_feature_window
         self.sae = sae
+        self.dead_bound = DeadBound()
         self.register_buffer("sparsity_multiplier", torch.ones(()))
         self.register_buffer("n_forward_passes_since_fired", torch.zeros(cfg.d_sae, dtype=torch.int64))
         self.train_metrics = _metrics(cfg.d_in)
@@ -64,13 +67,12 @@ class TrackedSAE(nn.Module):
     @property
     def dead_neuron_mask(self) -> Tensor:
         """Features that have not fired for ``dead_feature_window`` training steps, shape (d_sae,), bool."""
-        return self._silent_for(self.dead_feature_window, "dead_feature_window")
+        return self.n_forward_passes_since_fired > self._dead_window
 
     @property
     def revived_neuron_mask(self) -> Tensor:
         """Features that get the auxiliary loss: the dead ones, or those silent for the SAE's own window."""
-        own = getattr(self.sae.cfg, "aux_loss_window", None)
-        return self.dead_neuron_mask if own is None else self._silent_for(own, "aux_loss_window")
+        return self.n_forward_passes_since_fired > self._revival_window
 
     @property
     def _revives(self) -> bool:
@@ -79,8 +81,14 @@ class TrackedSAE(nn.Module):
         own = isinstance(self.sae, AENTrainingSAE)
         return not own or (cfg.hard_k is not None and bool(cfg.aux_loss_coefficient))
 
-    def _silent_for(self, window: Length, name: str) -> Tensor:
-        return self.n_forward_passes_since_fired > in_steps(window, self.run_steps, name)
+    @property
+    def _dead_window(self) -> int:
+        return in_steps(self.dead_feature_window, self.run_steps, "dead_feature_window")
+
+    @property
+    def _revival_window(self) -> int:
+        own = getattr(self.sae.cfg, "aux_loss_window", None)
+        return self._dead_window if own is None else in_steps(own, self.run_steps, "aux_loss_window")
 
     def coefficients(self, n_training_steps: int) -> dict[str, Any]:
         """SAELens's loss coefficients after ``n_training_steps`` finished steps, warm-up and multiplier
@@ -109,10 +117,16 @@ class TrackedSAE(nn.Module):
         self, x: Tensor, schedule: StepSchedule, *, n_training_steps: int, is_logging_step: bool
     ) -> TrainStepOutput:
         """SAELens's training forward pass on a batch (batch, d_in)."""
+        dead = None
+        if self._revives:
+            dead = self.revived_neuron_mask
+            if isinstance(self.sae, AENTrainingSAE):
+                at_most = self.dead_bound.next_step(self.n_forward_passes_since_fired, self._revival_window)
+                schedule = replace(schedule, n_dead_at_most=at_most)
         step_input = TrainStepInput(
             sae_in=x,
             coefficients=self.coefficients(n_training_steps),
-            dead_neuron_mask=self.revived_neuron_mask if self._revives else None,
+            dead_neuron_mask=dead,
             n_training_steps=n_training_steps,
             is_logging_step=is_logging_step,
         )
@@ -175,6 +189,7 @@ class TrackedSAE(nn.Module):
         if isinstance(self.sae, AENTrainingSAE):
             state["density_switch"] = self.sae.density_switch.state_dict()
             state["hard_k"], state["hard_finish"] = self.sae.cfg.hard_k, self.sae.cfg.hard_finish
+            state["dead_bound"] = self.dead_bound.state_dict()
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -187,6 +202,9 @@ class TrackedSAE(nn.Module):
             self.sae.density_switch.load_state_dict(state["density_switch"])
             self.sae.cfg.hard_k = state["hard_k"]
             self.sae.cfg.hard_finish = state.get("hard_finish", "batchtopk")  # absent: of an earlier version
+            self.dead_bound = DeadBound()
+            if "dead_bound" in state:  # absent in checkpoints of earlier versions
+                self.dead_bound.load_state_dict(state["dead_bound"])
 
 
 def _metrics(d_in: int, d_sae: int | None = None) -> MetricCollection:

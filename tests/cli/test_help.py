@@ -72,7 +72,7 @@ def test_every_option_on_a_page_is_one_of_the_parser(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if command == "plan":
-        assert options_of("plan") == {"--config", "--tflops_per_s"}
+        assert options_of("plan") == {"--config", "--tflops_per_s", "--measured"}
         return
     with pytest.raises(SystemExit):
         main([command, "--help_all"])

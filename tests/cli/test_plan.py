@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +41,62 @@ def test_the_memory_of_a_rank_is_the_sum_of_its_parts(capsys: pytest.CaptureFixt
     parts = {n: v for n, v in numbers.items() if n.endswith("_per_rank_gib") and n != "memory_per_rank_gib"}
     assert len(parts) == 5
     assert numbers["memory_per_rank_gib"] == pytest.approx(sum(parts.values()), abs=3e-3)
+
+
+MEASURED = {
+    "device": "NVIDIA H100 80GB HBM3",
+    "dry_run": False,
+    "ceilings": {"copy_tb_per_s": 2.9},
+    "steps": [
+        {
+            "name": "ours, dense", "shape": [4096, 4096, 131072], "l0": 64.0, "firing": "uniform", "ms": 84.0,
+            "steps_per_s": 11.9, "operations": 60, "syncs": 0, "peak_gib": 21.5, "predicted_ms": 56.0,
+            "predicted_gib": 20.0,
+        },
+        {
+            "name": "another card", "shape": [8192, 512, 4096], "l0": 225.0, "firing": "heavy", "ms": 1,
+            "predicted_ms": None, "predicted_gib": 1.0, "peak_gib": None,
+        },
+    ],
+}  # fmt: skip
+
+
+def test_measured_steps_stand_beside_their_prediction(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gpu.json").write_text(json.dumps(MEASURED))
+    assert main(["plan", "--config", "debug", "--measured", str(tmp_path / "gpu.json")]) == 0
+    text = capsys.readouterr().out
+    assert "sae_parameters" in text
+    assert "measured on: NVIDIA H100 80GB HBM3" in text
+    assert re.search(r"ours, dense +4096, 4096, 131072 +64 uniform +56\.00 +84\.00 +1\.50\n", text)
+    assert re.search(r"another card +8192, 512, 4096 +225 heavy +- +1\.00 +-\n", text)
+    assert "dry run" not in text
+    assert main(["plan", "--config", "debug", "--measured", str(tmp_path / "gpu.json"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["measured"]
+    assert [step["measured_over_predicted"] for step in found] == [1.5, None]
+    assert found[0]["shape"] == [4096, 4096, 131072]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no file"),
+        ("[1]", "not a file of `benchmarks/gpu_step.py --json`"),
+        ('{"steps": []}', "not a file of `benchmarks/gpu_step.py --json`.*device"),
+        (json.dumps(MEASURED).replace("84.0", "-1.0"), r"gpu_step.py --json`.*steps.*ms"),
+    ],
+)
+def test_a_file_of_something_else_is_refused_in_one_line(
+    content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "gpu.json").write_text(content)
+    assert main(["plan", "--config", "debug", "--measured", str(tmp_path / "gpu.json")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.search(message, captured.err), captured.err
+    assert len(captured.err.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

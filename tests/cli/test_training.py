@@ -104,6 +104,22 @@ def test_validate_and_test_read_a_checkpoint(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.slow
+def test_a_full_disk_ends_a_run_with_one_line(tmp_path: Path) -> None:
+    program = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)); "  # a write then fails as on a full disk
+        "from aen_lightning.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["fit", "--config", "debug", f"--trainer.default_root_dir={tmp_path}", *QUICK]
+    root = Path(aen_lightning.__file__).parents[1]
+    command = [sys.executable, "-c", program, *words]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 1
+    assert "inline_container" not in done.stderr  # what torch makes of it
+    assert "File too large: the checkpoint is not written" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "recipe"), [("fit", "debug"), ("sweep", "spiked-sweep")])
 def test_two_processes_run_the_same_command_and_rank_0_answers(
     tmp_path: Path, command: str, recipe: str

@@ -162,10 +162,11 @@ def test_the_command_says_whose_features_it_needs(
     sweep: tuple[Path, SweepModule], dictionary: Path, tmp_path: Path
 ):
     out = str(tmp_path / "r.html")
-    with pytest.raises(
-        ValueError, match=r"5 dictionaries: say whose features, by --features_of 'AEN λ₁=0.0025'"
-    ):
-        report_command([str(sweep[0]), "--features", "-o", out])
+    for wanted in (["--features"], ["--feature_ids", "3"]):
+        with pytest.raises(
+            ValueError, match=r"5 dictionaries: say whose features, by --features_of 'AEN λ₁=0.0025'"
+        ):
+            report_command([str(sweep[0]), *wanted, "-o", out])
     with pytest.raises(ValueError, match="no dictionary 'nobody' in the report"):
         report_command([str(sweep[0]), "--features_of", "nobody", "-o", out])
     with pytest.raises(ValueError, match="synthetic data has neither"):

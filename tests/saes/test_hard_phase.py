@@ -20,6 +20,7 @@ from sae_lens import (
 from torch.testing import assert_close
 
 from aen_lightning import AENTrainingSAE, AENTrainingSAEConfig
+from aen_lightning.saes.step_schedule import StepSchedule
 from tests.support.training import step_input
 
 K = 3.5
@@ -120,7 +121,8 @@ def test_a_topk_finish_is_exported_as_topk_with_the_same_function(tmp_path: Path
 
 @pytest.mark.parametrize("sparse_step", ["on", "off"])
 @pytest.mark.parametrize("dead", [0, 2, 30])  # fewer and more than d_in / 2
-def test_the_auxiliary_loss_is_that_of_saelens(sparse_step: str, dead: int):
+@pytest.mark.parametrize("at_most", [None, 30, 37, 40])
+def test_the_auxiliary_loss_is_that_of_saelens(sparse_step: str, dead: int, at_most: int | None):
     sae = hardened(sparse_step=sparse_step, aux_loss_coefficient=0.7)
     theirs = BatchTopKTrainingSAE(
         BatchTopKTrainingSAEConfig(d_in=8, d_sae=40, k=K, dtype="float64", aux_loss_coefficient=0.7)
@@ -128,8 +130,10 @@ def test_the_auxiliary_loss_is_that_of_saelens(sparse_step: str, dead: int):
     own = {name: value for name, value in sae.state_dict().items() if name in dict(theirs.named_parameters())}
     theirs.load_state_dict({**theirs.state_dict(), **own})
     given = step_input(batch())
-    given.dead_neuron_mask = torch.arange(40) < dead
-    ours, expected = sae.training_forward_pass(given), theirs.training_forward_pass(given)
+    given.dead_neuron_mask = torch.zeros(40, dtype=torch.bool)
+    given.dead_neuron_mask[torch.randperm(40)[:dead]] = True
+    ours = sae.scheduled_forward_pass(given, StepSchedule(n_dead_at_most=at_most))
+    expected = theirs.training_forward_pass(given)
     name = "auxiliary_reconstruction_loss"
     assert_close(ours.losses[name], expected.losses[name])
     assert bool(ours.losses[name] > 0) == (dead > 0)

@@ -36,6 +36,33 @@ def test_fused_adam_equals_adam_in_either_layout(kwargs: dict[str, Any]) -> None
     assert_close(fresh.state[ours["W_enc"]]["exp_avg"], optimizers[0].state[reference["W_enc"]]["exp_avg"])
 
 
+@pytest.mark.parametrize("max_norm", [0.3, 1e9])
+def test_clipping_in_the_kernel_is_clip_grad_norm_group_by_group(max_norm: float) -> None:
+    reference = [make_parameters(6, 20, dtype=torch.float32, seed=seed) for seed in (0, 1)]
+    ours = copy.deepcopy(reference)
+    for p in ours:
+        sparse.feature_major_(p["W_enc"])
+    optimizers = [
+        torch.optim.Adam([{"params": list(p.values())} for p in reference], lr=1e-2),
+        sparse.FusedAdam([{"params": list(p.values())} for p in ours], lr=1e-2),
+    ]
+    for group in optimizers[1].param_groups:
+        group["max_norm"] = max_norm
+    generator = torch.Generator().manual_seed(0)
+    for step in range(5):
+        for p, own in zip(reference, ours, strict=True):
+            for name in NAMES:
+                p[name].grad = torch.randn(p[name].shape, generator=generator) * (step + 1)
+                own[name].grad = torch.empty_like(own[name]).copy_(p[name].grad)
+            torch.nn.utils.clip_grad_norm_(p.values(), max_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, own in zip(reference, ours, strict=True):
+        for name in NAMES:
+            assert_close(own[name], p[name], rtol=1e-5, atol=1e-6)
+            assert_close(own[name].grad, p[name].grad)
+
+
 def test_a_copy_of_the_optimizer_still_takes_transposed_views() -> None:
     seen = []
     p = make_parameters(6, 20)

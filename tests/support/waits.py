@@ -9,8 +9,11 @@ import lightning.pytorch as pl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "equal")
-# they make views and notes, and launch nothing
-FREE = ("detach", "view", "t", "select", "expand", "split", "unsqueeze", "alias", "slice", "squeeze")
+# they make views, notes and room, and launch nothing
+FREE = (
+    "detach", "view", "t", "transpose", "select", "expand", "split", "unsqueeze", "alias", "slice", "squeeze",
+    "_unsafe_view", "empty", "empty_like", "promote_types",
+)  # fmt: skip
 
 
 class Waits(TorchDispatchMode):

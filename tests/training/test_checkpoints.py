@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -71,11 +72,15 @@ def test_a_disk_that_fills_up_leaves_the_old_checkpoint_and_nothing_else(tmp_pat
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails as on a full disk
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        with pytest.raises((OSError, RuntimeError)):
+        with pytest.raises(
+            OSError, match=r"File too large: the checkpoint is not written, .* free"
+        ) as raised:
             WholeCheckpointIO().save_checkpoint(content(100_000), path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+    assert raised.value.errno == errno.EFBIG
+    assert raised.value.filename == str(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
 

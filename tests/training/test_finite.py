@@ -121,6 +121,18 @@ def test_a_batch_without_one_finite_row_becomes_zeros():
     assert int(watch.n_skipped_rows) == 7
 
 
+def test_the_first_of_many_steps_is_named_whatever_the_batches_sizes():
+    watch = FiniteWatch("stop")
+    for step in range(200):
+        x = torch.zeros(3 if step % 90 == 89 else 4, 2)
+        x[:2][torch.tensor([step >= 100, step in (71, 89, 130)])] = NAN
+        watch.rows(x, step=step, batch_idx=1000 + step)
+        watch.losses(torch.tensor([0.0, INF if step == 199 else 1.0]), step=step, batch_idx=step)
+    assert watch.found().tolist() == [[71, 1071, 1, 1], [199, 199, 1, 1]]
+    watch.begin()
+    assert watch.found().tolist() == [[0] * 4] * 2
+
+
 @pytest.mark.parametrize("where", ["weights", "optimizer"])
 def test_a_checkpoint_that_is_not_finite_is_not_resumed(tmp_path: Path, where: str):
     trainer = make_trainer(tmp_path, 3)

@@ -97,8 +97,9 @@ def test_it_ends_where_the_dense_one_ends_and_no_step_waits(
 
 
 def test_so_does_one_that_turns_hard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = fit(tmp_path, HardFinish(k=3, at=0.3), sparse_step="off")
+    aux = {"aux_loss_coefficient": 0.1, "aux_loss_window": 1}
+    dense = fit(tmp_path, HardFinish(k=3, at=0.3), sparse_step="off", **aux)
     monkeypatch.setattr("aen_lightning.sparse.backend.triton_serves", lambda device: True)
     counting = WaitsBetween(5, N_STEPS - 1)
-    same(fit(tmp_path, HardFinish(k=3, at=0.3), counting), dense)
+    same(fit(tmp_path, HardFinish(k=3, at=0.3), counting, **aux), dense)
     assert counting.counted.waits == {}

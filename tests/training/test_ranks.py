@@ -41,10 +41,19 @@ def pids(process: subprocess.Popen[str], folder: Path) -> list[int]:
     return [int((folder / f"pid{rank}").read_text()) for rank in (0, 1)]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """How a run ends that nothing cuts short."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    run = start(folder, 60)
+    assert run.wait(200) == 0, run.communicate()[1][-2000:]
+    return torch.load(folder / "end.pt", weights_only=True)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_rank_saves_all_at_the_same_step(tmp_path: Path, rank: int):
-    whole = start(tmp_path / "whole", 60)
-    assert whole.wait(200) == 0, whole.communicate()[1][-2000:]
+def test_a_signal_to_one_rank_saves_all_at_the_same_step(
+    tmp_path: Path, whole: dict[str, torch.Tensor], rank: int
+):
     folder = tmp_path / "cut"
     cut = start(folder, 60, pause=0.05)
     os.kill(pids(cut, folder)[rank], signal.SIGTERM)
@@ -54,8 +63,8 @@ def test_a_signal_to_one_rank_saves_all_at_the_same_step(tmp_path: Path, rank: i
     assert not (folder / "end.pt").exists()
     resumed = start(folder, 60, checkpoint=str(folder / "checkpoints" / "interrupted.ckpt"))
     assert resumed.wait(200) == 0, resumed.communicate()[1][-2000:]
-    one, other = (torch.load(f / "end.pt", weights_only=True) for f in (tmp_path / "whole", folder))
-    for name, value in one.items():
+    other = torch.load(folder / "end.pt", weights_only=True)
+    for name, value in whole.items():
         assert torch.equal(value, other[name]), name
 
 

@@ -9,10 +9,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from torch.utils.data import DataLoader
 
-from aen_lightning.callbacks import TargetL0
+from aen_lightning.callbacks import HardFinish, TargetL0
 from aen_lightning.training.module import SAEModule, SweepModule
-from tests.support.streams import loader
+from tests.support.streams import batch_at, loader
 from tests.support.training import SAE_FIELDS, make_trainer
 from tests.support.waits import WaitsBetween
 
@@ -43,6 +44,25 @@ def test_nor_of_saelens_architectures_and_sweeps(tmp_path: Path) -> None:
 
 def test_nor_of_a_run_with_a_target_l0(tmp_path: Path) -> None:
     assert fit(tmp_path, SAEModule(SAE_FIELDS), TargetL0(20.0)).counted.waits == {}
+
+
+def test_nor_of_a_hard_phase_with_its_auxiliary_loss(tmp_path: Path) -> None:
+    # without kernels the hard phase of a GPU is the dense one
+    sae = {**SAE_FIELDS, "sparse_step": "off", "aux_loss_coefficient": 1 / 32, "aux_loss_window": 3}
+    module = SAEModule(sae)
+    counting = fit(tmp_path, module, HardFinish(k=0.2, at=0.2))
+    assert module.sae.n_hard_steps == 32
+    assert module.tracked[0].revived_neuron_mask.any()
+    assert counting.counted.waits == {}
+
+
+def test_a_dense_step_is_six_tenths_of_the_operations_that_it_was(tmp_path: Path) -> None:
+    # it was 121 in bf16-mixed when each gradient was clipped by itself and Adam was not fused
+    counting = WaitsBetween(12, 38)
+    batches = [batch_at(n, batch_size=64, d_in=16) for n in range(40)]  # made here, so as not to be counted
+    trainer = make_trainer(tmp_path, 40, log_every_n_steps=40, callbacks=[counting], precision="bf16-mixed")
+    trainer.fit(SAEModule(SAE_FIELDS), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    assert sum(counting.counted.operations.values()) / 26 <= 0.6 * 121
 
 
 @pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
