@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from aen_lightning.metrics import firing_counts
 from aen_lightning.saes.aen import AENTrainingSAE
+from aen_lightning.saes.aen_config import HardFinishName
 from aen_lightning.saes.penalty import elastic_net_terms
 from aen_lightning.saes.step_schedule import StepSchedule
 from aen_lightning.saes.tangent import without_radial_gradient
@@ -134,7 +135,7 @@ class ShardedAENTrainingSAE(FeatureSharded, AENTrainingSAE):
         W_dec.copy_(exact.addcmul(exact, self._row_growth(exact, norm)))
 
     @override
-    def harden(self, k: float) -> None:
+    def harden(self, k: float, finish: HardFinishName = "batchtopk") -> None:
         raise NotImplementedError("a hard phase (HardFinish) is not supported with shard_features")
 
 
