@@ -11,6 +11,8 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
+from aen_lightning.compat import exit_at_once
+
 EXIT_CODE = 1
 
 
@@ -91,7 +93,7 @@ class RankWatch(pl.Callback):
         sys.stderr.flush()
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(9)  # the ranks that this one started
-        os._exit(EXIT_CODE)  # the main thread waits in a collective, which no exception reaches
+        exit_at_once(EXIT_CODE)  # the main thread waits in a collective, which no exception reaches
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch no longer."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import multiprocessing
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from aen_lightning.compat import (
     FullPrecisionBuffers,
     compute_again,
     consolidate_saelens_shards,
+    exit_at_once,
     find_in_repository,
     initialize,
     is_index_into_other_rows,
@@ -204,3 +207,15 @@ def test_a_change_in_place_moves_the_version_and_a_read_does_not():
     assert version_of(tensor) == before
     tensor.add_(1)
     assert version_of(tensor) > before
+
+
+def test_an_exit_at_once_ends_a_process_from_any_thread():
+    process = multiprocessing.get_context("fork").Process(target=_exits_in_a_thread)
+    process.start()
+    process.join(30)
+    assert process.exitcode == 7
+
+
+def _exits_in_a_thread() -> None:
+    threading.Thread(target=exit_at_once, args=(7,)).start()
+    threading.Event().wait()

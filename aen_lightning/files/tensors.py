@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -138,10 +141,21 @@ def require_finite_file(path: str | Path) -> None:
         require_finite([(name, tensor)], path)
 
 
+@contextmanager
+def disk_errors_named(path: str | Path) -> Iterator[None]:
+    """safetensors' errors of the system, such as a full disk, as ``OSError`` with the path; others as they are."""
+    try:
+        yield
+    except SafetensorError as error:
+        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> Path:
     """Write a safetensors file, whole or not at all, readable as the umask says. Returns the path."""
     path = Path(path)
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, disk_errors_named(path):
         save_file(dict(tensors), temporary)
         set_default_mode(temporary)
     return path

@@ -11,7 +11,7 @@ from sae_lens import TrainingSAE, TrainingSAEConfig
 from sae_lens.constants import SPARSITY_FILENAME
 from torch import Tensor
 
-from aen_lightning.files import save_tensors, set_default_mode
+from aen_lightning.files import disk_errors_named, save_tensors, set_default_mode
 from aen_lightning.saes.aen import AENTrainingSAE
 from aen_lightning.saes.input_scaling import InputScaling
 
@@ -81,20 +81,26 @@ def export_sae(
         folded = type(sae)(copy.deepcopy(sae.cfg))
         folded.load_state_dict(sae.state_dict())
         folded.fold_activation_norm_scaling_factor(input_scaling.factor)
-        weights, _ = folded.save_inference_model(path)
+        weights = _save(path, folded)
     elif input_scaling.kind == "per_token":
         own = sae.cfg.normalize_activations
         # the literal of SAELens's field forgets this value; its __post_init__ and run time accept it
         sae.cfg.normalize_activations = "constant_norm_rescale"
         try:
-            weights, _ = sae.save_inference_model(path)
+            weights = _save(path, sae)
         finally:
             sae.cfg.normalize_activations = own
     else:
-        weights, _ = sae.save_inference_model(path)
+        weights = _save(path, sae)
     set_default_mode(weights)
     if isinstance(sae, AENTrainingSAE):
         save_tensors(path / ADAPTIVE_STATE_FILENAME, sae.adaptive_state())
     if log_sparsity is not None:
         save_tensors(path / SPARSITY_FILENAME, {"sparsity": log_sparsity.float().cpu().contiguous()})
     return path
+
+
+def _save(path: Path, sae: TrainingSAE[Any]) -> Path:
+    with disk_errors_named(path):
+        weights, _ = sae.save_inference_model(path)
+    return Path(weights)

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
 from aen_lightning import sharded, sparse
+from aen_lightning.saes.aen import AENTrainingSAE
 from aen_lightning.sparse import backend
 from aen_lightning.training.sae_holder import SAEHolder
 
@@ -99,15 +100,18 @@ class SAEOptimization(SAEHolder):
             sharded.clip_gradients_(self.parameters(), gradient_clip_val, algorithm=gradient_clip_algorithm)
             return
         adam = self.trainer.optimizers[0]
+        saes = list(self.saes.values())
         if gradient_clip_algorithm != "value" and self._clips_in_its_kernel(adam):
-            for group in adam.param_groups:
-                group["max_norm"] = gradient_clip_val
-            return
+            for sae, group in zip(self.saes.values(), adam.param_groups, strict=True):
+                if isinstance(sae, AENTrainingSAE):  # as alone: another architecture gets another Adam there
+                    group["max_norm"] = gradient_clip_val
+                    saes.remove(sae)
         own = len(self.tracked) > 1 or str(self.trainer.precision) == "bf16-mixed"
         if not own or not gradient_clip_val:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            if saes:
+                self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        for sae in self.saes.values():
+        for sae in saes:
             if gradient_clip_algorithm == "value":
                 nn.utils.clip_grad_value_(sae.parameters(), gradient_clip_val)
             else:

@@ -486,7 +486,7 @@ def try_one(kind: Kind, content: Any, is_bytes: bool, root: Path, tally: Tally) 
                 tally.faults.append(complaint)
         else:
             if _obeyed(out.getvalue()):
-                tally.faults.append("printed what a terminal obeys")
+                tally.faults.append(f"printed what a terminal obeys: {out.getvalue()!r}")
             try:
                 if number < kind.n_true:
                     kind.truth(case)
