@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from aen_lightning.evaluate.results import number
@@ -90,7 +91,7 @@ def summary_table(report: Report) -> TableCard:
     rows, sources, dead_sources = [], set(), set()
     for d in saes:
         row = [
-            Cell(d.label, d.label, tooltip=d.name or str(d.folder or d.run), label=d.label),
+            Cell(d.label, d.label, tooltip=d.name or _short(d.folder or d.run), label=d.label),
             Cell(d.family, d.family),
             Cell(f"{d.d_sae:,}" if d.d_sae else "-", str(d.d_sae or "")),
         ]
@@ -123,6 +124,12 @@ def _setting(value: Any) -> Cell:
     if value is None:
         return Cell("-")
     return Cell(f"{value:g}" if isinstance(value, float) else str(value), str(value))
+
+
+def _short(path: Path) -> str:
+    """The path as seen from here: a report is passed on, and whose computer it was made on is nobody's business."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def value_cell(value: float | None, tooltip: str = "") -> Cell:

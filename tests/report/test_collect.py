@@ -16,6 +16,7 @@ from aen_lightning.report.naming import family_of, has_own_weights
 from aen_lightning.training.module import SAEModule, SweepModule
 from tests.support.commands import evaluate_command
 from tests.support.report_pages import GRID, Page, make_run_trainer
+from tests.support.runs import make_run
 
 
 def test_one_run_with_a_resumed_and_a_long_curve(sweep: tuple[Path, SweepModule], tmp_path: Path):
@@ -109,3 +110,14 @@ def test_labels_of_runs_that_look_alike_are_told_apart(tmp_path: Path):
         (folder / "metrics.csv").write_text("step,a/metrics/l0,b/metrics/l0\n1,2,3\n")
     labels = [d.label for d in collect([tmp_path / "one", tmp_path / "two"]).dictionaries]
     assert labels == ["one: a", "one: b", "two: a", "two: b"]
+
+
+def test_a_report_on_a_run_below_says_nothing_of_the_folders_above(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    make_run(tmp_path / "runs" / "mine")
+    monkeypatch.chdir(tmp_path)
+    report = collect([Path("runs/mine")])
+    html = render_report(report, make_figures(report))
+    assert str(tmp_path) not in html
+    assert "runs/mine/sae/final" in html
