@@ -91,7 +91,9 @@ def summary_table(report: Report) -> TableCard:
     rows, sources, dead_sources = [], set(), set()
     for d in saes:
         row = [
-            Cell(d.label, d.label, tooltip=d.name or (_short(d.folder) if d.folder else d.run), label=d.label),
+            Cell(
+                d.label, d.label, tooltip=d.name or (_short(d.folder) if d.folder else d.run), label=d.label
+            ),
             Cell(d.family, d.family),
             Cell(f"{d.d_sae:,}" if d.d_sae else "-", str(d.d_sae or "")),
         ]
