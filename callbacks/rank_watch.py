@@ -41,6 +41,13 @@ class RankWatch(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to watch, if there is anybody to be watched."""
+        self._begin(trainer)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Likewise for a harvest."""
+        self._begin(trainer)
+
+    def _begin(self, trainer: pl.Trainer) -> None:
         if trainer.world_size == 1 or not self.timeout_s:
             return
         root = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir asks rank 0: the same on all
@@ -78,9 +85,8 @@ class RankWatch(pl.Callback):
     def _mark(self, rank: int) -> int | None:
         """When a rank was last alive, by the file system's clock; None if it has finished."""
         try:
-            with self._file(rank).open(
-                "rb"
-            ) as file:  # opened, since a network file system then asks its server
+            # opened, since a network file system then asks its server
+            with self._file(rank).open("rb") as file:
                 return os.fstat(file.fileno()).st_mtime_ns
         except FileNotFoundError:
             return None
@@ -88,7 +94,7 @@ class RankWatch(pl.Callback):
     def _end(self, trainer: pl.Trainer, rank: int) -> None:
         sys.stderr.write(
             f"rank {rank} has shown no sign of life for {self.timeout_s:g} s (RankWatch.timeout_s): rank "
-            f"{trainer.global_rank} (process {os.getpid()}) ends. Go on with --resume auto\n"
+            f"{trainer.global_rank} (process {os.getpid()}) ends. Start it again to go on, a training with --resume auto\n"
         )
         sys.stderr.flush()
         if trainer.strategy.launcher is not None:
@@ -96,6 +102,10 @@ class RankWatch(pl.Callback):
         exit_at_once(EXIT_CODE)  # the main thread waits in a collective, which no exception reaches
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Watch no longer."""
+        self._finish(trainer)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch no longer."""
         self._finish(trainer)
 

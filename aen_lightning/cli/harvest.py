@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from aen_lightning.callbacks import RankWatch
 from aen_lightning.cli.output import answer
 from aen_lightning.cli.summary import harvest_result, harvest_text
 from aen_lightning.cli.training import OneLineCLI, errors_of_use, prepare_process
@@ -14,7 +15,7 @@ from aen_lightning.harvest.writer import writer_of
 
 
 class HarvestCLI(OneLineCLI):
-    """LightningCLI with the section ``shards``, and arguments that are given once."""
+    """LightningCLI with the sections ``shards`` and ``rank_watch``, and arguments that are given once."""
 
     def __init__(self, args: Sequence[str]) -> None:
         prepare_process()
@@ -30,6 +31,7 @@ class HarvestCLI(OneLineCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """See the class."""
         parser.add_lightning_class_args(ShardWriter, "shards")
+        parser.add_lightning_class_args(RankWatch, "rank_watch")
         parser.link_arguments("model.model_name", "data.model_name")
         parser.link_arguments("model.revision", "data.revision")
 

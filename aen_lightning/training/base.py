@@ -292,15 +292,17 @@ class SAETrainingModule(SAEOptimization, RunState):
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Update the held-out metrics; no SAE's state changes."""
+        rows = self._held_out(batch, batch_idx)
         for tracked in self.tracked:
-            self._check_batch(batch, tracked)
-            tracked.evaluate(self._held_out(batch, batch_idx), tracked.val_metrics)
+            self._check_batch(rows, tracked)
+            tracked.evaluate(rows, tracked.val_metrics)
 
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
         """As :meth:`validation_step`, for the test split."""
+        rows = self._held_out(batch, batch_idx)
         for tracked in self.tracked:
-            self._check_batch(batch, tracked)
-            tracked.evaluate(self._held_out(batch, batch_idx), tracked.test_metrics)
+            self._check_batch(rows, tracked)
+            tracked.evaluate(rows, tracked.test_metrics)
 
     def _held_out(self, batch: Tensor, batch_idx: int) -> Tensor:
         return self.finite_watch.held_out_rows(batch, batch_idx=batch_idx, rank=self.trainer.global_rank)

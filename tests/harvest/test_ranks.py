@@ -116,6 +116,19 @@ def test_kill_9_then_run_again_equals_an_uninterrupted_run(
     verify(out)
 
 
+@pytest.mark.slow
+def test_a_stopped_rank_ends_a_harvest_by_its_name(tmp_path: Path, llama: str, text: str):
+    script = SCRIPT.replace("Slow()]", "Slow(), RankWatch(4)]").replace(
+        "import lightning.pytorch as pl", "import lightning.pytorch as pl\nfrom aen_lightning.callbacks import RankWatch"
+    ).replace("time.sleep(float", "os.kill(os.getpid(), 19) if trainer.global_rank == 1 else time.sleep(float")  # fmt: skip
+    process = start(
+        tmp_path, 2, script=script, MODEL=llama, TEXT=text, OUT=str(tmp_path / "set"), PAUSE="0.2"
+    )
+    output, _ = process.communicate(timeout=150)
+    assert process.returncode != 0
+    assert "rank 1 has shown no sign of life for 4 s" in output
+
+
 # Appended for FSDP2: other models, in the process group that Lightning leaves.
 EVERY_FAMILY = """
     import torch
