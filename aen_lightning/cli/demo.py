@@ -39,7 +39,6 @@ def demo(
     out: str = "demo-output",
     preset: Literal["recommended", "paper"] = "recommended",
     l1_warmup: float = 0.25,
-    progress: bool = False,
 ) -> None:
     """The recommended AEN and the paper's beside L1 and TopK on one stream of synthetic activations.
 
@@ -51,12 +50,12 @@ def demo(
         steps: Training steps of each SAE, at least 100.
         out: Folder for logs and dictionaries.
         l1_warmup: Share of the run over which the L1 term rises, in [0, 1].
-        progress: Show a progress bar per SAE.
     """
     if steps < 100:
         raise ValueError(f"--steps must be at least 100 for the table to mean anything, got {steps}")
     if not 0 <= l1_warmup <= 1:
         raise ValueError(f"--l1_warmup must be in [0, 1], got {l1_warmup}")
+    import lightning.pytorch  # noqa: F401  its import sets the level of its logger, which is changed below
     import torch
     from sae_lens import SAE
 
@@ -77,7 +76,7 @@ def demo(
     folders = {}
     for name, sae in variants.items():
         start = time.perf_counter()
-        folders[name] = _train(sae, steps, Path(out) / name.lower(), progress)
+        folders[name] = _train(sae, steps, Path(out) / name.lower(), f"training {name}")
         row = _evaluate(folders[name])
         print(
             f"{name:<13}{row['l0']:>8.1f}{row['ev']:>9.3f}{row['dead']:>9.2f}{row['shrinkage']:>11.3f}"
@@ -106,12 +105,13 @@ def _data() -> Any:
     return SpikedDataModule(d_in=_D_IN, n_features=_D_SAE, k=_K, rho=0.3, train_batch_size_tokens=256, seed=0)
 
 
-def _train(sae: dict[str, Any] | None, steps: int, folder: Path, progress: bool) -> Path:
-    """Train the recommended SAE, or the one with these fields."""
+def _train(sae: dict[str, Any] | None, steps: int, folder: Path, what: str) -> Path:
+    """Train the recommended SAE, or the one with these fields; ``what`` is said of it meanwhile."""
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import CSVLogger
 
     from aen_lightning.callbacks import DeadFeatureTracker, ExportSAE
+    from aen_lightning.cli.run_progress import RunProgress
     from aen_lightning.presets import recommended
     from aen_lightning.training.module import SAEModule
 
@@ -131,10 +131,14 @@ def _train(sae: dict[str, Any] | None, steps: int, folder: Path, progress: bool)
         logger=CSVLogger(folder.parent, name=folder.name, version=""),
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=progress,
         limit_val_batches=0,
         log_every_n_steps=100,
-        callbacks=[*callbacks, export, DeadFeatureTracker(window_steps=max(1, steps // 5))],
+        callbacks=[
+            *callbacks,
+            export,
+            DeadFeatureTracker(window_steps=max(1, steps // 5)),
+            RunProgress(what),
+        ],
     )
     with warnings.catch_warnings():
         # said by Lightning and pointless here: the stream needs no workers, and CSVLogger reuses a folder by

@@ -18,20 +18,22 @@ from aen_lightning.cli.help import Option
 from aen_lightning.cli.output import OPTIONS, spoken
 from aen_lightning.cli.parser import make_parser, run_function
 from aen_lightning.cli.training_help import sae_help, training_help
+from aen_lightning.progress import working
 from aen_lightning.spelling import suggest
 
 
 class Command(NamedTuple):
     """A command.
 
-    ``module:function``, imported when called, what it does, what makes its parser, and whether it takes
-    ``--json``.
+    ``module:function``, imported when called, what it does, what makes its parser, whether it takes
+    ``--json``, and whether it needs no torch.
     """
 
     target: str
     help: str
     parser: Literal["signature", "lightning", "none"] = "signature"
     json: bool = False
+    light: bool = False
 
     @property
     def common_options(self) -> list[Option]:
@@ -65,13 +67,15 @@ COMMANDS = {
     "push": Command("hub:push", "publish a run's dictionaries on the Hugging Face Hub"),
     "pull": Command("hub:pull", "list a Hub repo's dictionaries, or fetch one"),
     "import": Command("hub:import_", "make SAELens dictionaries of the paper authors' checkpoints"),
-    "recipes list": Command("recipes:list_", "the recipes, a line each", json=True),
-    "recipes show": Command("recipes:show", "print a recipe"),
-    "recipes copy": Command("recipes:copy", "copy a recipe to a file of your own"),
+    "recipes list": Command("recipes:list_", "the recipes, a line each", json=True, light=True),
+    "recipes show": Command("recipes:show", "print a recipe", light=True),
+    "recipes copy": Command("recipes:copy", "copy a recipe to a file of your own", light=True),
     "demo": Command(
         "demo:demo", "AEN beside L1 and TopK on synthetic data, in minutes and without downloads"
     ),
-    "completion": Command("completion:completion", "a script for bash, zsh or fish that completes all this"),
+    "completion": Command(
+        "completion:completion", "a script for bash, zsh or fish that completes all this", light=True
+    ),
     "saelens": Command("saelens:saelens", "SAELens's own training command, with --architecture aen", "none"),
 }
 
@@ -148,11 +152,20 @@ def _run_command(name: str, command: Command, rest: list[str]) -> None:
             print(page)
             return
         rest = ["--help" if word in ("--help_all", "--help-all") else word for word in rest]
+        _load_libraries()
     function = _function(command)
     if command.parser == "signature":
-        run_function(function, rest, prog=f"aen {name}", common=command.common_options)
+        prepare = (lambda: None) if command.light else _load_libraries
+        run_function(function, rest, prog=f"aen {name}", common=command.common_options, prepare=prepare)
     else:
         function([name, *rest] if command.target == "training:fit" else rest)
+
+
+def _load_libraries() -> None:
+    """Import what takes seconds, and say so meanwhile."""
+    with working("loading PyTorch, Lightning and SAELens"):
+        importlib.import_module("lightning.pytorch")
+        importlib.import_module("sae_lens")
 
 
 def _function(command: Command) -> Callable[..., None]:

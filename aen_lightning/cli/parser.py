@@ -57,7 +57,12 @@ class CommandParser(OneLineErrors, ArgumentParser):
 
 
 def run_function(
-    function: Callable[..., None], args: Sequence[str], *, prog: str, common: Sequence[Option] = ()
+    function: Callable[..., None],
+    args: Sequence[str],
+    *,
+    prog: str,
+    common: Sequence[Option] = (),
+    prepare: Callable[[], None] = lambda: None,
 ) -> None:
     """Parse the arguments of a command and call its function with them.
 
@@ -66,6 +71,7 @@ def run_function(
         args: What was typed after its name.
         prog: How it is called, as ``aen shards verify``.
         common: Options for its help page that are taken care of elsewhere.
+        prepare: Called when the arguments are known to fit, before the function.
 
     Raises:
         UsageError: For arguments that do not fit the signature, and where the function raises ValueError,
@@ -75,6 +81,7 @@ def run_function(
     values = parser.parse_args(normalized(args, _flags(function))).as_dict()
     for name, group in _groups(function).items():
         values[name] = group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group)})
+    prepare()
     try:
         function(**values)
     except (ValueError, TypeError, OSError) as error:

@@ -61,6 +61,7 @@ def _bar(task: Task, stream: TextIO, ended: threading.Event, first_s: float, eve
     bar = tqdm(
         desc=task.what, total=task.total, initial=task.start, unit=f" {task.unit}", file=stream, leave=False,
         dynamic_ncols=True, unit_scale=(task.total or 0) >= 100_000,
+        bar_format=None if task.unit else "{desc}: {elapsed}",
     )  # fmt: skip
     bar.start_t -= time.monotonic() - began
     while not ended.wait(every_s):

@@ -19,10 +19,14 @@ class RunProgress(ProgressBar):
     """Steps of a fit with its loss, L0, explained variance and dead features; batches of anything else.
 
     On a terminal a bar, in a file a line every ten seconds, and nothing with ``aen --quiet``.
+
+    Args:
+        training: What the fit is called.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, training: str = "training") -> None:
         super().__init__()
+        self._training = training
         self._open = ExitStack()
         self._task = Task("")
         self._enabled = True
@@ -50,7 +54,7 @@ class RunProgress(ProgressBar):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See base class."""
         steps = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
-        self._begin("training", steps, "steps", done=trainer.global_step)
+        self._begin(self._training, steps, "steps", done=trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """See base class."""

@@ -117,6 +117,15 @@ class Manifest:
                 total[name] = total.get(name, 0) + n
         return total
 
+    def sae_metadata(self) -> dict[str, Any]:
+        """``metadata`` and which tokens were left out: what a dictionary trained on this set should say."""
+        left_out: dict[str, Any] = {}
+        if "norm_outlier_multiple" in self.filters:
+            left_out["norm_outlier_multiple"] = self.filters["norm_outlier_multiple"]
+        if self.filters.get("exclude_token_ids"):
+            left_out["exclude_special_tokens"] = self.plan["exclude_token_ids"]
+        return self.metadata | left_out
+
     def write(self, folder: Path) -> None:
         """Replace the folder's manifest atomically; no secret gets into it."""
         body = asdict(self) | {

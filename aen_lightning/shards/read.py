@@ -64,7 +64,7 @@ class ShardSet(ActivationSource):
                 f"{self.path} holds no activations: its {len(self.manifest.shards)} shards are empty"
             )
         self.d_in, self.dtype = self.manifest.d_in, DTYPES[self.manifest.dtype]
-        self.context_size, self.metadata = self.manifest.context_size, self.manifest.metadata
+        self.context_size, self.metadata = self.manifest.context_size, self.manifest.sae_metadata()
         self.records = [s for s in self.manifest.shards if s.n_tokens]
         self.part_sizes = [s.n_tokens for s in self.records]
         self._parts: dict[int, dict[str, Tensor]] = {}

@@ -78,6 +78,15 @@ def test_a_terminal_gets_a_bar_that_is_gone_afterwards() -> None:
     assert shows[-1].strip() == ""
 
 
+def test_work_that_counts_nothing_shows_its_time_only() -> None:
+    stream = Stream(terminal=True)
+    with show(Task("loading"), stream=stream, first_s=0.001, every_s=0.001):
+        while "loading: 00:" not in stream.getvalue():
+            assert stream.written.wait(30)
+            stream.written.clear()
+    assert "?" not in stream.getvalue()
+
+
 class Shown:
     """Every task that was shown, as it was at its end."""
 

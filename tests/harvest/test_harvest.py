@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from sae_lens.util import get_special_token_ids
 from torch.testing import assert_close
+from transformers import AutoTokenizer
 
 from aen_lightning.cli.harvest import HarvestCLI
 from aen_lightning.data.activations import ActivationsDataModule
@@ -126,6 +128,20 @@ def test_an_activations_data_module_reads_a_harvest(tmp_path: Path, llama: str, 
     assert data.sae_metadata["model_name"] == llama
     assert data.sae_metadata["hf_hook_name"] == "model.layers.1"
     assert data.sae_metadata["context_size"] == CONTEXT
+    assert data.sae_metadata["norm_outlier_multiple"] is None
+    assert data.sae_metadata["exclude_special_tokens"] is True
+
+
+def test_a_dictionary_learns_which_tokens_the_harvest_left_out(tmp_path: Path, llama: str, text: str):
+    """What ``aen evaluate`` must leave out, too: otherwise attention sinks drown its numbers."""
+    model_kwargs = {"norm_outlier_multiple": 20.0}
+    harvest(tmp_path / "set", llama, text, model_kwargs=model_kwargs, exclude_token_ids=[7])
+    data = ActivationsDataModule(str(tmp_path / "set"), train_batch_size_tokens=32)
+    data.prepare_data()
+    data.setup()
+    assert data.sae_metadata["norm_outlier_multiple"] == 20.0
+    special = get_special_token_ids(AutoTokenizer.from_pretrained(llama))
+    assert data.sae_metadata["exclude_special_tokens"] == sorted({7, *special})
 
 
 def test_lightning_cli_wires_a_harvest(tmp_path: Path, llama: str, text: str):
