@@ -9,9 +9,9 @@ READY_DEV := $(VENV)/.ready-dev
 READY_DOCS := $(VENV)/.ready-docs
 # An index to take PyTorch from, and nothing else, e.g. that of its CPU builds; empty: like all other packages.
 TORCH_INDEX ?=
-# One process a core, each with one thread; many more would only import torch many more times. Each takes tests that
-# lie side by side, which share what their module sets up.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+# One process a core, each with one thread; many more would only import torch many more times. Each takes a file at a
+# time, whose tests share what it sets up.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test test-fast lint types check docs docs-serve notebooks build clean help
 

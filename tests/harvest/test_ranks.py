@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,11 +9,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from aen_lightning.shards import Manifest, verify
+from tests.support.forked import Forked, fork_ranks
 from tests.support.harvests import as_set, harvest
 from tests.support.tiny_models import save_tiny_model
-
-ROOT = Path(__file__).parents[2]
-
 
 # A process of its own: a harvest as a user's script runs it, slowed down so that a signal finds it at work.
 SCRIPT = """
@@ -53,55 +47,25 @@ if __name__ == "__main__":
 """
 
 
-def start(tmp_path: Path, ranks: int, *, script: str = SCRIPT, **env: str) -> subprocess.Popen[str]:
+def start(tmp_path: Path, ranks: int, *, script: str = SCRIPT, **env: str) -> Forked:
     path = tmp_path / "script.py"
     path.write_text(script)
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    )
-    clean = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    }
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(path)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=clean | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PAUSE": "0"} | env,
-        start_new_session=True,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    return output
-
-
-def descendants(pid: int) -> list[int]:
-    """A launcher's children have sessions of their own."""
-    found = [pid]
-    for parent in found:
-        for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            found += [int(c) for c in task.read_text().split()]
-    return found
+    return fork_ranks(path, n_ranks=ranks, printed=tmp_path / "printed", **{"PAUSE": "0", **env})
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="finds child processes in /proc")
 @pytest.mark.parametrize("ranks_before", [1, 2])
 def test_kill_9_then_run_again_equals_an_uninterrupted_run(
     tmp_path: Path, llama: str, text: str, ranks_before: int
 ):
     out = tmp_path / "set"
-    process = start(tmp_path, ranks_before, MODEL=llama, TEXT=text, OUT=str(out), PAUSE="0.2")
+    run = start(tmp_path, ranks_before, MODEL=llama, TEXT=text, OUT=str(out), PAUSE="0.2")
     deadline = time.monotonic() + 90
     while len(list(out.glob("shard-*.safetensors"))) < 3:
-        assert process.poll() is None, process.communicate()[0]
+        assert not run.ended, run.output
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    for pid in descendants(process.pid):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
+    run.kill()
     manifest = Manifest.read(out, with_loose_records=True)
     assert not manifest.complete
     # the last file may lack its record still; then it is made again
@@ -121,12 +85,11 @@ def test_a_stopped_rank_ends_a_harvest_by_its_name(tmp_path: Path, llama: str, t
     script = SCRIPT.replace("Slow()]", "Slow(), RankWatch(4)]").replace(
         "import lightning.pytorch as pl", "import lightning.pytorch as pl\nfrom aen_lightning.callbacks import RankWatch"
     ).replace("time.sleep(float", "os.kill(os.getpid(), 19) if trainer.global_rank == 1 else time.sleep(float")  # fmt: skip
-    process = start(
-        tmp_path, 2, script=script, MODEL=llama, TEXT=text, OUT=str(tmp_path / "set"), PAUSE="0.2"
-    )
-    output, _ = process.communicate(timeout=150)
-    assert process.returncode != 0
-    assert "rank 1 has shown no sign of life for 4 s" in output
+    run = start(tmp_path, 2, script=script, MODEL=llama, TEXT=text, OUT=str(tmp_path / "set"), PAUSE="0.2")
+    run.processes[0].join(150)
+    assert run.processes[0].exitcode == 1, run.output
+    run.kill()
+    assert "rank 1 has shown no sign of life for 4 s" in run.output
 
 
 # Appended for FSDP2: other models, in the process group that Lightning leaves.
@@ -166,12 +129,10 @@ def test_two_ranks_of_fsdp2_equal_one_process_and_hold_half_the_parameters(
     )
     for family in families:
         save_tiny_model(family, tmp_path, max_shard_size="8KB")  # several files with an index
-    output = finish(
-        start(
-            tmp_path, 2, script=SCRIPT + EVERY_FAMILY, MODEL=llama, TEXT=text, OUT=str(out), FSDP="1",
-            MODELS=str(tmp_path), FAMILIES=" ".join(families),
-        )
-    )  # fmt: skip
+    output = start(
+        tmp_path, 2, script=SCRIPT + EVERY_FAMILY, MODEL=llama, TEXT=text, OUT=str(out), FSDP="1",
+        MODELS=str(tmp_path), FAMILIES=" ".join(families),
+    ).finish()  # fmt: skip
     assert output.count("every family is equal") == 2
     harvest(tmp_path / "whole", llama, text)
     assert as_set(out) == as_set(tmp_path / "whole")  # bit for bit

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from aen_lightning.training.module import SAEModule
+from tests.support.forked import fork_ranks
 from tests.support.ranks import run_ranks
 from tests.support.sharded_training import D_IN, D_SAE, SAES, fit
 from tests.support.streams import batch_at
@@ -29,7 +30,11 @@ def _launch(folder: Path, n_ranks: int, plan: list[dict[str, Any]], n_nodes: int
     (folder / "plan.json").write_text(
         json.dumps([{"sharded": True, "num_nodes": n_nodes, **p} for p in plan])
     )
-    run_ranks("tests.support.sharded_training", str(folder), n_ranks=n_ranks, n_nodes=n_nodes)
+    if n_nodes > 1:
+        run_ranks("tests.support.sharded_training", str(folder), n_ranks=n_ranks, n_nodes=n_nodes)
+        return
+    words, printed = ("tests.support.sharded_training", str(folder)), folder / "printed"
+    fork_ranks(*words, n_ranks=n_ranks, printed=printed).finish()
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +8,20 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.support.forked import fork_ranks
 from tests.support.tiny_models import save_tiny_model
 
-ROOT = Path(__file__).parents[2]
 
-
-def run_module(name: str, *args: str) -> None:
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    }
-    result = subprocess.run(
-        [sys.executable, "-m", name, *args],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-
-
-def run(n_ranks: int, output: Path, architecture: str = "aen") -> dict[str, Any]:
-    run_module("tests.support.ddp_training", str(n_ranks), str(output), architecture)
+def run(n_ranks: int, folder: Path, architecture: str) -> dict[str, Any]:
+    output = folder / f"{architecture}_{n_ranks}.pt"
+    words = (str(n_ranks), str(output), architecture)
+    fork_ranks("tests.support.ddp_training", *words, n_ranks=n_ranks, printed=folder / "printed").finish()
     return torch.load(output, weights_only=True)
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one_with_a_gate(tmp_path: Path):
-    one, two = (run(n, tmp_path / f"{n}.pt", "aen_gated") for n in (1, 2))
+    one, two = (run(n, tmp_path, "aen_gated") for n in (1, 2))
     for name, value in one["state"].items():
         if "metrics" not in name:
             assert_close(two["state"][name], value, rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
@@ -50,7 +30,7 @@ def test_two_processes_equal_one_with_a_gate(tmp_path: Path):
 
 @pytest.mark.slow
 def test_two_processes_equal_one_on_the_concatenated_batch(tmp_path: Path):
-    one, two = run(1, tmp_path / "one.pt"), run(2, tmp_path / "two.pt")
+    one, two = (run(n, tmp_path, "aen") for n in (1, 2))
     for name, value in one["state"].items():
         if "metrics" not in name:
             assert_close(two["state"][name], value, rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
@@ -83,7 +63,8 @@ def test_two_processes_read_different_documents_and_make_as_many_model_calls(tmp
     ]  # a document says one pair of words, which no other has
     documents = [" ".join(f"w{pair[j % 2]}" for j in range(11)) for pair in pairs]
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    run_module("tests.support.ddp_text", folder, str(text), str(tmp_path))
+    words = (folder, str(text), str(tmp_path))
+    fork_ranks("tests.support.ddp_text", *words, n_ranks=2, printed=tmp_path / "printed").finish()
     rows = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
     assert rows[0].shape == rows[1].shape
     assert len(rows[0]) >= 12 * 2

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,40 +11,34 @@ import pytest
 import torch
 
 from aen_lightning.callbacks import RankWatch
+from tests.support.forked import Forked, fork_ranks
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
 def start(
     folder: Path, steps: int, *, pause: float = 0.0, timeout: float = 60.0, checkpoint: str = ""
-) -> subprocess.Popen[str]:
+) -> Forked:
     folder.mkdir(exist_ok=True)
-    unset = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {k: v for k, v in os.environ.items() if k not in unset} | {"PYTHONPATH": str(ROOT)}
     words = [str(folder), str(steps), str(pause), str(timeout), *([checkpoint] if checkpoint else [])]
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.support.ddp_signals", *words], cwd=ROOT, env=env, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
+    return fork_ranks("tests.support.ddp_signals", *words, n_ranks=2, printed=folder / "printed")
 
 
-def pids(process: subprocess.Popen[str], folder: Path) -> list[int]:
+def pids(run: Forked, folder: Path) -> list[int]:
     """Of both ranks, once they train."""
     deadline = time.monotonic() + 150
     while not all((folder / f"pid{rank}").exists() for rank in (0, 1)):
-        assert process.poll() is None, process.communicate()[1][-2000:]
+        assert not run.ended, run.output[-2000:]
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    return [int((folder / f"pid{rank}").read_text()) for rank in (0, 1)]
+    return run.pids
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """How a run ends that nothing cuts short."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    run = start(folder, 60)
-    assert run.wait(200) == 0, run.communicate()[1][-2000:]
+    start(folder, 60).finish()
     return torch.load(folder / "end.pt", weights_only=True)
 
 
@@ -57,12 +49,10 @@ def test_a_signal_to_one_rank_saves_all_at_the_same_step(
     folder = tmp_path / "cut"
     cut = start(folder, 60, pause=0.05)
     os.kill(pids(cut, folder)[rank], signal.SIGTERM)
-    error = cut.communicate(timeout=100)[1]
-    assert cut.returncode == 75, error
-    assert "interrupted by SIGTERM after step" in error
+    assert cut.codes(100) == [75, 0], cut.output  # rank 0 speaks for all
+    assert "interrupted by SIGTERM after step" in cut.output
     assert not (folder / "end.pt").exists()
-    resumed = start(folder, 60, checkpoint=str(folder / "checkpoints" / "interrupted.ckpt"))
-    assert resumed.wait(200) == 0, resumed.communicate()[1][-2000:]
+    start(folder, 60, checkpoint=str(folder / "checkpoints" / "interrupted.ckpt")).finish()
     other = torch.load(folder / "end.pt", weights_only=True)
     for name, value in whole.items():
         assert torch.equal(value, other[name]), name
@@ -70,34 +60,21 @@ def test_a_signal_to_one_rank_saves_all_at_the_same_step(
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank_ends_the_other_by_its_name(tmp_path: Path, rank: int):
-    process = start(tmp_path, 100_000, pause=0.05, timeout=5.0)
-    ranks = pids(process, tmp_path)
+    run = start(tmp_path, 100_000, pause=0.05, timeout=5.0)
     try:
-        os.kill(ranks[rank], signal.SIGSTOP)
+        os.kill(pids(run, tmp_path)[rank], signal.SIGSTOP)
         began = time.monotonic()
-        while is_running(ranks[1 - rank]):
-            assert time.monotonic() - began < 60
-            time.sleep(0.1)
+        other = run.processes[1 - rank]
+        other.join(60)
+        assert other.exitcode == 1, run.output
         assert time.monotonic() - began > 4
     finally:
-        for pid in filter(is_running, ranks):
-            os.kill(pid, signal.SIGKILL)
-    assert f"rank {rank} has shown no sign of life for 5 s" in process.communicate(timeout=30)[1]
-    if rank == 1:  # rank 0 is the process that was started
-        assert process.returncode == 1
-
-
-def is_running(pid: int) -> bool:
-    """Whether it is there, and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+        run.kill()
+    assert f"rank {rank} has shown no sign of life for 5 s" in run.output
 
 
 def test_a_rank_that_computes_for_long_is_not_taken_for_a_stopped_one(tmp_path: Path):
-    process = start(tmp_path, 4, pause=2.5, timeout=2.0)
-    assert process.wait(200) == 0, process.communicate()[1][-2000:]
+    start(tmp_path, 4, pause=2.5, timeout=2.0).finish()
     assert not list(tmp_path.rglob(".alive-*"))
 
 
