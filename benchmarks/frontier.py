@@ -24,6 +24,8 @@ import ctypes
 import gc
 import itertools
 import json
+import logging
+import os
 import sys
 import time
 import warnings
@@ -61,6 +63,7 @@ from aen_lightning.presets import preset  # noqa: E402
 from aen_lightning.training.module import SAEModule  # noqa: E402
 
 D_IN, BATCH = 576, 1024
+JUMPRELU_L0_COEFFICIENT = float(os.environ.get("JUMPRELU_L0_COEFFICIENT", 1.0))
 
 
 @dataclass
@@ -100,6 +103,15 @@ def hard_from_start(l0: float, steps: int) -> Run:
     return run
 
 
+def jumprelu_finish(l0: float, steps: int) -> Run:
+    """The preset with a hard phase that trains a threshold for each feature."""
+    run = recommended(l0, steps)
+    run.callbacks = [
+        HardFinish(l0, at=c.at, finish="jumprelu") if isinstance(c, HardFinish) else c for c in run.callbacks
+    ]
+    return run
+
+
 def guarded_l1(l0: float, steps: int) -> Run:
     """The same without the finish: differentiable throughout."""
     return _aen(l0)
@@ -135,7 +147,7 @@ def jumprelu(l0: float, steps: int) -> Run:
     return Run(
         {
             "architecture": "jumprelu", "jumprelu_sparsity_loss_mode": "quadratic", "target_l0": l0,
-            "l0_coefficient": 1.0, "jumprelu_bandwidth": 1.0, "jumprelu_init_threshold": 1.0, "decoder_init_norm": 1.0,
+            "l0_coefficient": JUMPRELU_L0_COEFFICIENT, "jumprelu_bandwidth": 1.0, "jumprelu_init_threshold": 1.0, "decoder_init_norm": 1.0,
         }
     )  # fmt: skip
 
@@ -175,6 +187,7 @@ VARIANTS: dict[str, Callable[[float, int], Run]] = {
         recommended,
         batchtopk,
         hard_from_start,
+        jumprelu_finish,
         guarded_l1,
         mcp,
         aen_gated,
@@ -187,7 +200,9 @@ VARIANTS: dict[str, Callable[[float, int], Run]] = {
 }
 
 
-def train(run: Run, activations: str, *, d_sae: int, seed: int, steps: int, out: Path) -> None:
+def train(
+    run: Run, activations: str, *, d_sae: int, seed: int, steps: int, out: Path, precision: Any = "32-true"
+) -> None:
     """Train one SAE and export it to ``out``."""
     torch.manual_seed(seed)
     module = SAEModule(
@@ -207,7 +222,7 @@ def train(run: Run, activations: str, *, d_sae: int, seed: int, steps: int, out:
     )
     start = InitializeFromData(b_dec="mean", active_share=0.05)
     trainer = pl.Trainer(
-        max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        max_steps=steps, accelerator="cpu", devices=1, precision=precision, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, default_root_dir=out.parent.parent / "trainer", enable_model_summary=False, limit_val_batches=0, log_every_n_steps=50,
         callbacks=[start, *run.callbacks],
     )  # fmt: skip
@@ -339,6 +354,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=2000, help=f"of {BATCH} tokens")
     parser.add_argument("--lr", type=float, help="in place of each variant's own")
+    parser.add_argument("--precision", default="32-true", help="of the training, as bf16-mixed")
     parser.add_argument("--eval-tokens", type=int, default=131072)
     parser.add_argument(
         "--ce-rows", type=int, default=48, help=f"rows of {CONTEXT_SIZE} tokens for CE recovered; 0: none"
@@ -353,6 +369,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
@@ -380,6 +397,7 @@ def main() -> None:
         run = VARIANTS[variant](l0, options.steps)
         run.lr = options.lr or run.lr
         name = f"{variant}-{d_sae}-l0{l0:g}-lr{run.lr:g}-steps{options.steps}-seed{seed}"
+        name += "" if options.precision == "32-true" else f"-{options.precision}"
         if name not in done:
             begin = time.monotonic()
             if not (work / "dictionaries" / name / "cfg.json").is_file():
@@ -390,6 +408,7 @@ def main() -> None:
                     seed=seed,
                     steps=options.steps,
                     out=work / "dictionaries" / name,
+                    precision=options.precision,
                 )
             trained = time.monotonic()
             row = {
@@ -399,6 +418,7 @@ def main() -> None:
                 "seed": seed,
                 "lr": run.lr,
                 "steps": options.steps,
+                "precision": options.precision,
             }
             row |= judge(work / "dictionaries" / name, l0)
             row |= {

@@ -1,4 +1,4 @@
-"""Turns a penalised run into BatchTopK or TopK on the same weights for the rest of the run."""
+"""Turns a penalised run into BatchTopK, TopK or JumpReLU on the same weights for the rest of the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class HardFinish(pl.Callback):
         k: Mean active features per token (a count), ``> 0``; a whole number with ``topk``.
         at: Optimizer step, or share of the run, at which it begins. 0.3 to 0.5 did best (docs/experiments.md).
         finish: ``batchtopk`` keeps the ``k * batch`` largest activations of each batch, and is exported as ``jumprelu``; ``topk`` keeps
-            the ``k`` largest of each token, and is exported as ``topk``.
+            the ``k`` largest of each token, and is exported as ``topk``; ``jumprelu`` keeps as many as ``batchtopk``, but trains a
+            threshold for each feature, and is exported as ``jumprelu``. Its step is dense.
 
     Raises:
         ValueError: For a value out of range, or a run without an end.
@@ -43,6 +44,7 @@ class HardFinish(pl.Callback):
                 )
             if self.k > sae.cfg.d_sae:
                 raise ValueError(f"HardFinish.k is {self.k}, but the SAE has d_sae={sae.cfg.d_sae} features")
+            sae.prepare_hard_phase(self.finish)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Know the end of the run."""

@@ -55,6 +55,9 @@ class AENTrainingSAE(AdaptiveState, HardPhase, SparseStep, TrainingSAE[AENTraini
         super().__init__(cfg, use_error_term)
         self.register_adaptive_state(self.dtype, self.device)
         self.density_switch = sparse.DensitySwitch()
+        self.threshold_offsets = None
+        if cfg.hard_finish == "jumprelu" and self.has_hard_phase:
+            self.prepare_hard_phase("jumprelu")
 
     @override
     def initialize_weights(self) -> None:
@@ -162,15 +165,17 @@ class AENTrainingSAE(AdaptiveState, HardPhase, SparseStep, TrainingSAE[AENTraini
             step_input: ``sae_in`` of shape (..., d_in); the step on the non-zeros takes (batch, d_in) only.
             schedule: What the driver decides.
         """
-        # to find the largest activations of a batch without the kernels is to wait for a GPU again and again
+        # to find the largest activations of a batch without the kernels is to wait for a GPU again and again; what is just
+        # below a threshold trains it, but is not in a code
         own = self.own_step_applies() if self.cfg.hard_k is None else self.sparse_step_applies()
+        own = own and (self.cfg.hard_k is None or self.cfg.hard_finish != "jumprelu")
         if step_input.sae_in.ndim == 2 and own:
             return self._own_forward_pass(step_input, schedule)
         return self._dense_forward_pass(step_input, schedule)
 
     def _dense_forward_pass(self, step_input: TrainStepInput, schedule: StepSchedule) -> TrainStepOutput:
         feature_acts, hidden_pre = self.encode_with_hidden_pre(step_input.sae_in)
-        if self.cfg.hard_k is not None and self.cfg.hard_finish == "batchtopk":
+        if self.cfg.hard_k is not None and self.cfg.hard_finish != "topk":
             feature_acts, least = self.keep_largest(hidden_pre)
             self.observe_threshold(least, schedule)
         sae_out = self.decode(feature_acts)
@@ -245,6 +250,8 @@ class AENTrainingSAE(AdaptiveState, HardPhase, SparseStep, TrainingSAE[AENTraini
         total = losses["mse_loss"]
         for name, value in losses.items():
             total = total if name == "mse_loss" else total + value
+        if self.threshold_offsets is not None and self.cfg.hard_k is None:
+            total = total + 0 * self.threshold_offsets.sum()  # DDP waits for the gradient of every parameter
         return {
             "sae_in": step_input.sae_in,
             "sae_out": sae_out,
@@ -281,8 +288,8 @@ class AENTrainingSAE(AdaptiveState, HardPhase, SparseStep, TrainingSAE[AENTraini
             folded, grown = self.folded_to_unit_rows(state_dict)
             state_dict.update(folded)
             if self.cfg.hard_k is not None:
-                state_dict["threshold"] = (self.hard_threshold * grown).to(folded["b_enc"].dtype)
-        for name in STATE_BUFFERS:
+                state_dict["threshold"] = (self.thresholds() * grown).to(folded["b_enc"].dtype)
+        for name in (*STATE_BUFFERS, "threshold_offsets"):
             state_dict.pop(name, None)
 
     @override

@@ -22,7 +22,7 @@ from aen_lightning.saes.penalty import PenaltyName, coefficients_from_paper
 from aen_lightning.spelling import suggest
 
 ARCHITECTURE = "aen"
-HardFinishName = Literal["batchtopk", "topk"]
+HardFinishName = Literal["batchtopk", "topk", "jumprelu"]
 
 
 @dataclass
@@ -82,7 +82,8 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
         hard_k: Mean active features per token in a hard phase (:meth:`AENTrainingSAE.harden`, callback
             ``HardFinish``); None before it.
         hard_finish: What the hard phase keeps: ``batchtopk`` the largest activations of a batch, ``topk`` the
-            ``hard_k`` largest of each token.
+            ``hard_k`` largest of each token, ``jumprelu`` what is above its feature's threshold, which is trained
+            (:func:`~aen_lightning.saes.jump_thresholds.keep_above`).
         aux_loss_coefficient: Weight of the auxiliary loss in the hard phase, ``>= 0``, in which silent features
             reconstruct what the others leave over, as in SAELens's TopK and BatchTopK, whose value is 1. 0: none.
         aux_loss_window: Training steps without firing, or a share of the run, after which a feature takes part

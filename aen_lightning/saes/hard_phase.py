@@ -1,4 +1,4 @@
-"""The hard phase of an AEN-SAE: BatchTopK or TopK on the weights that a penalised phase has made."""
+"""The hard phase of an AEN-SAE: BatchTopK, TopK or JumpReLU on the weights that a penalised phase has made."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from sae_lens.saes.topk_sae import TopK
 from torch import Tensor, nn
 
 from aen_lightning.saes.aen_config import AENTrainingSAEConfig, HardFinishName
+from aen_lightning.saes.jump_thresholds import keep_above
 from aen_lightning.saes.step_schedule import StepSchedule
 
 _THRESHOLD_RATE = 0.01  # of the running threshold; SAELens's BatchTopK takes the same
@@ -37,8 +38,8 @@ def check_hard_finish(k: float, finish: str, prefix: str = "") -> None:
 class HardPhase:
     """Mixin for a SAELens training SAE that can keep the largest activations of a batch, or of a token, only.
 
-    Its state is ``cfg.hard_k``, ``cfg.hard_finish`` and, for BatchTopK, the buffers ``hard_threshold`` and ``n_hard_steps``
-    (:class:`~aen_lightning.saes.adaptive.AdaptiveState`).
+    Its state is ``cfg.hard_k``, ``cfg.hard_finish`` and, but for TopK, the buffers ``hard_threshold`` and ``n_hard_steps``
+    (:class:`~aen_lightning.saes.adaptive.AdaptiveState`); for JumpReLU also the parameter ``threshold_offsets`` (d_sae,).
     """
 
     has_hard_phase = True
@@ -50,6 +51,17 @@ class HardPhase:
     b_dec: nn.Parameter
     hard_threshold: Tensor
     n_hard_steps: Tensor
+    threshold_offsets: nn.Parameter | None
+
+    def prepare_hard_phase(self, finish: HardFinishName) -> None:
+        """Make the parameters of a hard phase to come, at zero, before the optimizer is made; again does nothing.
+
+        Args:
+            finish: See :meth:`harden`.
+        """
+        self.cfg.hard_finish = finish
+        if finish == "jumprelu" and self.threshold_offsets is None:
+            self.threshold_offsets = nn.Parameter(torch.zeros_like(self.b_enc))
 
     @torch.no_grad()
     def harden(self, k: float, finish: HardFinishName = "batchtopk") -> None:
@@ -61,27 +73,42 @@ class HardPhase:
             k: Mean active features per token (a count), above 0 and at most d_sae; a whole number for ``topk``.
             finish: ``batchtopk`` keeps the ``k * batch`` largest activations of each batch; what is exported is a
                 ``jumprelu`` SAE, whose threshold is the running mean of the least activation kept. ``topk`` keeps
-                the ``k`` largest of each token, and is exported as ``topk``.
+                the ``k`` largest of each token, and is exported as ``topk``. ``jumprelu`` keeps as many as ``batchtopk``,
+                each feature above a threshold of its own, which is trained: :meth:`prepare_hard_phase` comes first.
 
         Raises:
             ValueError: For another ``k`` or ``finish``.
+            RuntimeError: For a ``jumprelu`` that was not prepared.
         """
         if not 0 < k <= self.cfg.d_sae:
             raise ValueError(f"k must be above 0 and at most d_sae {self.cfg.d_sae}, got {k}")
         check_hard_finish(k, finish)
+        if finish == "jumprelu" and self.threshold_offsets is None:
+            raise RuntimeError(
+                "no thresholds to train: call prepare_hard_phase('jumprelu') before the optimizer is made"
+            )
         self.cfg.hard_k, self.cfg.hard_finish = k, finish
 
     def hard_feature_acts(self, hidden_pre: Tensor) -> Tensor:
         """The activations (..., d_sae) of the exported dictionary, of which a batch is no part."""
         if self.cfg.hard_finish == "topk":
             return TopK(self.cfg.k)(hidden_pre)
-        return hidden_pre.relu() * (hidden_pre > self.hard_threshold)
+        return hidden_pre.relu() * (hidden_pre > self.thresholds())
+
+    def thresholds(self) -> Tensor:
+        """What an activation has to exceed in the exported dictionary, a scalar or (d_sae,)."""
+        if self.threshold_offsets is None:
+            return self.hard_threshold
+        return (self.hard_threshold + self.threshold_offsets.detach()).clamp_min(0)
 
     def keep_largest(self, hidden_pre: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch's activations (..., d_sae) under BatchTopK, and the least one kept."""
+        """The batch's activations (..., d_sae) under BatchTopK or JumpReLU, and the least one kept, less its offset."""
         assert self.cfg.hard_k is not None
+        n_kept = int(self.cfg.hard_k * hidden_pre[..., 0].numel())
+        if self.cfg.hard_finish == "jumprelu":
+            assert self.threshold_offsets is not None
+            return keep_above(hidden_pre, self.threshold_offsets, n_kept=n_kept)
         positive = hidden_pre.relu()
-        n_kept = int(self.cfg.hard_k * positive[..., 0].numel())
         least = positive.detach().flatten().topk(n_kept).values[-1]
         return positive * (positive.detach() >= least), least
 

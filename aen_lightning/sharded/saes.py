@@ -135,6 +135,11 @@ class ShardedAENTrainingSAE(FeatureSharded, AENTrainingSAE):
         W_dec.copy_(exact.addcmul(exact, self._row_growth(exact, norm)))
 
     @override
+    def prepare_hard_phase(self, finish: HardFinishName) -> None:
+        if finish == "jumprelu":
+            self.harden(1, finish)
+
+    @override
     def harden(self, k: float, finish: HardFinishName = "batchtopk") -> None:
         raise NotImplementedError("a hard phase (HardFinish) is not supported with shard_features")
 
@@ -249,3 +254,5 @@ def check_can_shard(cfg: TrainingSAEConfig) -> None:
             raise ValueError(f"shard_features does not go with {name}={value!r}: use {mend}")
     if getattr(cfg, "hard_k", None) is not None:
         raise ValueError("shard_features does not go with hard_k: leave it out")
+    if getattr(cfg, "hard_finish", None) == "jumprelu":
+        raise ValueError("shard_features does not go with hard_finish='jumprelu': leave it out")

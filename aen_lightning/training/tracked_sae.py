@@ -201,7 +201,9 @@ class TrackedSAE(nn.Module):
         if isinstance(self.sae, AENTrainingSAE):
             self.sae.density_switch.load_state_dict(state["density_switch"])
             self.sae.cfg.hard_k = state["hard_k"]
-            self.sae.cfg.hard_finish = state.get("hard_finish", "batchtopk")  # absent: of an earlier version
+            self.sae.prepare_hard_phase(
+                state.get("hard_finish", "batchtopk")
+            )  # absent: of an earlier version
             self.dead_bound = DeadBound()
             if "dead_bound" in state:  # absent: of an earlier version
                 self.dead_bound.load_state_dict(state["dead_bound"])

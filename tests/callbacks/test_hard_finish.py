@@ -30,7 +30,7 @@ class L0(pl.Callback):
 
 
 FINISHES = pytest.mark.parametrize(
-    ("finish", "architecture"), [("batchtopk", JumpReLUSAE), ("topk", TopKSAE)]
+    ("finish", "architecture"), [("batchtopk", JumpReLUSAE), ("topk", TopKSAE), ("jumprelu", JumpReLUSAE)]
 )
 
 
@@ -71,7 +71,10 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     ("kwargs", "message"),
     [
         ({"k": 0}, "HardFinish.k must be above 0, got 0"),
-        ({"k": 4, "finish": "relu"}, "HardFinish.finish must be one of batchtopk, topk, got 'relu'"),
+        (
+            {"k": 4, "finish": "relu"},
+            "HardFinish.finish must be one of batchtopk, topk, jumprelu, got 'relu'",
+        ),
         ({"k": 4.5, "finish": "topk"}, "HardFinish.k must be a whole number .* got 4.5"),
         ({"k": 4, "at": 0}, "HardFinish.at must be an integer number of steps >= 1, .* got 0"),
         ({"k": 4, "at": 1.0}, "HardFinish.at must be an integer .* got 1.0"),

@@ -29,7 +29,7 @@ class Start(pl.Callback):
     "sae", [{"architecture": "aen"}, {"architecture": "topk", "k": 4}, {"architecture": "jumprelu"}]
 )
 def test_biases_are_those_of_the_first_batch(tmp_path: Path, sae: dict[str, Any]):
-    module, start = SAEModule({"d_in": 16, "d_sae": 48, **sae}), Start()
+    module, start = SAEModule({"d_in": 16, "d_sae": 48, **sae}, seed=0), Start()
     make_trainer(tmp_path, 2, callbacks=[InitializeFromData(active_share=0.125), start]).fit(module, loader())
     x = batch_at(0, batch_size=64, d_in=16)
     assert start.state is not None

@@ -213,13 +213,15 @@ def test_a_k_out_of_range_is_refused(k: float):
 
 def test_finishes_that_there_are_not_and_parts_of_features_are_refused():
     sae = AENTrainingSAE(AENTrainingSAEConfig(d_in=8, d_sae=40))
-    with pytest.raises(ValueError, match="finish must be one of batchtopk, topk, got 'relu'"):
+    with pytest.raises(ValueError, match="finish must be one of batchtopk, topk, jumprelu, got 'relu'"):
         sae.harden(4, "relu")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"k must be a whole number .* got 3.5"):
         sae.harden(3.5, "topk")
-    with pytest.raises(ValueError, match=r"hard_finish must be one of batchtopk, topk, got 'relu'"):
+    with pytest.raises(ValueError, match=r"hard_finish must be one of batchtopk, topk, jumprelu, got 'relu'"):
         AENTrainingSAEConfig(d_in=8, d_sae=40, hard_finish="relu")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"hard_k must be a whole number .* got 3.5"):
         AENTrainingSAEConfig(d_in=8, d_sae=40, hard_k=3.5, hard_finish="topk")
+    with pytest.raises(RuntimeError, match="call prepare_hard_phase"):
+        sae.harden(4, "jumprelu")
     with pytest.raises(ValueError, match="hard_k is None"):
         _ = AENTrainingSAEConfig(d_in=8, d_sae=40).k

@@ -1,18 +1,19 @@
 """Run by test_ddp.py in a clean process: trains on N ranks and writes what rank 0 ends with.
 
-Usage: python -m tests.support.ddp_training N_RANKS OUTPUT.pt [ARCHITECTURE]
+Usage: python -m tests.support.ddp_training N_RANKS OUTPUT.pt [ARCHITECTURE [FINISH]]
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
-from aen_lightning.callbacks import DeadFeatureTracker, ExportSAE
+from aen_lightning.callbacks import DeadFeatureTracker, ExportSAE, HardFinish
 from aen_lightning.training.module import SAEModule
 from tests.support.streams import Batches, batch_at
 
@@ -37,7 +38,7 @@ class Data(pl.LightningDataModule):
         return DataLoader(batches[self.trainer.global_rank :: self.trainer.world_size], batch_size=None)  # type: ignore[arg-type]
 
 
-def main(n_ranks: int, output: Path, architecture: str = "aen") -> None:
+def main(n_ranks: int, output: Path, architecture: str = "aen", finish: Any = None) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     module = SAEModule(
@@ -54,6 +55,7 @@ def main(n_ranks: int, output: Path, architecture: str = "aen") -> None:
         }
     )
     tracker = DeadFeatureTracker(window_steps=25)
+    hard = [] if finish is None else [HardFinish(4, at=20, finish=finish)]
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=n_ranks,
@@ -66,13 +68,16 @@ def main(n_ranks: int, output: Path, architecture: str = "aen") -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[tracker, ExportSAE(dirpath=str(output.parent / f"sae_{n_ranks}"))],
+        callbacks=[*hard, tracker, ExportSAE(dirpath=str(output.parent / f"sae_{n_ranks}"))],
     )
     trainer.fit(module, datamodule=Data())
     train_log = {k: torch.as_tensor(v) for k, v in trainer.callback_metrics.items()}
     (val_log,) = trainer.validate(module, datamodule=Data(), verbose=False)
     # every rank must hold the same state, not only the one that is saved
     gathered = trainer.strategy.all_gather(module.sae.feature_acts_ema)
+    offsets = None
+    if finish == "jumprelu":
+        offsets = trainer.strategy.all_gather(module.sae.threshold_offsets.detach()).reshape(-1, 48)
     if trainer.is_global_zero:
         torch.save(
             {
@@ -80,6 +85,7 @@ def main(n_ranks: int, output: Path, architecture: str = "aen") -> None:
                 "train_log": train_log,
                 "val_log": {k: torch.tensor(v) for k, v in val_log.items()},
                 "ema_of_each_rank": gathered.reshape(-1, 48),
+                "offsets_of_each_rank": offsets,
                 "tracker": tracker.state_dict(),
                 "n_training_samples": module.n_training_samples,
             },

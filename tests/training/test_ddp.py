@@ -12,10 +12,10 @@ from tests.support.forked import fork_ranks
 from tests.support.tiny_models import save_tiny_model
 
 
-def run(n_ranks: int, folder: Path, architecture: str) -> dict[str, Any]:
-    output = folder / f"{architecture}_{n_ranks}.pt"
-    words = (str(n_ranks), str(output), architecture)
-    fork_ranks("tests.support.ddp_training", *words, n_ranks=n_ranks, printed=folder / "printed").finish()
+def run(n_ranks: int, folder: Path, *words: str) -> dict[str, Any]:
+    output = folder / f"{'_'.join(words)}_{n_ranks}.pt"
+    arguments = (str(n_ranks), str(output), *words)
+    fork_ranks("tests.support.ddp_training", *arguments, n_ranks=n_ranks, printed=folder / "printed").finish()
     return torch.load(output, weights_only=True)
 
 
@@ -53,6 +53,13 @@ def test_two_processes_equal_one_on_the_concatenated_batch(tmp_path: Path):
         assert_close(two["val_log"][name], value, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     assert torch.equal(two["tracker"]["windows"][""]["n_firings"], one["tracker"]["windows"][""]["n_firings"])
     assert (tmp_path / "sae_2" / "final" / "sae_weights.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_thresholds_of_a_jumprelu_finish_wait_for_it_and_are_the_same_on_every_rank(tmp_path: Path):
+    two = run(2, tmp_path, "aen", "jumprelu")
+    assert torch.equal(*two["offsets_of_each_rank"])
+    assert two["offsets_of_each_rank"].std() > 1e-3
 
 
 @pytest.mark.slow
