@@ -127,7 +127,9 @@ def encode_batch_topk(
         ValueError: If shapes disagree, k is out of range, or ``k * batch`` is less than one activation.
         TypeError: If the parameters are neither float32 nor float64.
     """
-    blocks = EncoderBlocks(x, W_enc, b_enc, b_dec, screen, block_elements)
+    kernels = not screen and level is not None and capacity is not None and backend.triton_serves(x.device)
+    # the kernels take every block whole: nothing to screen
+    blocks = EncoderBlocks(x, W_enc, b_enc, b_dec, False if kernels else screen, block_elements)
     n_kept = int(k * blocks.batch)
     if not (0 < k <= blocks.d_sae and n_kept >= 1):
         raise ValueError(
@@ -135,7 +137,9 @@ def encode_batch_topk(
             "batch of "
             f"{blocks.batch}, got {k}"
         )
-    if level is not None and capacity is not None and backend.triton_serves(x.device):
+    if kernels:
+        assert level is not None
+        assert capacity is not None
         return _above_level(blocks, level, max(capacity, n_kept), n_kept)
     parts: list[Entries] = []
     floor = None

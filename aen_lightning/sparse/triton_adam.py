@@ -41,7 +41,9 @@ def _adam(
         inside = column < width
         at = row * width + column
         missed = tl.where(active, tl.maximum(n_silent - cold_after, 0), 0).to(tl.float32)
-        g = tl.load(grad + at, mask=inside & active, other=0.0) * tl.load(clip)
+        # not `inside & active`: a scalar of one bit is not broadcast well by the interpreter of Triton 3.9
+        moved = column < tl.where(active, width, 0)
+        g = tl.load(grad + at, mask=moved, other=0.0) * tl.load(clip)
         m = tl.load(exp_avg + at, mask=inside, other=0.0) * (tl.exp2(missed * log_beta1) * beta1) + rest1 * g
         v = (
             tl.load(exp_avg_sq + at, mask=inside, other=0.0) * (tl.exp2(missed * log_beta2) * beta2)

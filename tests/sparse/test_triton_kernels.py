@@ -1,7 +1,6 @@
 """The Triton kernels, under Triton's interpreter or on a GPU, against dense float64.
 
-They need Triton, which is no dependency of the tests yet, so continuous integration skips them. Without a GPU set
-``TRITON_INTERPRET=1``.
+They need Triton, which is no dependency: ``make kernels`` fetches it and runs them interpreted.
 """
 
 from __future__ import annotations
@@ -194,6 +193,18 @@ def test_backward_of_features_split_into_chunks(dtype: torch.dtype, slopes: bool
         assert_close(actual.double(), want, rtol=0, atol=tolerance)
     for actual, again in zip(found, triton_step.backward(*arguments), strict=True):
         assert torch.equal(actual[:n], again[:n])  # bit for bit
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+def test_kernels_take_whole_blocks_where_screening_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU without TF32, and on a CPU with AMX: a screened product is of another precision."""
+    monkeypatch.setattr("aen_lightning.sparse.encoding.screening_pays", lambda *_: True)
+    p, x = make_parameters(6, 30, bias=-0.5), make_batch(16, 6).to(DEVICE, torch.float32)
+    encoder = [x, *(p[name].detach().to(DEVICE, torch.float32) for name in ("W_enc", "b_enc", "b_dec"))]
+    pre = (x - encoder[3]) @ encoder[1] + encoder[2]
+    kept = sparse.encode_batch_topk(*encoder, k=2, level=torch.zeros((), device=DEVICE), capacity=400)
+    assert_close(kept.to_dense().sum(), pre.flatten().topk(32).values.sum())
+    assert_close(sparse.encode(*encoder, capacity=400).to_dense(), pre.relu())
 
 
 @pytest.mark.usefixtures("kernels_everywhere")
