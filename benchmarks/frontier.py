@@ -25,12 +25,9 @@ import gc
 import itertools
 import json
 import logging
-import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,155 +46,19 @@ from frontier_data import (  # noqa: E402
     language_model,
     n_documents,
 )
-from resampling import ResampleDead  # noqa: E402
+from frontier_variants import VARIANTS, Run  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from aen_lightning.callbacks import HardFinish, InitializeFromData, TargetL0  # noqa: E402
+from aen_lightning.callbacks import InitializeFromData  # noqa: E402
 from aen_lightning.data import ActivationsDataModule, TextActivationsDataModule  # noqa: E402
 from aen_lightning.diagnostics.stability import compare_dictionaries  # noqa: E402
 from aen_lightning.evaluate.dictionary import load_dictionary  # noqa: E402
 from aen_lightning.evaluate.downstream import evaluate_downstream  # noqa: E402
 from aen_lightning.evaluate.inputs import ShardInputs, TextInputs  # noqa: E402
 from aen_lightning.evaluate.reconstruction import evaluate_reconstruction  # noqa: E402
-from aen_lightning.presets import preset  # noqa: E402
 from aen_lightning.training.module import SAEModule  # noqa: E402
 
 D_IN, BATCH = 576, 1024
-JUMPRELU_L0_COEFFICIENT = float(os.environ.get("JUMPRELU_L0_COEFFICIENT", 1.0))
-
-
-@dataclass
-class Run:
-    """One SAE to train: fields of its config, callbacks, learning rate."""
-
-    sae: dict[str, Any]
-    lr: float = 3e-3
-    callbacks: list[pl.Callback] = field(default_factory=list)
-    training: dict[str, Any] = field(default_factory=dict)
-
-
-def _aen(l0: float, **sae: Any) -> Run:
-    penalised: dict[str, Any] = {
-        "architecture": "aen", "l1_coefficient": 0.3, "l2_coefficient": 0.0, "gamma": 0.0,
-        "starvation_guard": 0.1, "guard_min": 0.02, "remove_radial_gradient": True, "decoder_init_norm": 1.0,
-    }  # fmt: skip
-    return Run(penalised | sae, callbacks=[TargetL0(l0, reach_at=0.15)])
-
-
-def recommended(l0: float, steps: int) -> Run:
-    """The preset: a guarded L1 start, then BatchTopK on the same weights."""
-    chosen = preset("recommended", l0=l0)
-    sae = {"architecture": "aen", **chosen.sae}
-    training = dict(chosen.training)
-    del training["lr_decay_steps"]  # the same for all
-    callbacks = [
-        make(**arguments) for make, arguments in chosen.callbacks.items() if make is not InitializeFromData
-    ]
-    return Run(sae, lr=training.pop("lr"), callbacks=callbacks, training=training)
-
-
-def hard_from_start(l0: float, steps: int) -> Run:
-    """BatchTopK with the auxiliary loss, in our parametrisation: unit decoder rows, no radial gradient."""
-    run = recommended(l0, steps)
-    run.callbacks = [HardFinish(l0, at=1 / steps)]
-    return run
-
-
-def jumprelu_finish(l0: float, steps: int) -> Run:
-    """The preset with a hard phase that trains a threshold for each feature."""
-    run = recommended(l0, steps)
-    run.callbacks = [
-        HardFinish(l0, at=c.at, finish="jumprelu") if isinstance(c, HardFinish) else c for c in run.callbacks
-    ]
-    return run
-
-
-def guarded_l1(l0: float, steps: int) -> Run:
-    """The same without the finish: differentiable throughout."""
-    return _aen(l0)
-
-
-def aen_gated(l0: float, steps: int) -> Run:
-    """The relaxed refit trained jointly: no hard phase."""
-    return _aen(l0, architecture="aen_gated")
-
-
-def l1(l0: float, steps: int) -> Run:
-    """The L1 SAE of SAELens."""
-    return Run(
-        {"architecture": "standard", "l1_coefficient": 0.3, "decoder_init_norm": 1.0},
-        callbacks=[TargetL0(l0, reach_at=0.15)],
-    )
-
-
-def l1_resampled(l0: float, steps: int) -> Run:
-    """The same with resampling of dead features, four times in the first half, as its authors did."""
-    run = l1(l0, steps)
-    run.training = {"dead_feature_window": max(1, min(100, steps // 20))}
-    run.callbacks.append(ResampleDead([steps * share // 8 for share in (1, 2, 3, 4)]))
-    return run
-
-
-def jumprelu(l0: float, steps: int) -> Run:
-    """The JumpReLU SAE of SAELens with Gemma Scope 2's quadratic loss, which holds L0 at a target itself.
-
-    The loss is flat at the target, so one coefficient serves every L0. Bandwidth and threshold are those that
-    SAELens's authors publish for SynthSAEBench, where activations are of this size, too.
-    """
-    return Run(
-        {
-            "architecture": "jumprelu", "jumprelu_sparsity_loss_mode": "quadratic", "target_l0": l0,
-            "l0_coefficient": JUMPRELU_L0_COEFFICIENT, "jumprelu_bandwidth": 1.0, "jumprelu_init_threshold": 1.0, "decoder_init_norm": 1.0,
-        }
-    )  # fmt: skip
-
-
-def mcp(l0: float, steps: int) -> Run:
-    """Guarded MCP."""
-    return _aen(l0, penalty="mcp")
-
-
-def gated(l0: float, steps: int) -> Run:
-    """Gated SAE of SAELens."""
-    return Run(
-        {"architecture": "gated", "l1_coefficient": 0.3, "decoder_init_norm": 1.0},
-        callbacks=[TargetL0(l0, reach_at=0.15)],
-    )
-
-
-def batchtopk(l0: float, steps: int) -> Run:
-    """BatchTopK with the auxiliary loss, SAELens's."""
-    return Run(
-        {"architecture": "batchtopk", "k": l0, "aux_loss_coefficient": 1.0, "decoder_init_norm": 1.0},
-        training={"dead_feature_window": 100},
-    )
-
-
-def topk(l0: float, steps: int) -> Run:
-    """TopK with the auxiliary loss, SAELens's."""
-    return Run(
-        {"architecture": "topk", "k": int(l0), "aux_loss_coefficient": 1.0, "decoder_init_norm": 1.0},
-        training={"dead_feature_window": 100},
-    )
-
-
-VARIANTS: dict[str, Callable[[float, int], Run]] = {
-    f.__name__: f
-    for f in (
-        recommended,
-        batchtopk,
-        hard_from_start,
-        jumprelu_finish,
-        guarded_l1,
-        mcp,
-        aen_gated,
-        topk,
-        jumprelu,
-        l1,
-        l1_resampled,
-        gated,
-    )
-}
 
 
 def train(
