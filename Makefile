@@ -13,7 +13,7 @@ TRITON ?= triton==3.9.0
 TORCH_INDEX ?=
 # One process a core, each with one thread; many more would only import torch many more times. Each takes a file at a
 # time, whose tests share what it sets up.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast kernels lint types check docs docs-serve notebooks build clean help
 

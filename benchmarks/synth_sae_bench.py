@@ -210,12 +210,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "decoder_init_norm": 0.5,
     },
     "recommended": {"architecture": "aen"},
-    "jumprelu-finish": {"architecture": "aen"},
     "aen": {"architecture": "aen"},
     "aen-mcp": {"architecture": "aen", "penalty": "mcp"},
 }
-"""SAE fields by variant, those of AEN-SAEs besides the preset ``recommended``. ``jumprelu-finish`` ends with trained thresholds;
-``aen`` and ``aen-mcp`` leave out the hard finish: they are differentiable throughout."""
+"""SAE fields by variant, those of AEN-SAEs besides the preset ``recommended``, of which ``aen`` and ``aen-mcp``
+leave out the hard finish: they are differentiable throughout."""
 
 
 def make_run(variant: str, size: Size, *, lr: float, seed: int) -> tuple[SAEModule, list[pl.Callback]]:
@@ -234,10 +233,8 @@ def make_run(variant: str, size: Size, *, lr: float, seed: int) -> tuple[SAEModu
     else:
         chosen = preset("recommended", l0=size.l0)
         fields = with_preset(fields, chosen.sae)
-        if variant == "jumprelu-finish":
-            chosen.callbacks[HardFinish]["finish"] = "jumprelu"
-        soft = variant in ("aen", "aen-mcp")
-        callbacks = [make(**kw) for make, kw in chosen.callbacks.items() if not (soft and make is HardFinish)]
+        wanted = [c for c in chosen.callbacks if variant == "recommended" or c is not HardFinish]
+        callbacks = [make(**chosen.callbacks[make]) for make in wanted]
     module = SAEModule(
         fields,
         seed=seed,

@@ -149,6 +149,7 @@ make_trainer(sys.argv[1], 5, callbacks=[Stuck()]).fit(SAEModule(SAE_FIELDS), loa
 """
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(tmp_path: Path):
     process: Any = subprocess.Popen(
         [sys.executable, "-c", STUCK, str(tmp_path)],

@@ -29,6 +29,7 @@ def test_demo_prints_the_comparison_and_loads_the_dictionary_back(
     assert SAE.load_from_disk(tmp_path / "aen" / "sae" / "final").cfg.d_sae == 256
 
 
+@pytest.mark.slow
 def test_demo_in_a_process_of_its_own_says_no_more_than_its_table(tmp_path: Path) -> None:
     """What Lightning says of hardware and products stays off a newcomer's first screen."""
     command = [sys.executable, "-m", "aen_lightning", "demo", "--steps", "100", "--preset", "paper"]

@@ -185,6 +185,7 @@ def started(root: Path, *args: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_command_with_its_code_and_the_line_that_resumes(
     tmp_path: Path, signum: int, code: int
