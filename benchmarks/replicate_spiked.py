@@ -2,7 +2,7 @@
 
     python benchmarks/replicate_spiked.py                       rho 0, seed 0, full length: ten SAEs, 50,000 steps
     python benchmarks/replicate_spiked.py --rho 0 0.5 --seeds 0 1 2 --json out.json
-    python benchmarks/replicate_spiked.py --settings topk-16 topk-32
+    python benchmarks/replicate_spiked.py --settings topk-16 topk-32 --done benchmarks/results/spiked.json
     python benchmarks/replicate_spiked.py --quick --json out.json       a few hundred steps: does it run
 
 All SAEs of one rho and seed train on one stream (``SweepModule``), each as it would alone. A run that stops
@@ -288,7 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--out", type=Path, default=Path("runs/replicate-spiked"), help="checkpoints, results"
     )
     parser.add_argument("--checkpoint-every", type=int, default=2_500, metavar="STEPS")
-    parser.add_argument("--json", type=Path, help="write results and comparison to this file")
+    parser.add_argument("--json", type=Path, help="write all results and the comparison to this file")
+    parser.add_argument("--done", type=Path, help="what --json wrote before: its runs are not repeated")
     parser.add_argument("--quick", action="store_true", help="200 steps: whether it runs, not what it gives")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -301,6 +302,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["setting"], row["rho"], row["seed"], row["steps"]
+
+    if options.done:
+        known = {key(row) for row in rows}
+        before = json.loads(options.done.read_text(encoding="utf-8"))["runs"]
+        rows += [row for row in before if key(row) not in known]
 
     for rho in options.rho:
         for seed in options.seeds:
@@ -318,14 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             options.out.mkdir(parents=True, exist_ok=True)
             write_json(store, rows)
-    wanted = [
-        row
-        for row in rows
-        if row["setting"] in options.settings
-        and row["rho"] in options.rho
-        and row["seed"] in options.seeds
-        and row["steps"] == options.steps
-    ]
+    wanted = [row for row in rows if row["steps"] == options.steps]
     cells = compare(wanted, read_published())
     print(table(wanted, cells))
     judged = [cell for cell in cells if cell["agrees"] is not None]

@@ -97,6 +97,12 @@ def test_it_runs_resumes_and_writes(script, tmp_path, capsys):
     (tmp_path / "runs" / script.RESULTS_FILE).unlink()
     script.main([*base, "--steps", "10", "--json", str(tmp_path / "c.json")])
     assert json.loads((tmp_path / "c.json").read_text(encoding="utf-8")) == first
+    # somewhere else, with what was written before: again nothing to train, also where only some are asked for
+    elsewhere = ["--settings", "topk-16", "--out", str(tmp_path / "other"), "--steps", "10"]
+    capsys.readouterr()
+    script.main([*elsewhere, "--done", str(tmp_path / "a.json"), "--json", str(tmp_path / "d.json")])
+    assert "step" not in capsys.readouterr().out.split("|")[0]
+    assert json.loads((tmp_path / "d.json").read_text(encoding="utf-8")) == first
 
 
 def test_an_interrupted_run_ends_where_a_whole_one_does(script, tmp_path, monkeypatch):
