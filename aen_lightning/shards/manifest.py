@@ -122,7 +122,7 @@ class Manifest:
         left_out: dict[str, Any] = {}
         if "norm_outlier_multiple" in self.filters:
             left_out["norm_outlier_multiple"] = self.filters["norm_outlier_multiple"]
-        if self.filters.get("exclude_token_ids"):
+        if self.filters.get("exclude_token_ids") and "exclude_token_ids" in self.plan:
             left_out["exclude_special_tokens"] = self.plan["exclude_token_ids"]
         return self.metadata | left_out
 
@@ -170,7 +170,7 @@ class Manifest:
         body = {key: value for key, value in content.items() if key not in _DERIVED}
         try:
             manifest = check(cls, body, path)
-            check(Metadata, manifest.metadata, f"{path}: metadata")
+            check(Metadata, manifest.sae_metadata(), f"{path}: metadata")
         except ValueError as error:
             raise ShardError(f"{error}; it is damaged, or no manifest of ours") from error
         _require_consistent(manifest, path)

@@ -73,6 +73,7 @@ def without_the_last(content: Any) -> None:
         (put("metadata", value=[1]), "metadata: expected a valid dictionary, got a list of 1"),
         (put("metadata", "model_name", value=[1]), "metadata: model_name: expected a valid string"),
         (put("metadata", "to_dict", value=1), "not 'to_dict', the name of a method"),
+        (put("filters", value={"norm_outlier_multiple": "high"}), "metadata: norm_outlier_multiple: expected"),
         (put("shards", value={}), "shards: expected a valid list"),
         (put("shard", value=[]), r"there is no key 'shard' \(did you mean 'shards'\?\)"),
         (put("plan", value={"row": []}), "there is no key 'plan.row'"),
