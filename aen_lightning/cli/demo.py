@@ -55,7 +55,6 @@ def demo(
         raise ValueError(f"--steps must be at least 100 for the table to mean anything, got {steps}")
     if not 0 <= l1_warmup <= 1:
         raise ValueError(f"--l1_warmup must be in [0, 1], got {l1_warmup}")
-    import lightning.pytorch  # noqa: F401  its import sets the level of its logger, which is changed below
     import torch
     from sae_lens import SAE
 
@@ -67,7 +66,8 @@ def demo(
         f"{'SAE':<13}{'L0':>8}{'EV':>9}{'dead %':>9}{'shrinkage':>11}{'matched cosine':>16}{'seconds':>9}"
     )
     print(header + "\n" + "-" * len(header))
-    # the table is what to read here, not Lightning's notes on devices and products
+    # the table is what to read here, not Lightning's notes on devices and products; its import, which `aen` has done by now,
+    # sets this level
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.set_num_threads(1)  # matrices this small only lose by a second thread
     variants: dict[str, dict[str, Any] | None] = {**_variants(steps, l1_warmup)}

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from aen_lightning.cli.main import main
 from aen_lightning.cli.progress import duration, line, show
 from aen_lightning.cli.run_progress import RunProgress
 from aen_lightning.data.mixing import MixingBuffer, shuffled_batches
@@ -183,3 +184,22 @@ def test_bars_of_the_users_own_choice_stay(what: str) -> None:
     cli = AENCLI(SAEModule, args, run=False)
     bars = [c for c in cli.trainer.callbacks if isinstance(c, pl.callbacks.ProgressBar)]  # type: ignore[attr-defined]
     assert [type(bar).__name__ for bar in bars] == (["TQDMProgressBar"] if what == "text" else [])
+
+
+@pytest.mark.parametrize(
+    ("words", "loads"),
+    [
+        (["shards", "info", "nowhere"], True),
+        (["plan", "--config", "nowhere"], True),
+        (["recipes"], False),
+        (["evaluate", "a", "--n_rwos=1"], False),
+    ],
+)
+def test_a_command_that_loads_pytorch_says_so_and_no_other_does(
+    words: list[str], loads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Shown()
+    monkeypatch.setattr("aen_lightning.cli.progress.show", seen)
+    main(words)
+    loading = [task for task in seen.tasks if task.what == "loading PyTorch, Lightning and SAELens"]
+    assert len(loading) == loads
