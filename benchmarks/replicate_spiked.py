@@ -31,8 +31,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from sae_lens.util import temporary_seed
-from torch import nn
 
 from aen_lightning.callbacks import DeadFeatureTracker
 from aen_lightning.data import SpikedDataModule
@@ -59,14 +57,8 @@ def _penalised(lambda_1: float, lambda_2: float = 0.0, gamma: float = 0.0, **res
 
 
 def _topk(k: int) -> dict[str, Any]:
-    # as published: no auxiliary loss, decoder rows of unit norm (PublishedTopK holds them there)
-    return {
-        "architecture": "topk",
-        "k": k,
-        "aux_loss_coefficient": 0.0,
-        "rescale_acts_by_decoder_norm": False,
-        "use_sparse_activations": False,
-    }
+    # TopK with the start, the loss and the decoder rows of the published trainer is the hard phase of an AEN-SAE from the first step
+    return {"architecture": "aen", "lambda_1": 0.0, "hard_k": k, "hard_finish": "topk"}
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -84,41 +76,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """The settings that are repeated, by our short name."""
 
 
-class PublishedTopK(pl.Callback):
-    """Gives SAELens's TopK the start and the projection of the published trainer.
-
-    The start is torch's for ``nn.Linear``, decoder rows then of norm 1, as they are after every step.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    @torch.no_grad()
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Set the weights of a run that does not resume."""
-        if trainer.global_step > 0:
-            return
-        for sae in self._saes(pl_module):
-            with temporary_seed(self.seed):
-                encoder, decoder = (
-                    nn.Linear(sae.cfg.d_in, sae.cfg.d_sae),
-                    nn.Linear(sae.cfg.d_sae, sae.cfg.d_in),
-                )
-            sae.W_enc.copy_(encoder.weight.T)
-            sae.b_enc.copy_(encoder.bias)
-            sae.W_dec.copy_(nn.functional.normalize(decoder.weight.T, dim=-1))
-            sae.b_dec.zero_()
-
-    @torch.no_grad()
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Decoder rows back to norm 1."""
-        for sae in self._saes(pl_module):
-            sae.W_dec.copy_(nn.functional.normalize(sae.W_dec, dim=-1))
-
-    def _saes(self, pl_module: pl.LightningModule) -> list[Any]:
-        return [sae for sae in pl_module.saes.values() if sae.cfg.architecture() == "topk"]  # type: ignore[union-attr]
-
-
 # --- running -----------------------------------------------------------------------------------------------
 def train(
     names: Sequence[str], *, rho: float, seed: int, steps: int, folder: Path, checkpoint_every: int
@@ -128,8 +85,7 @@ def train(
     schedule = {"warmup_delay_steps": round(10_000 * share), "warmup_ramp_steps": round(2_000 * share)}
     saes = []
     for name in names:
-        fields = {**SETTINGS[name], "d_in": D_IN, "d_sae": D_SAE}
-        saes.append({**fields, **schedule} if fields["architecture"] == "aen" else fields)
+        saes.append({**SETTINGS[name], **schedule, "d_in": D_IN, "d_sae": D_SAE})
     module = SweepModule(saes, seed=seed, lr=1e-3)
     data = SpikedDataModule(d_in=D_IN, n_features=D_SAE, rho=rho, seed=seed)
     dead = DeadFeatureTracker(window_steps=max(1, steps // 5))
@@ -147,7 +103,6 @@ def train(
         default_root_dir=work,
         callbacks=[
             dead,
-            PublishedTopK(seed),
             Progress(checkpoint_every),
             ModelCheckpoint(work, every_n_train_steps=checkpoint_every, save_top_k=0, save_last=True),
         ],

@@ -119,16 +119,35 @@ def test_an_interrupted_run_ends_where_a_whole_one_does(script, tmp_path, monkey
     assert script.train(["aen-weak", "topk-16"], folder=tmp_path / "cut", **settings) == whole
 
 
-def test_topk_starts_and_stays_as_in_the_published_trainer(script, tmp_path, monkeypatch):
+def test_topk_trains_as_in_the_published_trainer(script, tmp_path, monkeypatch):
+    """Against torch alone: two linear layers, the k largest, Adam, decoder rows back to norm 1 after each step."""
     seen = []
+    monkeypatch.setattr(
+        script.Progress, "on_train_batch_start",
+        lambda self, trainer, pl_module, batch, *_: seen.append((batch.clone(), weights(pl_module))),
+        raising=False,
+    )  # fmt: skip
 
-    def look(self, trainer, pl_module, *_):
+    def weights(pl_module):
         (sae,) = pl_module.saes.values()
-        seen.append(sae.W_dec.detach().norm(dim=-1))
-        assert not torch.equal(sae.W_enc, sae.W_dec.T)
+        rows = torch.nn.functional.normalize(sae.W_dec.detach(), dim=-1)
+        return [p.detach().clone() for p in (sae.W_enc, sae.b_enc, rows, sae.b_dec)]
 
-    monkeypatch.setattr(script.Progress, "on_train_batch_end", look)
-    script.train(["topk-16"], rho=0.0, seed=0, steps=3, folder=tmp_path, checkpoint_every=10)
-    assert len(seen) == 3
-    for norms in seen:
-        torch.testing.assert_close(norms, torch.ones(1024))
+    script.train(["topk-16"], rho=0.0, seed=0, steps=20, folder=tmp_path, checkpoint_every=100)
+    assert len(seen) == 20
+    W_enc, b_enc, W_dec, b_dec = (p.double().requires_grad_() for p in seen[0][1])
+    for weight, bound in ((W_enc, 1 / 16), (b_enc, 1 / 16)):  # nn.Linear's start for 256 inputs
+        assert 0.99 * bound < weight.abs().max() <= bound
+    assert not b_dec.any()
+    optimizer = torch.optim.Adam([W_enc, b_enc, W_dec, b_dec], lr=1e-3)
+    for batch, found in seen:
+        for ours, theirs in zip(found, (W_enc, b_enc, W_dec, b_dec), strict=True):
+            torch.testing.assert_close(ours.double(), theirs.detach(), rtol=0, atol=2e-5)
+        x = batch.double()
+        kept = ((x - b_dec) @ W_enc + b_enc).topk(16, dim=-1)
+        acts = torch.zeros(len(x), 1024, dtype=torch.float64).scatter(-1, kept.indices, kept.values.relu())
+        optimizer.zero_grad()
+        (acts @ W_dec + b_dec - x).pow(2).sum(dim=-1).mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            W_dec.copy_(torch.nn.functional.normalize(W_dec, dim=-1))
