@@ -71,11 +71,11 @@ def _recommended_aen(l0: float) -> Preset:
             "warmup_delay_steps": 0,
             # of the hard phase, in which wide dictionaries would lose one or two features in a hundred
             "aux_loss_coefficient": 1.0,
-            "aux_loss_window": 0.03,
+            "aux_loss_window": 0.06,
         },
         training={"lr": 3e-3, "lr_decay_steps": 0.2},
         callbacks={
-            InitializeFromData: {"b_dec": "mean", "active_share": 0.05},
+            InitializeFromData: {"b_dec": "mean", "l0": 2 * l0},
             TargetL0: {"l0": l0, "reach_at": 0.15},
             HardFinish: {"k": l0, "at": 0.4},
         },

@@ -15,10 +15,13 @@ from aen_lightning.presets import preset
 
 @dataclass
 class Run:
-    """One SAE to train: fields of its config, callbacks, learning rate."""
+    """One SAE to train: fields of its config, learning rate, callbacks, and how its biases start."""
 
     sae: dict[str, Any]
     lr: float = 3e-3
+    start: InitializeFromData = field(
+        default_factory=lambda: InitializeFromData(b_dec="mean", active_share=0.05)
+    )
     callbacks: list[pl.Callback] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -37,10 +40,10 @@ def recommended(l0: float, steps: int) -> Run:
     sae = {"architecture": "aen", **chosen.sae}
     training = dict(chosen.training)
     del training["lr_decay_steps"]  # the same for all
-    callbacks = [
-        make(**arguments) for make, arguments in chosen.callbacks.items() if make is not InitializeFromData
-    ]
-    return Run(sae, lr=training.pop("lr"), callbacks=callbacks, training=training)
+    arguments = dict(chosen.callbacks)
+    start = InitializeFromData(**arguments.pop(InitializeFromData))
+    callbacks = [make(**given) for make, given in arguments.items()]
+    return Run(sae, training.pop("lr"), start, callbacks, training)
 
 
 def hard_from_start(l0: float, steps: int) -> Run:

@@ -27,13 +27,19 @@ class InitializeFromData(pl.Callback):
             less); None: as it is.
         active_share: Share of the batch on which each feature fires at first, in (0, 1). None: ``b_enc`` as
             it is.
+        l0: The same as a count, in place of ``active_share``: the mean active features per token to start with,
+            ``> 0``; each feature fires on ``l0 / d_sae`` of the batch, on half of it at most. Twice the L0 to
+            end with did best at several widths (docs/experiments.md, 11).
 
     Raises:
         ValueError: For a value out of range; at ``setup``, for an SAE without the parameter.
     """
 
     def __init__(
-        self, b_dec: Literal["mean", "geometric_median"] | None = "mean", active_share: float | None = 0.05
+        self,
+        b_dec: Literal["mean", "geometric_median"] | None = "mean",
+        active_share: float | None = 0.05,
+        l0: float | None = None,
     ) -> None:
         if b_dec not in ("mean", "geometric_median", None):
             raise ValueError(
@@ -41,13 +47,15 @@ class InitializeFromData(pl.Callback):
             )
         if active_share is not None and not 0 < active_share < 1:
             raise ValueError(f"InitializeFromData.active_share must be in (0, 1) or None, got {active_share}")
-        self.b_dec, self.active_share = b_dec, active_share
+        if l0 is not None and not l0 > 0:
+            raise ValueError(f"InitializeFromData.l0 must be above 0 or None, got {l0}")
+        self.b_dec, self.active_share, self.l0 = b_dec, active_share, l0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse SAEs that cannot be started so before any work."""
         for sae in training_saes(pl_module, self).values():
             found = {"b_dec": hasattr(sae, "b_dec"), "b_enc": bool(_encoder_biases(sae))}
-            wanted = {"b_dec": self.b_dec, "b_enc": self.active_share}
+            wanted = {"b_dec": self.b_dec, "b_enc": self._active_share(sae)}
             for name in wanted:
                 if wanted[name] is not None and not found[name]:
                     raise ValueError(
@@ -71,14 +79,18 @@ class InitializeFromData(pl.Callback):
             if self.b_dec is not None:
                 middle = batch.mean(dim=0) if self.b_dec == "mean" else geometric_median(batch)
                 sae.b_dec.copy_(over_ranks(middle))
-            if self.active_share is not None:
+            active_share = self._active_share(sae)
+            if active_share is not None:
                 shifted = batch - sae.b_dec if sae.cfg.apply_b_dec_to_input else batch
-                rank = max(1, round((1 - self.active_share) * len(batch)))
+                rank = max(1, round((1 - active_share) * len(batch)))
                 for features in torch.arange(sae.cfg.d_sae, device=batch.device).split(_CHUNK):
                     u = shifted.to(sae.W_enc.dtype) @ sae.W_enc[:, features]
                     bias = -over_ranks(u.kthvalue(rank, dim=0).values)
                     for b_enc in _encoder_biases(sae):
                         b_enc[features] = bias
+
+    def _active_share(self, sae: TrainingSAE[Any]) -> float | None:
+        return self.active_share if self.l0 is None else min(0.5, self.l0 / sae.cfg.d_sae)
 
 
 def _encoder_biases(sae: TrainingSAE[Any]) -> list[torch.nn.Parameter]:

@@ -73,7 +73,23 @@ def test_geometric_median_by_hand():
     assert_close(geometric_median(symmetric), torch.full((2,), 5.0, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kwargs", [{"b_dec": "median"}, {"active_share": 0.0}, {"active_share": 1.0}])
+@pytest.mark.parametrize(
+    ("l0", "share"),
+    [(6, 8), (12, 16), (1000, 32)],  # of 64 tokens: 6 / 48 of them, 12 / 48, and half at most
+)
+def test_a_start_with_a_given_l0(tmp_path: Path, l0: float, share: int):
+    module, start = SAEModule({"architecture": "aen", "d_in": 16, "d_sae": 48}, seed=0), Start()
+    make_trainer(tmp_path, 2, callbacks=[InitializeFromData(l0=l0), start]).fit(module, loader())
+    assert start.state is not None
+    pre = (batch_at(0, batch_size=64, d_in=16) - start.state["b_dec"]) @ start.state["W_enc"] + start.state[
+        "b_enc"
+    ]
+    assert torch.equal((pre > 1e-6).sum(0), torch.full((48,), share))
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"b_dec": "median"}, {"active_share": 0.0}, {"active_share": 1.0}, {"l0": 0.0}, {"l0": -3}]
+)
 def test_values_out_of_range_are_named(kwargs: dict[str, Any]):
     with pytest.raises(ValueError, match=r"InitializeFromData\.\w+ must be"):
         InitializeFromData(**kwargs)
