@@ -24,7 +24,7 @@ class HardFinish(pl.Callback):
         at: Optimizer step, or share of the run, at which it begins. 0.3 to 0.5 did best (docs/experiments.md).
         finish: ``batchtopk`` keeps the ``k * batch`` largest activations of each batch, and is exported as ``jumprelu``; ``topk`` keeps
             the ``k`` largest of each token, and is exported as ``topk``; ``jumprelu`` keeps as many as ``batchtopk``, but trains a
-            threshold for each feature, and is exported as ``jumprelu``. Its step is dense.
+            threshold for each feature, and is exported as ``jumprelu``; on a GPU its step is dense.
 
     Raises:
         ValueError: For a value out of range, or a run without an end.

@@ -165,12 +165,14 @@ class AENTrainingSAE(AdaptiveState, HardPhase, SparseStep, TrainingSAE[AENTraini
             step_input: ``sae_in`` of shape (..., d_in); the step on the non-zeros takes (batch, d_in) only.
             schedule: What the driver decides.
         """
-        # to find the largest activations of a batch without the kernels is to wait for a GPU again and again; what is just
-        # below a threshold trains it, but is not in a code
+        # to find the largest activations of a batch without the kernels is to wait for a GPU again and again
         own = self.own_step_applies() if self.cfg.hard_k is None else self.sparse_step_applies()
-        own = own and (self.cfg.hard_k is None or self.cfg.hard_finish != "jumprelu")
-        if step_input.sae_in.ndim == 2 and own:
+        if step_input.sae_in.ndim != 2 or not own:
+            return self._dense_forward_pass(step_input, schedule)
+        if self.cfg.hard_k is None or self.cfg.hard_finish != "jumprelu":
             return self._own_forward_pass(step_input, schedule)
+        if step_input.sae_in.device.type == "cpu":  # elsewhere it would wait for the device
+            return self._jump_forward_pass(step_input, schedule)
         return self._dense_forward_pass(step_input, schedule)
 
     def _dense_forward_pass(self, step_input: TrainStepInput, schedule: StepSchedule) -> TrainStepOutput:
@@ -206,6 +208,19 @@ class AENTrainingSAE(AdaptiveState, HardPhase, SparseStep, TrainingSAE[AENTraini
         if self.cfg.hard_k is not None:
             losses |= self._hard_losses(step_input, out.sae_out, schedule.n_dead_at_most)
         return CodedStepOutput(code, **self._output_fields(step_input, out.sae_out, losses))
+
+    def _jump_forward_pass(self, step_input: TrainStepInput, schedule: StepSchedule) -> TrainStepOutput:
+        x = step_input.sae_in
+        with torch.autocast(x.device.type, enabled=False):
+            wide, acts, level = self.jump_code(x)
+            self.observe_threshold(level, schedule)
+            code = sparse.positive_entries(wide, acts.detach())
+            counts = code.feature_counts if self.counts_firings else None
+            self.observe_and_refresh(code.feature_means, counts, len(x), schedule)
+            sae_out = sparse.decode(acts, self._trained_decoder(), self.b_dec, wide)
+            losses = {"mse_loss": self.mse_loss_fn(sae_out, x.to(sae_out.dtype)).sum(dim=-1).mean()}
+        losses |= self._hard_losses(step_input, sae_out, schedule.n_dead_at_most)
+        return CodedStepOutput(code, **self._output_fields(step_input, sae_out, losses))
 
     def _encode_own(
         self, x: Tensor, b_dec: Tensor | None, schedule: StepSchedule

@@ -8,8 +8,9 @@ import torch
 from sae_lens.saes.topk_sae import TopK
 from torch import Tensor, nn
 
+from aen_lightning import sparse
 from aen_lightning.saes.aen_config import AENTrainingSAEConfig, HardFinishName
-from aen_lightning.saes.jump_thresholds import keep_above
+from aen_lightning.saes.jump_thresholds import floor_of, floor_suffices, keep_above, keep_entries_above
 from aen_lightning.saes.step_schedule import StepSchedule
 
 _THRESHOLD_RATE = 0.01  # of the running threshold; SAELens's BatchTopK takes the same
@@ -103,14 +104,41 @@ class HardPhase:
 
     def keep_largest(self, hidden_pre: Tensor) -> tuple[Tensor, Tensor]:
         """The batch's activations (..., d_sae) under BatchTopK or JumpReLU, and the least one kept, less its offset."""
-        assert self.cfg.hard_k is not None
-        n_kept = int(self.cfg.hard_k * hidden_pre[..., 0].numel())
+        n_kept = self._n_kept(hidden_pre[..., 0].numel())
         if self.cfg.hard_finish == "jumprelu":
             assert self.threshold_offsets is not None
             return keep_above(hidden_pre, self.threshold_offsets, n_kept=n_kept)
         positive = hidden_pre.relu()
         least = positive.detach().flatten().topk(n_kept).values[-1]
         return positive * (positive.detach() >= least), least
+
+    def jump_code(self, x: Tensor) -> tuple[sparse.SparseCode, Tensor, Tensor]:
+        """What JumpReLU keeps of a batch (batch, d_in), computed on the non-zeros.
+
+        Returns:
+            A code of what is above the thresholds or counts for their gradient, the activations (nnz,) at its entries, 0
+            where one is not kept, with a gradient, and the level, as of :meth:`keep_largest`.
+        """
+        assert self.threshold_offsets is not None
+        encoder = (x, self.W_enc, self.b_enc, self.b_dec if self.cfg.apply_b_dec_to_input else None)
+        n_kept, usual = self._n_kept(len(x)), self.hard_threshold
+        code = sparse.encode(*encoder, threshold=floor_of(usual, self.threshold_offsets))
+        acts, level = self._kept_of(code, encoder, n_kept)
+        if not floor_suffices(usual, level, code.nnz, n_kept):
+            code = sparse.encode(*encoder)
+            acts, level = self._kept_of(code, encoder, n_kept)
+        return code, acts, level
+
+    def _kept_of(
+        self, code: sparse.SparseCode, encoder: tuple[Tensor, Tensor, Tensor, Tensor | None], n_kept: int
+    ) -> tuple[Tensor, Tensor]:
+        assert self.threshold_offsets is not None
+        values = sparse.activations(*encoder, code)
+        return keep_entries_above(code, values, self.threshold_offsets, n_kept=n_kept)
+
+    def _n_kept(self, batch: int) -> int:
+        assert self.cfg.hard_k is not None
+        return int(self.cfg.hard_k * batch)
 
     @torch.no_grad()
     def observe_threshold(self, least: Tensor, schedule: StepSchedule) -> None:

@@ -13,7 +13,7 @@ penalty needs the code's statistics before it can weigh the code::
 TopK and a BatchTopK one, and :func:`encode_dense` a dense one, for the first steps, when most features still fire:
 :func:`loss` takes them all. :func:`gated_loss` is the objective of a gated SAE. :class:`DensitySwitch` chooses between
 dense and sparse by the measured density. For an objective of your own, :func:`activations`, :func:`decode` and
-:func:`per_entry` are the differentiable parts that these are made of.
+:func:`per_entry` are the differentiable parts that these are made of; :func:`positive_entries` is the code that they end in.
 Nothing here knows SAELens, Lightning or the penalty's formula: the functions take tensors.
 """
 
@@ -23,7 +23,7 @@ from aen_lightning.sparse.codes import DenseCode, SparseCode
 from aen_lightning.sparse.dense import encode_dense
 from aen_lightning.sparse.encoding import encode, feature_major_
 from aen_lightning.sparse.functions import activations, decode, per_entry
-from aen_lightning.sparse.gated import GatedLoss, gated_loss
+from aen_lightning.sparse.gated import GatedLoss, gated_loss, positive_entries
 from aen_lightning.sparse.objective import SparseLoss, loss
 from aen_lightning.sparse.optim import FusedAdam
 from aen_lightning.sparse.padded import PaddedCode
@@ -51,5 +51,6 @@ __all__ = [
     "gated_loss",
     "loss",
     "per_entry",
+    "positive_entries",
     "screening_pays",
 ]

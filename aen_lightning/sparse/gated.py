@@ -94,11 +94,11 @@ def gated_loss(
             mean_squared_error(gate_out, x),
             *penalty_terms(gate, gate_code, l1_weights, slopes, l2_coefficient),
             sae_out,
-            _positive(gate_code, h.detach()),
+            positive_entries(gate_code, h.detach()),
         )
 
 
-def _positive(code: SparseCode, values: Tensor) -> SparseCode:
+def positive_entries(code: SparseCode, values: Tensor) -> SparseCode:
     """The code with other values, less the entries that are not positive in them."""
     if backend.triton_serves(values.device):
         used = torch.arange(values.numel(), device=values.device) < code.feature_offsets[-1]

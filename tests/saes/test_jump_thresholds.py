@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from sae_lens import SAE, JumpReLUSAE, TrainingSAE
 from torch.testing import assert_close
 
-from aen_lightning import AENTrainingSAE, AENTrainingSAEConfig
+from aen_lightning import AENTrainingSAE, AENTrainingSAEConfig, sparse
 from aen_lightning.saes.jump_thresholds import keep_above
 from tests.support.training import step_input
 
@@ -41,7 +42,9 @@ def test_what_is_kept_and_how_thresholds_learn_is_that_of_loops():
         for b in range(30):
             value = float(pre[b, j])
             assert float(acts[b, j]) == (value if value > threshold else 0.0)
-            if abs(value - threshold) < width / 2:  # JumpReLU's straight-through estimate (arXiv:2407.14435)
+            if (
+                value > 0 and abs(value - threshold) < width / 2
+            ):  # JumpReLU's straight-through estimate (arXiv:2407.14435)
                 slopes[j] -= threshold / width * float(gradient[b, j])
                 near[j] += 1
     expected = [slopes[j] - near[j] / sum(near) * sum(slopes) for j in range(6)]
@@ -104,3 +107,66 @@ def test_fewer_positive_activations_than_asked_for_are_all_kept():
     acts, level = keep_above(pre, torch.zeros(2), n_kept=3, bandwidth=0.5)
     assert acts.tolist() == [[1.0, 0.0], [2.0, 0.0]]
     assert float(level) == 0
+
+
+def test_the_step_on_the_non_zeros_is_the_dense_one(monkeypatch: pytest.MonkeyPatch):
+    """Sixty steps of Adam in float64: the same losses, gradients, thresholds and statistics, also where L0 jumps."""
+    saes = []
+    for sparse_step in ("on", "off"):
+        torch.manual_seed(0)
+        config = AENTrainingSAEConfig(
+            d_in=8, d_sae=40, dtype="float64", sparse_step=sparse_step, starvation_guard=0.1, hard_finish="jumprelu",
+            aux_loss_coefficient=1.0, remove_radial_gradient=True, decoder_init_norm=1.0,
+        )  # fmt: skip
+        sae = AENTrainingSAE(config)
+        sae.harden(3.5, "jumprelu")
+        saes.append((sae, torch.optim.Adam(sae.parameters(), lr=1e-2)))
+    encodings: list[tuple[int, bool]] = []  # of this step: entries, and whether all that is positive
+    encode = sparse.encode
+
+    def counted(*args: Any, **options: Any) -> sparse.SparseCode:
+        code = encode(*args, **options)
+        encodings.append((code.nnz, "threshold" not in options))
+        return code
+
+    monkeypatch.setattr(sparse, "encode", counted)
+    whole = []
+    generator = torch.Generator().manual_seed(3)
+    for n in range(60):
+        x = torch.randn(64, 8, dtype=torch.float64, generator=generator)
+        if n == 40:
+            x = 0.2 * x  # the level falls to a fifth: what was encoded does not suffice
+        silent = torch.arange(40) < 5
+        encodings.clear()
+        found = []
+        for sae, optimizer in saes:
+            step = step_input(x, n)
+            step.dead_neuron_mask = silent
+            out = sae.training_forward_pass(step)
+            optimizer.zero_grad()
+            out.loss.backward()
+            acts = out.feature_acts
+            found.append((out, acts.to_dense() if acts.is_sparse else acts))
+        (ours, our_acts), (dense, dense_acts) = found
+        assert ours.feature_acts.is_sparse
+        assert not dense.feature_acts.is_sparse
+        assert_close(ours.loss, dense.loss)
+        assert_close(our_acts, dense_acts)
+        if n < 40:
+            assert int((our_acts > 0).sum()) == int(3.5 * 64)
+        if encodings[-1][1]:
+            whole.append(n)
+        elif n > 0:  # at the start there is no level to go by
+            assert encodings[0][0] < int((dense.hidden_pre > 0).sum())
+        for (name, mine), (_, theirs) in zip(*(sae.named_parameters() for sae, _ in saes), strict=True):
+            assert_close(mine.grad, theirs.grad, msg=lambda m, n=name: f"{n}: {m}")
+        for (name, mine), (_, theirs) in zip(*(sae.named_buffers() for sae, _ in saes), strict=True):
+            assert_close(mine, theirs, msg=lambda m, n=name: f"{n}: {m}")
+        for _, optimizer in saes:
+            optimizer.step()
+    offsets = saes[0][0].threshold_offsets
+    assert offsets is not None
+    assert offsets.abs().max() > 0.1
+    # one encoding of a part of what is positive is enough, but where the level jumps
+    assert 40 in whole
+    assert len(whole) < 6
