@@ -70,7 +70,7 @@ def train(
         {"d_in": D_IN, "d_sae": d_sae, **run.sae},
         seed=seed,
         lr=run.lr,
-        lr_decay_steps=steps // 5,
+        lr_decay_steps=int(run.decay * steps),
         **run.training,
     )
     data = ActivationsDataModule(
@@ -214,6 +214,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=2000, help=f"of {BATCH} tokens")
     parser.add_argument("--lr", type=float, help="in place of each variant's own")
+    parser.add_argument(
+        "--change",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="other settings for all variants: a field of the SAE, start.l0, HardFinish.at, "
+        "TargetL0.reach_at, decay (share of the run)",
+    )
     parser.add_argument("--precision", default="32-true", help="of the training, as bf16-mixed")
     parser.add_argument("--eval-tokens", type=int, default=131072)
     parser.add_argument(
@@ -256,8 +264,11 @@ def main() -> None:
     for seed, d_sae, l0, variant in grid:
         run = VARIANTS[variant](l0, options.steps)
         run.lr = options.lr or run.lr
+        for setting in options.change:
+            run.change(setting)
         name = f"{variant}-{d_sae}-l0{l0:g}-lr{run.lr:g}-steps{options.steps}-seed{seed}"
         name += "" if options.precision == "32-true" else f"-{options.precision}"
+        name += "".join(f"-{setting}" for setting in options.change)
         if name not in done:
             begin = time.monotonic()
             if not (work / "dictionaries" / name / "cfg.json").is_file():
@@ -280,6 +291,7 @@ def main() -> None:
                 "steps": options.steps,
                 "precision": options.precision,
             }
+            row |= {"changed": options.change} if options.change else {}
             row |= judge(work / "dictionaries" / name, l0)
             row |= {
                 "name": name,

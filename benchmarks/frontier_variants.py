@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,34 @@ class Run:
     )
     callbacks: list[pl.Callback] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
+    decay: float = 0.2
+
+    def change(self, setting: str) -> None:
+        """Another value: ``KEY=VALUE`` for a field of the SAE, ``start.KEY``, ``HardFinish.KEY``, ``TargetL0.KEY``, ``lr`` or ``decay``.
+
+        ``decay`` is the share of the run, at its end, over which the learning rate falls.
+        """
+        key, _, text = setting.partition("=")
+        value = _value(text)
+        owner, _, name = key.rpartition(".")
+        if key in ("lr", "decay"):
+            setattr(self, key, value)
+        elif not owner:
+            self.sae[key] = value
+        else:
+            found = (
+                [self.start] if owner == "start" else [c for c in self.callbacks if type(c).__name__ == owner]
+            )
+            if not found or not hasattr(found[0], name):
+                raise SystemExit(f"--change {setting}: this variant has no {key}")
+            setattr(found[0], name, value)
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):  # a name, such as mcp
+        return text
 
 
 def _aen(l0: float, **sae: Any) -> Run:

@@ -58,3 +58,27 @@ def test_every_variant_is_a_config_that_saelens_accepts(frontier):
         norms = module.sae.W_dec.norm(dim=-1)
         torch.testing.assert_close(norms, torch.ones_like(norms), msg=name)  # the same start for all
         torch.testing.assert_close(module.sae.W_enc, module.sae.W_dec.T, msg=name)
+
+
+def test_settings_of_a_variant_are_changed_by_name(frontier):
+    run = frontier.VARIANTS["recommended"](16.0, 100)
+    for setting in (
+        "start.l0=64",
+        "HardFinish.at=0.5",
+        "TargetL0.reach_at=0.1",
+        "aux_loss_window=.1",
+        "penalty=mcp",
+        "decay=0.4",
+        "lr=2e-3",
+    ):
+        run.change(setting)
+    target, finish = run.callbacks
+    assert (run.start.l0, target.reach_at, finish.at, run.decay, run.lr) == (64, 0.1, 0.5, 0.4, 0.002)
+    assert (run.sae["aux_loss_window"], run.sae["penalty"]) == (0.1, "mcp")
+    with pytest.raises(SystemExit, match=r"this variant has no HardFinish\.at"):
+        frontier.VARIANTS["batchtopk"](16.0, 100).change("HardFinish.at=0.5")
+
+
+def test_the_preset_starts_with_twice_the_l0_that_it_ends_with(frontier):
+    assert frontier.VARIANTS["recommended"](16.0, 100).start.l0 == 32
+    assert frontier.VARIANTS["batchtopk"](16.0, 100).start.active_share == 0.05
