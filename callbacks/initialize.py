@@ -28,7 +28,7 @@ class InitializeFromData(pl.Callback):
         active_share: Share of the batch on which each feature fires at first, in (0, 1). None: ``b_enc`` as
             it is.
         l0: The same as a count, in place of ``active_share``: the mean active features per token to start with,
-            ``> 0``; each feature fires on ``l0 / d_sae`` of the batch, on half of it at most. Twice the L0 to
+            ``> 0``; each feature fires on ``l0 / d_sae`` of the batch, on one token at least and half at most. Twice the L0 to
             end with did best at several widths (docs/experiments.md, 11).
 
     Raises:
@@ -82,7 +82,8 @@ class InitializeFromData(pl.Callback):
             active_share = self._active_share(sae)
             if active_share is not None:
                 shifted = batch - sae.b_dec if sae.cfg.apply_b_dec_to_input else batch
-                rank = max(1, round((1 - active_share) * len(batch)))
+                # the greatest is left above the bias: no feature starts silent
+                rank = max(1, min(round((1 - active_share) * len(batch)), len(batch) - 1))
                 for features in torch.arange(sae.cfg.d_sae, device=batch.device).split(_CHUNK):
                     u = shifted.to(sae.W_enc.dtype) @ sae.W_enc[:, features]
                     bias = -over_ranks(u.kthvalue(rank, dim=0).values)

@@ -75,7 +75,7 @@ def test_geometric_median_by_hand():
 
 @pytest.mark.parametrize(
     ("l0", "share"),
-    [(6, 8), (12, 16), (1000, 32)],  # of 64 tokens: 6 / 48 of them, 12 / 48, and half at most
+    [(6, 8), (12, 16), (0.1, 1), (1000, 32)],  # of 64 tokens: 6 / 48, 12 / 48, one at least, half at most
 )
 def test_a_start_with_a_given_l0(tmp_path: Path, l0: float, share: int):
     module, start = SAEModule({"architecture": "aen", "d_in": 16, "d_sae": 48}, seed=0), Start()
