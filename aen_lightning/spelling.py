@@ -21,10 +21,15 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near!r}?)" if near else ""
 
 
-def printable(text: str) -> str:
+def printable(text: str, *, at_most: int | None = None) -> str:
     """Text from a file or a server that may go to a terminal.
 
     Escape sequences could recolour, overwrite or retitle what stands there, so control characters become
     their ``\\x1b``, but for line breaks and tabs; and so do the marks that turn the direction of writing.
+
+    Args:
+        text: The text.
+        at_most: Characters to show, for a message that may repeat what it complains of; None: all.
     """
-    return _OBEYED.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
+    shown = _OBEYED.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
+    return shown if at_most is None or len(shown) <= at_most else f"{shown[:at_most]}..."

@@ -45,6 +45,7 @@ def push(
     from aen_lightning.hub.plan import plan_push
     from aen_lightning.hub.push import publish
     from aen_lightning.progress import working
+    from aen_lightning.spelling import printable
 
     if not sys.stderr.isatty():
         disable_progress_bars()  # in a file they are thousands of lines
@@ -63,7 +64,7 @@ def push(
             remark(f"note: {note}")
         if dry_run:
             print("\nREADME.md (dictionaries and text that the repository may hold already will be kept):")
-            print(f"\n{plan.card(revision=revision)}\ndry run: nothing was published")
+            print(f"\n{printable(plan.card(revision=revision))}\ndry run: nothing was published")
             return
         with working(f"publishing to {plan.repo_id}"):
             done = publish(plan, revision=revision, private=private)

@@ -83,7 +83,7 @@ def _load_folder(folder: Path, device: str, dtype: str | None) -> SAE[Any]:
     except FOREIGN_ERRORS as err:
         raise ValueError(
             f"{folder} holds no dictionary for inference "
-            f"({printable(str(cfg.get('architecture', 'no architecture')))[:60]}: {printable(str(err))}); if it is a "
+            f"({printable(str(cfg.get('architecture', 'no architecture')))[:60]}: {printable(str(err), at_most=300)}); if it is a "
             "training checkpoint, export it with save_inference_model"
         ) from err
     if sae.cfg.normalize_activations == "expected_average_only_in":

@@ -14,6 +14,7 @@ from transformer_lens.supported_models import MODEL_ALIASES
 
 from aen_lightning.hub.markdown import code, number, table
 from aen_lightning.runs.provenance import is_local_path
+from aen_lightning.spelling import printable
 
 _BEGIN = "<!-- aen-lightning: this part is written by `aen push`; text outside of it is kept -->"
 _END = "<!-- aen-lightning: end -->"
@@ -81,7 +82,7 @@ def render_card(
     data = {**data, **ours, "tags": tags}
     card = ModelCard(
         f"---\n{ModelCardData(**data).to_yaml()}\n---\n"
-        f"{before}{_BEGIN}\n{_body(repo_id, entries, revision)}\n{_END}\n{after}"
+        f"{before}{_BEGIN}\n{printable(_body(repo_id, entries, revision))}\n{_END}\n{after}"
     )
     return str(card.content)
 
@@ -261,7 +262,7 @@ def missing_for_dashboards(metadata: dict[str, Any]) -> list[str]:
 
 def _tags(entries: Sequence[Entry]) -> list[str]:
     trained = {str(e.metadata.get("training_architecture") or e.cfg.get("architecture")) for e in entries}
-    return sorted(trained - {"None"})
+    return sorted(printable(name) for name in trained - {"None"})
 
 
 def _one_or_many(values: list[str]) -> str | list[str] | None:

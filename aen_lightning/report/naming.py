@@ -37,7 +37,7 @@ def family_of(architecture: str | None, settings: dict[str, Any]) -> str:
             (False, True): "elastic net", (False, False): "L1",
         }  # fmt: skip
         guard = " + guard" if settings.get("starvation_guard") else ""
-        finish = {"topk": "TopK", "jumprelu": "JumpReLU"}.get(settings.get("hard_finish", ""), "BatchTopK")
+        finish = {"topk": "TopK", "jumprelu": "JumpReLU"}.get(str(settings.get("hard_finish")), "BatchTopK")
         return names[adaptive, quadratic] + guard + (f", then {finish}" if settings.get("hard_k") else "")
     return _NAMES.get(str(architecture), architecture or "SAE")
 

@@ -193,6 +193,8 @@ def find_dictionaries(root: str | Path, *, sae_id: str | None = None) -> list[Di
         ids = [id_of_one(root, found[0].path, hook_name)]
     else:
         ids = ids_of_several([d.path.relative_to(root).parts for d in found])
-    return sorted(
-        (replace(d, sae_id=check_id(i)) for d, i in zip(found, ids, strict=True)), key=lambda d: d.sae_id
-    )
+    named = [
+        replace(d, sae_id=check_id(i, found_in=d.path if sae_id is None else None))
+        for d, i in zip(found, ids, strict=True)
+    ]
+    return sorted(named, key=lambda d: d.sae_id)

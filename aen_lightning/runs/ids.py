@@ -12,16 +12,21 @@ _IN_EVERY_RUN = (DICTIONARIES_FOLDER, FINAL_FOLDER, "lightning_logs")
 _NOT_ALLOWED = re.compile(r"[^A-Za-z0-9._=+/-]+")
 
 
-def check_id(sae_id: str) -> str:
+def check_id(sae_id: str, *, found_in: Path | None = None) -> str:
     """``sae_id`` if it can be a folder in a repository.
+
+    Args:
+        sae_id: The ID.
+        found_in: The dictionary whose files say so, for the message; None: somebody gave it.
 
     Raises:
         ValueError: If it cannot.
     """
     parts = sae_id.split("/")
     if _NOT_ALLOWED.search(sae_id) or any(part in ("", ".", "..") for part in parts) or parts[0] == ".git":
+        origin = "" if found_in is None else f"{found_in}: "
         raise ValueError(
-            f"{sae_id!r} cannot be the ID of a dictionary: use letters, digits and . _ = + -, with / "
+            f"{origin}{sae_id!r} cannot be the ID of a dictionary: use letters, digits and . _ = + -, with / "
             f"between folders"
         )
     return sae_id

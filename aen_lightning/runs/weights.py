@@ -13,7 +13,7 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.util import str_to_dtype
 
 from aen_lightning.files import SAFETENSORS_NAMES, read_safetensors_header, require_finite_file
-from aen_lightning.files.checked import Count, Flag, Foreign, Number, Size, Text, Word, check
+from aen_lightning.files.checked import Count, Flag, Foreign, Number, Size, Text, Word, check, shortened
 from aen_lightning.saes.metadata import Metadata, version_number
 from aen_lightning.spelling import printable
 
@@ -82,12 +82,12 @@ def expected_shapes(cfg: dict[str, Any], where: str | Path = SAE_CFG_FILENAME) -
             sae: SAE[Any] = SAE.from_dict({**cfg, "architecture": architecture, "device": "meta"})
     except FOREIGN_ERRORS as error:  # a field is missing or has another type
         raise ValueError(
-            f"{where}: the config cannot be read as that of a {cfg.get('architecture', 'standard')!r} dictionary: "
-            f"{printable(str(error))}"
+            f"{where}: the config cannot be read as that of a {shortened(cfg.get('architecture', 'standard'))} dictionary: "
+            f"{printable(str(error), at_most=300)}"
         ) from error
     if architecture not in SAE_CLASS_REGISTRY:
         raise ValueError(
-            f"{where}: the config names the architecture {architecture!r}, which this installation does not have; it "
+            f"{where}: the config names the architecture {shortened(architecture)}, which this installation does not have; it "
             f"has {', '.join(sorted(SAE_CLASS_REGISTRY))}"
         )
     return {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}

@@ -85,10 +85,12 @@ def test_load_dictionary_says_what_is_wrong(tmp_path: Path):
         ({"architecture": "nonesuch"}, "holds no dictionary for inference"),
         ({"normalize_activations": "expected_average_only_in"}, "no scale came with it"),
         ({"architecture": "jumprelu"}, "holds no dictionary for inference"),
+        ({"normalize_activations": 900 * "\u202e"}, "holds no dictionary for inference"),
     ):
         (tmp_path / "run" / "sae" / "cfg.json").write_text(json.dumps(cfg | change))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as raised:
             load_dictionary(tmp_path / "run" / "sae")
+        assert len(str(raised.value)) < 1000
 
 
 def test_an_average_scale_left_by_saelens_is_folded_in(tmp_path: Path):

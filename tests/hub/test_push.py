@@ -24,7 +24,9 @@ from aen_lightning.hub import (
     pull,
     push,
 )
+from aen_lightning.hub.card import Entry, render_card
 from aen_lightning.runs import scrub
+from aen_lightning.spelling import printable
 from tests.support.commands import push_command
 from tests.support.hub_client import new_cache
 from tests.support.hub_server import TOKEN, HubServer
@@ -272,3 +274,20 @@ def test_dry_run_prints_tree_sizes_and_card_without_network(
     assert push_command([str(run), REPO, "--id", "mine"]) == 0
     assert f'SAE.from_pretrained("{REPO}", "mine")' in capsys.readouterr().out
     assert TOKEN not in out
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J", "\u202e", "a\x04b"])
+def test_what_a_terminal_or_a_reader_would_obey_is_shown_in_the_card_not_passed_on(text: str):
+    cfg = {
+        "architecture": "standard", "d_in": 8, "d_sae": 16, "dtype": text,
+        "metadata": {
+            "model_name": text, "hook_name": text, "dataset_path": text, "training_architecture": text,
+            "sae_lens_training_version": text, "context_size": 128,
+        },
+    }  # fmt: skip
+    theirs = "# me\n\n\u05d0\u200f of other hands\n"  # a mark of direction that belongs there
+    card = render_card("me/sae", [Entry("x", cfg)], existing=theirs)
+    ours = card.replace(theirs.rstrip(), "")
+    assert "\u05d0\u200f of other hands" in card
+    assert text not in ours
+    assert printable(text) in ours

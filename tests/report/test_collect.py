@@ -96,6 +96,13 @@ def test_results_of_other_commands_find_their_dictionary(
         ({"gamma": 0.0, "lambda_2": 0.0}, "L1", False),
         ({"gamma": 0.0, "lambda_2": 0.0, "starvation_guard": 0.1}, "L1 + guard", True),
         ({"gamma": 0.5, "lambda_2": 0.0, "starvation_guard": 0.1}, "adaptive lasso + guard", True),
+        ({"gamma": 0.0, "lambda_2": 0.0, "hard_k": 4, "hard_finish": "topk"}, "L1, then TopK", False),
+        # what a stranger's config may hold
+        (
+            {"gamma": 0.0, "lambda_2": 0.0, "hard_k": 4, "hard_finish": {"a": [1]}},
+            "L1, then BatchTopK",
+            False,
+        ),
     ],
 )
 def test_the_family_says_whether_there_was_a_guard(settings: dict[str, Any], family: str, own_weights: bool):

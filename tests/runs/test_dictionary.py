@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,15 @@ def test_folders_without_a_finished_dictionary_are_refused(tmp_path: Path):
         find_dictionaries(tmp_path / "run")
     with pytest.raises(ValueError, match="cannot be the ID"):
         find_dictionaries(tmp_path / "run" / "sae" / "step_10", sae_id="../up")
+
+
+def test_a_hook_name_that_is_no_id_is_refused_by_its_file(tmp_path: Path):
+    export_sae(trained(), tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    cfg["metadata"]["hook_name"] = "../up"
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}: '../up' cannot be the ID"):
+        find_dictionaries(tmp_path)
 
 
 def test_an_id_is_for_one_dictionary(tmp_path: Path):
