@@ -170,3 +170,17 @@ def test_the_step_on_the_non_zeros_is_the_dense_one(monkeypatch: pytest.MonkeyPa
     # one encoding of a part of what is positive is enough, but where the level jumps
     assert 40 in whole
     assert len(whole) < 6
+
+
+def test_what_is_not_positive_teaches_no_threshold():
+    """Around a threshold of .075 the window is .166 wide on each side: .05 and .2 count there, -.05 does not."""
+    found = []
+    for below in (-0.05, -10.0):
+        pre = torch.tensor([[1.5, 0.05], [0.5, 0.2], [0.4, below]], dtype=torch.float64)
+        offsets = torch.tensor([0.0, -0.4], dtype=torch.float64, requires_grad=True)
+        # scores 1.5, .5, .4 and .45, .6: to keep three the level lies between .5 and .45
+        acts, level = keep_above(pre, offsets, n_kept=3, bandwidth=0.7)
+        assert float(level.detach()) == pytest.approx(0.475)
+        (acts * torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)).sum().backward()
+        found.append(offsets.grad)
+    assert_close(found[0], found[1])
