@@ -45,7 +45,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The settings in a YAML file.
 
     Raises:
-        UsageError: If it is no YAML, is empty, or holds something else than settings by name.
+        UsageError: If it is no YAML, is empty, holds something else than settings by name, or an empty ``trainer``.
     """
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -59,6 +59,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"{path} must hold sections such as trainer, model and data, got a {type(config).__name__}"
         )
+    if config.get("trainer", {}) is None:  # Lightning would make a Trainer of None
+        raise UsageError(f"{path} has an empty section trainer: give it settings, such as max_steps, or remove it")
     return config
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from aen_lightning.cli.errors import UsageError, explain
-from aen_lightning.cli.main import main
+from aen_lightning.cli.main import _load_libraries, main
 
 _TABLE = (Path(__file__).parent / "wrong_inputs.txt").read_text(encoding="utf-8")
 CASES = [tuple(block.strip().split("\n")) for block in re.findall(r"^\$ (.*\n.*)$", _TABLE, re.MULTILINE)]
@@ -33,6 +33,7 @@ _FILES = {
     "nodict/cfg.json": "[1]",
     "unknown.yaml": "trainer: {max_stepps: 3}\nmodel: {sae: {d_in: 32, d_sae: 64}}\n" + _SPIKED,
     "section.yaml": "trianer: {max_steps: 3}\nmodel: {sae: {d_in: 32, d_sae: 64}}\n" + _SPIKED,
+    "notrainer.yaml": "trainer:\n  # max_steps: 3\nmodel: {sae: {d_in: 32, d_sae: 64}}\n" + _SPIKED,
     "init.yaml": "model: {sae: {d_in: 32, d_sae: 64}}\n" + _SPIKED.replace("{d_in", "{d_inn"),
     "strong.yaml": "model: {sae: {d_in: 32, d_sae: 64, lambda_1: strong}}\n" + _SPIKED,
     "callback.yaml": "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.ModelCheckpoint, "
@@ -62,6 +63,8 @@ def test_the_table_is_read_whole() -> None:
 def test_wrong_use_ends_with_its_line(
     command: str, line: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    _load_libraries()  # the first command of a process would say that it does
+    capsys.readouterr()
     before = set(files_below(folder))
     program, *words = shlex.split(command)
     assert program == "aen"
