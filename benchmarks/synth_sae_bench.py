@@ -233,8 +233,11 @@ def make_run(variant: str, size: Size, *, lr: float, seed: int) -> tuple[SAEModu
     else:
         chosen = preset("recommended", l0=size.l0)
         fields = with_preset(fields, chosen.sae)
-        wanted = [c for c in chosen.callbacks if variant == "recommended" or c is not HardFinish]
-        callbacks = [make(**chosen.callbacks[make]) for make in wanted]
+        arguments = dict(chosen.callbacks)
+        if variant != "recommended":
+            del arguments[HardFinish]
+            arguments[TargetL0] = {**arguments[TargetL0], "headroom": 1.0}
+        callbacks = [make(**given) for make, given in arguments.items()]
     module = SAEModule(
         fields,
         seed=seed,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from aen_lightning.callbacks.hard_finish import HardFinish
 from aen_lightning.callbacks.modules import in_refit, prefixed, sparsity_multipliers, training_saes
 from aen_lightning.saes.lengths import Length, in_steps, is_length, length_expected
 
+# Of the features, by headroom. Where more fire, few are rare, and headroom only costs (docs/experiments.md, 13).
+_MOST_ACTIVE = 1 / 32
 _CORRECTION_LIMIT = 1.0  # of log(L0 / target), so that one batch far off does not throw the coefficient far
 
 
@@ -32,10 +36,12 @@ class TargetL0(pl.Callback):
         gain: Change of ``i`` per optimizer step for an L0 that is off by a factor of e.
         damping: ``p`` for an L0 that is off by a factor of e.
         average_steps: L0 is averaged over about this many steps.
+        headroom: L0 is held at this multiple of ``l0``, ``>= 1``, so that a hard phase (``HardFinish``) has more features to choose
+            from when it brings L0 to ``l0``; a multiple that would let more than one feature in 32 fire is lowered to that, or to 1.
 
     Raises:
         ValueError: For a value out of range; at ``setup``, for an SAE without an L1 coefficient, or with one
-            of 0.
+            of 0, and for headroom without a ``HardFinish``.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class TargetL0(pl.Callback):
         gain: float = 0.04,
         damping: float = 0.5,
         average_steps: int = 10,
+        headroom: float = 1.0,
     ) -> None:
         for name, value, ok, expected in (
             ("l0", l0, l0 > 0, "above 0"),
@@ -52,18 +59,26 @@ class TargetL0(pl.Callback):
             ("gain", gain, gain > 0, "above 0"),
             ("damping", damping, damping >= 0, "at least 0"),
             ("average_steps", average_steps, average_steps >= 1, "at least 1"),
+            ("headroom", headroom, 1 <= headroom < math.inf, "a finite number >= 1"),
         ):
             if not ok:
                 raise ValueError(f"TargetL0.{name} must be {expected}, got {value}")
         self.l0, self.reach_at, self.gain, self.damping = l0, reach_at, gain, damping
-        self.average_steps = average_steps
+        self.average_steps, self.headroom = average_steps, headroom
         self._states: dict[str, dict[str, Tensor]] = {}
         self._coefficients: dict[str, float] = {}
+        self._held: dict[str, float] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse SAEs that have nothing to steer before any work."""
         if stage != "fit":
             return
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        if self.headroom > 1 and not any(isinstance(callback, HardFinish) for callback in callbacks):
+            raise ValueError(
+                f"TargetL0.headroom is {self.headroom}, but nothing brings L0 to {self.l0} in the end: "
+                "add HardFinish, or set headroom to 1"
+            )
         for name, sae in training_saes(pl_module, self).items():
             coefficient = _l1_coefficient(sae)
             who = (
@@ -80,6 +95,11 @@ class TargetL0(pl.Callback):
             self._coefficients[name] = coefficient
             if sae.cfg.d_sae < self.l0:
                 raise ValueError(f"TargetL0.l0 is {self.l0}, but {who} has d_sae={sae.cfg.d_sae} features")
+            self._held[name] = self.held_l0(sae.cfg.d_sae)
+
+    def held_l0(self, d_sae: int) -> float:
+        """The L0 that an SAE of so many features is held at: ``l0`` with its headroom."""
+        return max(self.l0, min(self.headroom * self.l0, d_sae * _MOST_ACTIVE))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Know the end of the run, which the path to the target needs."""
@@ -102,7 +122,8 @@ class TargetL0(pl.Callback):
             state["average"].lerp_(l0, 1 / self.average_steps)
             done = min(1.0, trainer.global_step / self._reach_step)
             # a start below the target is no reason to climb: L0 first rises and then falls in every run
-            goal = state["start"].clamp_min(self.l0).pow(1 - done) * self.l0**done
+            held = self._held[name]
+            goal = state["start"].clamp_min(held).pow(1 - done) * held**done
             distance = (state["average"] / goal).log().clamp(-_CORRECTION_LIMIT, _CORRECTION_LIMIT)
             state["integral"].add_(distance, alpha=self.gain / trainer.accumulate_grad_batches)
             multipliers[name].copy_((state["integral"] + self.damping * distance).exp())

@@ -14,7 +14,7 @@ from tests.support.training import make_trainer
 def test_recommended_ends_at_its_l0_as_a_dictionary_that_saelens_loads(tmp_path: Path):
     module, callbacks = recommended(d_in=16, d_sae=48, l0=4, max_steps=60, seed=0)
     make_trainer(tmp_path, 60, callbacks=callbacks).fit(module, loader())
-    assert module.sae.cfg.hard_k == 4
+    assert module.sae.cfg.hard_k == 4 == module.sae.cfg.metadata["target_l0"]
     assert module.optimizer_settings.lr_decay_steps == 0.2
     read = SAE.load_from_disk(module.export(tmp_path / "sae"))
     assert type(read) is JumpReLUSAE
@@ -33,7 +33,13 @@ def test_what_is_given_wins():
     cfg = module.sae.cfg
     assert (cfg.l1_coefficient, cfg.gamma, cfg.starvation_guard) == (3.0, 0.25, 0.1)
     assert (module.optimizer_settings.lr, module.optimizer_settings.lr_decay_steps) == (1e-4, 7)
-    assert [c.l0 for c in callbacks if isinstance(c, TargetL0)] == [4]
+    # the penalised phase holds more than the run is to end with
+    assert [(c.l0, c.headroom) for c in callbacks if isinstance(c, TargetL0)] == [(4, 2)]
+
+
+def test_without_a_hard_phase_the_penalty_holds_the_l0_itself():
+    _, callbacks = recommended(d_in=16, d_sae=48, l0=4, max_steps=60, architecture="aen_gated")
+    assert [(c.l0, c.headroom) for c in callbacks if isinstance(c, TargetL0)] == [(4, 1)]
 
 
 def test_an_unknown_preset_is_named_with_the_nearest():

@@ -60,7 +60,9 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path} must hold sections such as trainer, model and data, got a {type(config).__name__}"
         )
     if config.get("trainer", {}) is None:  # Lightning would make a Trainer of None
-        raise UsageError(f"{path} has an empty section trainer: give it settings, such as max_steps, or remove it")
+        raise UsageError(
+            f"{path} has an empty section trainer: give it settings, such as max_steps, or remove it"
+        )
     return config
 
 

@@ -85,7 +85,9 @@ class AENTrainingSAEConfig(TrainingSAEConfig):
             ``hard_k`` largest of each token, ``jumprelu`` what is above its feature's threshold, which is trained
             (:func:`~aen_lightning.saes.jump_thresholds.keep_above`).
         aux_loss_coefficient: Weight of the auxiliary loss in the hard phase, ``>= 0``, in which silent features
-            reconstruct what the others leave over, as in SAELens's TopK and BatchTopK, whose value is 1. 0: none.
+            reconstruct what the others leave over, as in SAELens's TopK and BatchTopK, whose value is 1. 0: none. Where many are
+            silent at once and the learning rate is high, 1 makes explained variance fall again and again; 1/32 (Gao et al.,
+            arXiv:2406.04093) does not.
         aux_loss_window: Training steps without firing, or a share of the run, after which a feature takes part
             in it. None: ``dead_feature_window`` of the module.
         aux_loss_k: How many silent features a token takes at most, ``>= 1``. None: ``d_in // 2``, as in SAELens.

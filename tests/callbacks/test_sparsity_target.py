@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from aen_lightning import SAEModule
-from aen_lightning.callbacks import TargetL0
+from aen_lightning.callbacks import HardFinish, TargetL0
 from aen_lightning.data import SpikedDataModule
 from tests.support.streams import loader
 from tests.support.training import make_trainer
@@ -80,20 +80,40 @@ def test_from_a_cold_start_it_is_at_the_target_by_two_fifths_of_the_run_and_stay
     assert reached == pytest.approx(module.sae.cfg.l1_coefficient * record.multipliers[-1])
 
 
-def test_the_multiplier_follows_the_rule_written_out_in_floats(tmp_path: Path):
+@pytest.mark.parametrize(("d_sae", "headroom", "held"), [(48, 1.0, 6.0), (512, 2.0, 12.0), (320, 2.0, 10.0)])
+def test_the_multiplier_follows_the_rule_written_out_in_floats(
+    tmp_path: Path, d_sae: int, headroom: float, held: float
+):
     record, n_steps, target = Record(), 12, 6.0
-    module = SAEModule({"architecture": "aen", "d_in": 16, "d_sae": 48, "l1_coefficient": 0.1})
-    steer = TargetL0(target, reach_at=0.5, gain=0.1, damping=0.7, average_steps=4)
-    make_trainer(tmp_path, n_steps, callbacks=[steer, record]).fit(module, loader())
+    module = SAEModule({"architecture": "aen", "d_in": 16, "d_sae": d_sae, "l1_coefficient": 0.1})
+    steer = TargetL0(target, reach_at=0.5, gain=0.1, damping=0.7, average_steps=4, headroom=headroom)
+    ending = HardFinish(target, at=n_steps)  # no step of this run is hard
+    make_trainer(tmp_path, n_steps, callbacks=[steer, record, ending]).fit(module, loader())
+    assert module.sae.cfg.metadata["target_l0"] == target
     average, integral = record.l0[0], 0.0
     for step, (l0, multiplier) in enumerate(zip(record.l0, record.multipliers, strict=True), 1):
         average += (l0 - average) / 4
         share = min(1.0, step / 6)
-        goal = record.l0[0] ** (1 - share) * target**share
+        goal = record.l0[0] ** (1 - share) * held**share
         distance = max(-1.0, min(1.0, math.log(average / goal)))
         integral += 0.1 * distance
         assert multiplier == pytest.approx(math.exp(integral + 0.7 * distance), rel=1e-4)
-    assert record.l0[0] > target  # else the path is another
+    assert record.l0[0] > held  # else the path is another
+
+
+@pytest.mark.parametrize(
+    ("d_sae", "held"), [(1024, 32.0), (768, 24.0), (512, 16.0), (64, 16.0)], ids=["2", "1.5", "1", "1, dense"]
+)
+def test_headroom_ends_where_one_feature_in_32_fires(d_sae: int, held: float):
+    assert TargetL0(16.0, headroom=2.0).held_l0(d_sae) == held
+
+
+def test_headroom_without_a_hard_phase_is_refused(tmp_path: Path):
+    module = SAEModule({"architecture": "aen", "d_in": 16, "d_sae": 512, "l1_coefficient": 0.1})
+    with pytest.raises(
+        ValueError, match=r"headroom is 2.0, but nothing brings L0 to 4.0 in the end: add HardFin"
+    ):
+        make_trainer(tmp_path, 2, callbacks=[TargetL0(4.0, headroom=2.0)]).fit(module, loader())
 
 
 def test_a_resumed_run_steers_as_an_uninterrupted_one(tmp_path: Path):
@@ -144,7 +164,15 @@ def test_what_cannot_be_steered_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"l0": 0}, {"l0": 4, "reach_at": 0}, {"l0": 4, "gain": 0}, {"l0": 4, "damping": -1}]
+    "kwargs",
+    [
+        {"l0": 0},
+        {"l0": 4, "reach_at": 0},
+        {"l0": 4, "gain": 0},
+        {"l0": 4, "damping": -1},
+        {"l0": 4, "headroom": 0.5},
+        {"l0": 4, "headroom": math.inf},
+    ],
 )
 def test_values_out_of_range_are_named(kwargs: dict[str, float]):
     with pytest.raises(ValueError, match=r"TargetL0\.\w+ must be"):
