@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
+from annealing import AnnealK
 from resampling import ResampleDead
 
 from aen_lightning.callbacks import HardFinish, InitializeFromData, TargetL0
@@ -152,6 +153,13 @@ def batchtopk(l0: float, steps: int) -> Run:
     )
 
 
+def batchtopk_annealed(l0: float, steps: int) -> Run:
+    """The same with a k that falls from twice the L0 over the first 40 % of the run, as long as the preset is penalised."""
+    run = batchtopk(l0, steps)
+    run.callbacks.append(AnnealK(2 * l0, l0, int(0.4 * steps)))
+    return run
+
+
 def topk(l0: float, steps: int) -> Run:
     """TopK with the auxiliary loss, SAELens's."""
     return Run(
@@ -165,6 +173,7 @@ VARIANTS: dict[str, Callable[[float, int], Run]] = {
     for f in (
         recommended,
         batchtopk,
+        batchtopk_annealed,
         hard_from_start,
         jumprelu_finish,
         guarded_l1,

@@ -2,13 +2,14 @@
 with the same start, samples, order and budget.
 
     python benchmarks/synth_sae_bench.py                      an eighth of the published size, three seeds
+    python benchmarks/synth_sae_bench.py --l0 4 8 12 16       the same at several L0
     python benchmarks/synth_sae_bench.py --quick --json FILE  a few minutes: one seed, one learning rate
     python benchmarks/synth_sae_bench.py --full               the published model, 200 M samples: a GPU
 
-The baselines are SAELens's ``standard``, ``batchtopk`` (with its auxiliary loss) and ``jumprelu`` (the settings
-its authors publish for this benchmark), trained by ``SAEModule``, which takes SAELens's own steps; every
-learning rate of a grid is tried on the first seed and the best by explained variance is kept, for each variant
-on its own. What is measured is the dictionary exported and loaded by plain SAELens. Explained variance grows
+The baselines are SAELens's ``standard``, ``batchtopk`` (with its auxiliary loss; ``batchtopk-annealed`` with a k
+that falls from twice the L0, too) and ``jumprelu`` (the settings its authors publish for this benchmark), trained
+by ``SAEModule``, which takes SAELens's own steps; every learning rate of a grid is tried on the first seed and the
+best by explained variance is kept, for each variant and L0 on its own. What is measured is the dictionary exported and loaded by plain SAELens. Explained variance grows
 with L0, so thresholds of exported JumpReLU dictionaries (all but those with an L1 term to the end) are scaled
 by one factor until L0 is the target on other samples; ``exported_l0`` is the L0 before that.
 ``--full`` builds the published model from its published config. Finished runs are kept in ``--out``.
@@ -17,6 +18,7 @@ by one factor until L0 is the target on other samples; ``exported_l0`` is the L0
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import math
@@ -25,12 +27,13 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from annealing import AnnealK
 from calibration import calibrate
 from sae_lens import SAE
 from sae_lens.synthetic import (
@@ -200,6 +203,7 @@ class SteerJumpReLU(pl.Callback):
 VARIANTS: dict[str, dict[str, Any]] = {
     "l1": {"architecture": "standard", "l1_coefficient": 0.2, "decoder_init_norm": 1.0},
     "batchtopk": {"architecture": "batchtopk", "decoder_init_norm": 1.0},
+    "batchtopk-annealed": {"architecture": "batchtopk", "decoder_init_norm": 1.0},
     "jumprelu": {
         "architecture": "jumprelu",
         "jumprelu_sparsity_loss_mode": "step",
@@ -223,8 +227,10 @@ def make_run(variant: str, size: Size, *, lr: float, seed: int) -> tuple[SAEModu
     callbacks: list[pl.Callback] = [InitializeFromData(active_share=0.05)]
     if variant == "l1":
         callbacks.append(TargetL0(size.l0))
-    elif variant == "batchtopk":
+    elif variant.startswith("batchtopk"):
         fields["k"] = size.l0
+        if variant == "batchtopk-annealed":
+            callbacks.append(AnnealK(2 * size.l0, size.l0, int(0.4 * size.steps)))
     elif variant == "jumprelu":  # its threshold is part of its start
         callbacks = [
             InitializeFromData(active_share=None),
@@ -363,6 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--full", action="store_true", help="the published size; needs a GPU")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the size")
+    parser.add_argument("--l0", type=float, nargs="+", help="targets; default: that of the size")
     parser.add_argument("--lrs", type=float, nargs="+", help="for all variants; default: those of the size")
     parser.add_argument("--steps", type=int, help="default: that of the size")
     parser.add_argument("--device", default="cpu")
@@ -385,34 +392,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     store = options.out / f"{name}-{RESULTS_FILE}"
     rows: list[dict[str, Any]] = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else []
+    sizes = [replace(size, l0=l0) for l0 in options.l0 or [size.l0]]
     model = synthetic_model(size, options.device)
     for seed in size.seeds:
         samples = Samples(model, batch_size=size.batch_size, seed=seed, keep=not options.full)
-        for variant in options.variants:
-            same = [r for r in rows if r["variant"] == variant and r["steps"] == size.steps]
-            lrs = size.jumprelu_lrs if variant == "jumprelu" else size.lrs
-            best = best_lrs([r for r in same if r["lr"] in lrs], size.seeds[0])
-            for lr in lrs if seed == size.seeds[0] else [best[variant]]:
+        for at, variant in itertools.product(sizes, options.variants):
+            same = [row for row in rows if _belongs(row, at) and row["variant"] == variant]
+            best = best_lrs(same, size.seeds[0])
+            for lr in _lrs(at, variant) if seed == size.seeds[0] else [best[variant]]:
                 if any(row["seed"] == seed and row["lr"] == lr for row in same):
                     continue
-                rows.append(run(variant, size, model, samples, lr=lr, seed=seed))
+                rows.append(run(variant, at, model, samples, lr=lr, seed=seed))
                 print(rows[-1], flush=True)
                 write_json(store, rows)
-    wanted = [
-        row
-        for row in rows
-        if row["variant"] in options.variants
-        and row["seed"] in size.seeds
-        and row["lr"] in (size.jumprelu_lrs if row["variant"] == "jumprelu" else size.lrs)
-        and row["steps"] == size.steps
-    ]
-    means = summarise(wanted, best_lrs(wanted, size.seeds[0]))
-    print(table(means))
-    order = published_order(means) if set(PUBLISHED) <= set(means) else None
-    if order is not None:
-        print("BatchTopK and JumpReLU above L1, as published:", order)
+    found: dict[str, Any] = {"size": name, "runs": [], "means": {}, "published_order": {}}
+    for at in sizes:
+        wanted = [
+            row
+            for row in rows
+            if _belongs(row, at) and row["variant"] in options.variants and row["seed"] in size.seeds
+        ]
+        means = summarise(wanted, best_lrs(wanted, size.seeds[0]))
+        print(f"L0 {at.l0:g}\n{table(means)}")
+        found["runs"] += wanted
+        found["means"][f"{at.l0:g}"] = means
+        if set(PUBLISHED) <= set(means):
+            found["published_order"][f"{at.l0:g}"] = order = published_order(means)
+            print("BatchTopK and JumpReLU above L1, as published:", order)
     if options.json:
-        write_json(options.json, {"size": name, "runs": wanted, "means": means, "published_order": order})
+        write_json(options.json, found)
+
+
+def _lrs(size: Size, variant: str) -> tuple[float, ...]:
+    return size.jumprelu_lrs if variant == "jumprelu" else size.lrs
+
+
+def _belongs(row: dict[str, Any], size: Size) -> bool:
+    """Whether a run has this L0 and length, and one of the learning rates."""
+    return (
+        row["target_l0"] == size.l0 and row["steps"] == size.steps and row["lr"] in _lrs(size, row["variant"])
+    )
 
 
 if __name__ == "__main__":

@@ -82,13 +82,38 @@ def test_only_recommended_has_a_hard_finish(script, tiny):
 
 
 def test_it_runs_resumes_and_writes(script, tiny, tmp_path, capsys):
-    arguments = ["--quick", "--out", str(tmp_path / "runs"), "--json", str(tmp_path / "out.json")]
+    arguments = [
+        "--quick",
+        "--l0",
+        "4",
+        "6",
+        "--out",
+        str(tmp_path / "runs"),
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
     script.main(arguments)
     written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
-    assert set(written["means"]) == set(script.VARIANTS)
+    assert set(written["means"]) == set(written["published_order"]) == {"4", "6"}
     # two rates on the first seed, the better one on the second; JumpReLU has one rate here
-    assert len(written["runs"]) == 5 * 3 + 2
-    assert all(mean["seeds"] == 2 for mean in written["means"].values())
+    assert len(written["runs"]) == 2 * (6 * 3 + 2)
+    for l0, means in written["means"].items():
+        assert set(means) == set(script.VARIANTS)
+        assert all(mean["seeds"] == 2 for mean in means.values())
+        # a dictionary without one threshold to scale has another L0, and runs of one L0 are not those of another
+        assert means["recommended"]["l0"] == pytest.approx(float(l0), rel=0.2)
+        assert means["recommended"]["ev"] == pytest.approx(
+            _mean(written["runs"], "recommended", l0, means), rel=1e-9
+        )
     capsys.readouterr()
     script.main(arguments)  # everything is done
     assert "'variant'" not in capsys.readouterr().out
+
+
+def _mean(runs, variant, l0, means):
+    mine = [
+        run["ev"]
+        for run in runs
+        if run["variant"] == variant and run["target_l0"] == float(l0) and run["lr"] == means[variant]["lr"]
+    ]
+    return sum(mine) / len(mine)
