@@ -7,6 +7,8 @@ import pytest
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 
+from aen_lightning.data import SpikedDataModule
+
 
 @pytest.fixture
 def script(load_script):
@@ -18,6 +20,7 @@ def test_published_numbers_cover_every_setting_at_the_published_rhos(script):
     assert set(published) == {(name, rho) for name in script.SETTINGS for rho in (0.0, 0.3, 0.5, 0.7, 0.9)}
     assert published["aen-weak", 0.0]["l0"] == 54.66797
     assert published["topk-64", 0.9]["dead_pct_window"] == 93.45703
+    assert published["topk-64", 0.9]["mse"] == 0.01603
 
 
 @pytest.mark.parametrize(
@@ -62,6 +65,24 @@ def test_a_cell_agrees_within_its_tolerance_only(script):
         "shrinkage_ratio": True,
     }
     assert "0.880 (0.850) **!**" in script.table([row], cells)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.9])
+def test_variance_of_the_data_is_that_of_many_samples(script, rho):
+    x, _ = SpikedDataModule(d_in=256, n_features=1024, rho=rho, seed=3).sample(65536, stream=5, index=0)
+    assert script.data_variance(rho, 3) == pytest.approx(float(x.double().var(dim=0).mean()), rel=5e-3)
+
+
+def test_the_published_mse_makes_an_ev_that_does_not_depend_on_its_batch(script, monkeypatch):
+    monkeypatch.setattr(script, "data_variance", lambda rho, seed: 0.05 if seed else 0.03)
+    rows = [
+        {"setting": "topk-16", "rho": 0.9, "seed": seed, **dict.fromkeys(script.TOLERANCES, 0.8)}
+        for seed in (0, 1)
+    ]
+    published = {("topk-16", 0.9): {**dict.fromkeys(script.TOLERANCES, 0.7), "mse": 0.01}}
+    of_all = {cell["metric"]: cell.get("published_of_all") for cell in script.compare(rows, published)}
+    assert of_all.pop("explained_variance") == pytest.approx(1 - 0.01 / 0.04)
+    assert set(of_all.values()) == {None}
 
 
 def test_what_is_not_published_is_not_judged(script):
