@@ -13,9 +13,11 @@ learning rate that did best (``--lr`` tries others).
 
 A dictionary with a threshold has it rescaled by one factor so that L0 on held-out calibration tokens is the
 target, the same for every variant: a batch-wise threshold is learned on other documents than those it is used
-on. EV, dead features (never fired) and L0 are on other held-out tokens, EV in the scaled space. CE recovered is
-against mean ablation. Runs that are done are kept in WORK/results.jsonl and not repeated. ``stability`` is the
-share of live features that have a partner with cosine above .7 in the dictionary of every other seed.
+on. EV, dead features (never fired) and L0 are on other held-out tokens, EV in the scaled space. CE and KL
+recovered are against mean ablation. A CE recovered above 1 says that the model predicts this text better with
+the reconstruction than without, and no longer which dictionary is the more faithful; KL recovered does. Runs
+that are done are kept in WORK/results.jsonl and not repeated. ``stability`` is the share of live features that
+have a partner with cosine above .7 in the dictionary of every other seed.
 """
 
 from __future__ import annotations
@@ -136,10 +138,12 @@ class Judge:
             "n_tokens": features["n_tokens"],
             "threshold_factor": factor,
             "ce_recovered": None,
+            "kl_recovered": None,
         }
         if self.n_rows:
             downstream = evaluate_downstream(sae, self.text, found.mean_activation, n_rows=self.n_rows)
-            result["ce_recovered"] = downstream["ce_recovered"]["mean"]["value"]
+            for key in ("ce_recovered", "kl_recovered"):
+                result[key] = downstream[key]["mean"]["value"]
         return result
 
 

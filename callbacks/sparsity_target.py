@@ -13,8 +13,9 @@ from aen_lightning.callbacks.hard_finish import HardFinish
 from aen_lightning.callbacks.modules import in_refit, prefixed, sparsity_multipliers, training_saes
 from aen_lightning.saes.lengths import Length, in_steps, is_length, length_expected
 
-# Of the features, by headroom. Where more fire, few are rare, and headroom only costs (docs/experiments.md, 13).
-_MOST_ACTIVE = 1 / 32
+# Where headroom ends: as a share of the features, since where more fire, few are rare; and of the dimensions, since where more fire,
+# the penalty chooses little. Beyond either it only costs (docs/experiments.md, 13 and 14).
+_MOST_OF_FEATURES, _MOST_OF_DIMENSIONS = 1 / 32, 1 / 6
 _CORRECTION_LIMIT = 1.0  # of log(L0 / target), so that one batch far off does not throw the coefficient far
 
 
@@ -37,7 +38,8 @@ class TargetL0(pl.Callback):
         damping: ``p`` for an L0 that is off by a factor of e.
         average_steps: L0 is averaged over about this many steps.
         headroom: L0 is held at this multiple of ``l0``, ``>= 1``, so that a hard phase (``HardFinish``) has more features to choose
-            from when it brings L0 to ``l0``; a multiple that would let more than one feature in 32 fire is lowered to that, or to 1.
+            from when it brings L0 to ``l0``; a multiple that would let more than ``d_sae / 32`` or ``d_in / 6`` features fire is
+            lowered to that, or to 1.
 
     Raises:
         ValueError: For a value out of range; at ``setup``, for an SAE without an L1 coefficient, or with one
@@ -95,11 +97,12 @@ class TargetL0(pl.Callback):
             self._coefficients[name] = coefficient
             if sae.cfg.d_sae < self.l0:
                 raise ValueError(f"TargetL0.l0 is {self.l0}, but {who} has d_sae={sae.cfg.d_sae} features")
-            self._held[name] = self.held_l0(sae.cfg.d_sae)
+            self._held[name] = self.held_l0(sae.cfg.d_in, sae.cfg.d_sae)
 
-    def held_l0(self, d_sae: int) -> float:
-        """The L0 that an SAE of so many features is held at: ``l0`` with its headroom."""
-        return max(self.l0, min(self.headroom * self.l0, d_sae * _MOST_ACTIVE))
+    def held_l0(self, d_in: int, d_sae: int) -> float:
+        """The L0 that an SAE of so many dimensions and features is held at: ``l0`` with its headroom."""
+        most = min(d_sae * _MOST_OF_FEATURES, d_in * _MOST_OF_DIMENSIONS)
+        return max(self.l0, min(self.headroom * self.l0, most))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Know the end of the run, which the path to the target needs."""

@@ -80,11 +80,11 @@ def test_from_a_cold_start_it_is_at_the_target_by_two_fifths_of_the_run_and_stay
     assert reached == pytest.approx(module.sae.cfg.l1_coefficient * record.multipliers[-1])
 
 
-@pytest.mark.parametrize(("d_sae", "headroom", "held"), [(48, 1.0, 6.0), (512, 2.0, 12.0), (320, 2.0, 10.0)])
+@pytest.mark.parametrize(("d_sae", "headroom", "held"), [(48, 1.0, 1.2), (512, 2.0, 2.4), (64, 2.0, 2.0)])
 def test_the_multiplier_follows_the_rule_written_out_in_floats(
     tmp_path: Path, d_sae: int, headroom: float, held: float
 ):
-    record, n_steps, target = Record(), 12, 6.0
+    record, n_steps, target = Record(), 12, 1.2
     module = SAEModule({"architecture": "aen", "d_in": 16, "d_sae": d_sae, "l1_coefficient": 0.1})
     steer = TargetL0(target, reach_at=0.5, gain=0.1, damping=0.7, average_steps=4, headroom=headroom)
     ending = HardFinish(target, at=n_steps)  # no step of this run is hard
@@ -102,10 +102,21 @@ def test_the_multiplier_follows_the_rule_written_out_in_floats(
 
 
 @pytest.mark.parametrize(
-    ("d_sae", "held"), [(1024, 32.0), (768, 24.0), (512, 16.0), (64, 16.0)], ids=["2", "1.5", "1", "1, dense"]
+    ("d_in", "d_sae", "held"),
+    [
+        (576, 1024, 32.0),
+        (576, 768, 24.0),
+        (576, 512, 16.0),
+        (576, 64, 16.0),
+        (120, 1024, 20.0),
+        (60, 1024, 16.0),
+    ],
+    ids=["2", "1.5", "1", "1, dense", "1.25, few dimensions", "1, fewer"],
 )
-def test_headroom_ends_where_one_feature_in_32_fires(d_sae: int, held: float):
-    assert TargetL0(16.0, headroom=2.0).held_l0(d_sae) == held
+def test_headroom_ends_where_a_32th_of_the_features_or_a_sixth_of_the_dimensions_fires(
+    d_in: int, d_sae: int, held: float
+):
+    assert TargetL0(16.0, headroom=2.0).held_l0(d_in, d_sae) == held
 
 
 def test_headroom_without_a_hard_phase_is_refused(tmp_path: Path):
