@@ -9,7 +9,8 @@ with the same start, samples, order and budget.
 The baselines are SAELens's ``standard``, ``batchtopk`` (with its auxiliary loss; ``batchtopk-annealed`` with a k
 that falls from twice the L0, too) and ``jumprelu`` (the settings its authors publish for this benchmark), trained
 by ``SAEModule``, which takes SAELens's own steps; every learning rate of a grid is tried on the first seed and the
-best by explained variance is kept, for each variant and L0 on its own. What is measured is the dictionary exported and loaded by plain SAELens. Explained variance grows
+best by explained variance is kept, for each variant and L0 on its own. What is measured is the dictionary
+exported and loaded by plain SAELens. Explained variance grows
 with L0, so thresholds of exported JumpReLU dictionaries (all but those with an L1 term to the end) are scaled
 by one factor until L0 is the target on other samples; ``exported_l0`` is the L0 before that.
 ``--full`` builds the published model from its published config. Finished runs are kept in ``--out``.

@@ -100,7 +100,7 @@ def test_it_runs_resumes_and_writes(script, tiny, tmp_path, capsys):
     for l0, means in written["means"].items():
         assert set(means) == set(script.VARIANTS)
         assert all(mean["seeds"] == 2 for mean in means.values())
-        # a dictionary without one threshold to scale has another L0, and runs of one L0 are not those of another
+        # the runs of one L0 are not mixed with those of the other
         assert means["recommended"]["l0"] == pytest.approx(float(l0), rel=0.2)
         assert means["recommended"]["ev"] == pytest.approx(
             _mean(written["runs"], "recommended", l0, means), rel=1e-9
