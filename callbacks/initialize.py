@@ -10,6 +10,7 @@ from sae_lens import TrainingSAE
 from torch import Tensor
 
 from aen_lightning.callbacks.modules import training_saes
+from aen_lightning.callbacks.sparsity_target import TargetL0
 
 _CHUNK = 4096  # features whose pre-activations are in memory at a time
 
@@ -28,18 +29,19 @@ class InitializeFromData(pl.Callback):
         active_share: Share of the batch on which each feature fires at first, in (0, 1). None: ``b_enc`` as
             it is.
         l0: The same as a count, in place of ``active_share``: the mean active features per token to start with,
-            ``> 0``; each feature fires on ``l0 / d_sae`` of the batch, on one token at least and half at most. Twice the L0 to
-            end with did best at several widths (docs/experiments.md, 11).
+            ``> 0``; each feature fires on ``l0 / d_sae`` of the batch, on one token at least and half at most. ``target``: what
+            the run's ``TargetL0`` starts from (``TargetL0.start_l0``), twice its L0 or more.
 
     Raises:
-        ValueError: For a value out of range; at ``setup``, for an SAE without the parameter.
+        ValueError: For a value out of range; at ``setup``, for an SAE without the parameter, and for ``l0: target`` without a
+            ``TargetL0``.
     """
 
     def __init__(
         self,
         b_dec: Literal["mean", "geometric_median"] | None = "mean",
         active_share: float | None = 0.05,
-        l0: float | None = None,
+        l0: float | Literal["target"] | None = None,
     ) -> None:
         if b_dec not in ("mean", "geometric_median", None):
             raise ValueError(
@@ -47,12 +49,20 @@ class InitializeFromData(pl.Callback):
             )
         if active_share is not None and not 0 < active_share < 1:
             raise ValueError(f"InitializeFromData.active_share must be in (0, 1) or None, got {active_share}")
-        if l0 is not None and not l0 > 0:
-            raise ValueError(f"InitializeFromData.l0 must be above 0 or None, got {l0}")
+        if l0 is not None and l0 != "target" and (isinstance(l0, str) or not l0 > 0):
+            raise ValueError(f"InitializeFromData.l0 must be above 0, 'target' or None, got {l0!r}")
         self.b_dec, self.active_share, self.l0 = b_dec, active_share, l0
+        self._target: TargetL0 | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse SAEs that cannot be started so before any work."""
+        if self.l0 == "target":
+            callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+            self._target = next((callback for callback in callbacks if isinstance(callback, TargetL0)), None)
+            if self._target is None:
+                raise ValueError(
+                    "InitializeFromData.l0 is 'target', but the run has no TargetL0 to start for: add it, or give a number"
+                )
         for sae in training_saes(pl_module, self).values():
             found = {"b_dec": hasattr(sae, "b_dec"), "b_enc": bool(_encoder_biases(sae))}
             wanted = {"b_dec": self.b_dec, "b_enc": self._active_share(sae)}
@@ -91,7 +101,12 @@ class InitializeFromData(pl.Callback):
                         b_enc[features] = bias
 
     def _active_share(self, sae: TrainingSAE[Any]) -> float | None:
-        return self.active_share if self.l0 is None else min(0.5, self.l0 / sae.cfg.d_sae)
+        if self.l0 is None:
+            return self.active_share
+        if self.l0 == "target":
+            assert self._target is not None  # setup
+            return min(0.5, self._target.start_l0(sae.cfg.d_in, sae.cfg.d_sae) / sae.cfg.d_sae)
+        return min(0.5, self.l0 / sae.cfg.d_sae)
 
 
 def _encoder_biases(sae: TrainingSAE[Any]) -> list[torch.nn.Parameter]:

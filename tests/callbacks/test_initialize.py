@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from aen_lightning import SAEModule
-from aen_lightning.callbacks import InitializeFromData
+from aen_lightning.callbacks import HardFinish, InitializeFromData, TargetL0
 from aen_lightning.callbacks.initialize import geometric_median
 from tests.support.streams import batch_at, loader
 from tests.support.training import make_trainer
@@ -87,9 +87,32 @@ def test_a_start_with_a_given_l0(tmp_path: Path, l0: float, share: int):
     assert torch.equal((pre > 1e-6).sum(0), torch.full((48,), share))
 
 
+def test_a_start_for_the_target_of_the_run(tmp_path: Path):
+    """Of 16 dimensions 16 / 6 may be held active, so L0 2 with headroom 2 is held at 2.67, and starts from 4 * 4 / 2.67 = 6."""
+    module, start = SAEModule({"architecture": "aen", "d_in": 16, "d_sae": 128}, seed=0), Start()
+    callbacks = [
+        InitializeFromData(l0="target"), start, TargetL0(2, headroom=2), HardFinish(2, at=1)
+    ]  # fmt: skip
+    make_trainer(tmp_path, 2, callbacks=callbacks).fit(module, loader())
+    assert start.state is not None
+    pre = (batch_at(0, batch_size=64, d_in=16) - start.state["b_dec"]) @ start.state["W_enc"] + start.state[
+        "b_enc"
+    ]
+    assert torch.equal((pre > 1e-6).sum(0), torch.full((128,), 3))  # of 64 tokens: 6 / 128
+
+
+def test_a_start_for_a_target_needs_one(tmp_path: Path):
+    module = SAEModule({"architecture": "aen", "d_in": 16, "d_sae": 48}, seed=0)
+    with pytest.raises(ValueError, match="l0 is 'target', but the run has no TargetL0"):
+        make_trainer(tmp_path, 2, callbacks=[InitializeFromData(l0="target")]).fit(module, loader())
+
+
 @pytest.mark.parametrize(
-    "kwargs", [{"b_dec": "median"}, {"active_share": 0.0}, {"active_share": 1.0}, {"l0": 0.0}, {"l0": -3}]
-)
+    "kwargs",
+    [
+        {"b_dec": "median"}, {"active_share": 0.0}, {"active_share": 1.0}, {"l0": 0.0}, {"l0": -3}, {"l0": "tagret"},
+    ],
+)  # fmt: skip
 def test_values_out_of_range_are_named(kwargs: dict[str, Any]):
     with pytest.raises(ValueError, match=r"InitializeFromData\.\w+ must be"):
         InitializeFromData(**kwargs)

@@ -102,21 +102,28 @@ def test_the_multiplier_follows_the_rule_written_out_in_floats(
 
 
 @pytest.mark.parametrize(
-    ("d_in", "d_sae", "held"),
+    ("d_in", "d_sae", "held", "start"),
     [
-        (576, 1024, 32.0),
-        (576, 768, 24.0),
-        (576, 512, 16.0),
-        (576, 64, 16.0),
-        (120, 1024, 20.0),
-        (60, 1024, 16.0),
+        (576, 1024, 32.0, 32.0),
+        (576, 768, 24.0, 32 * 32 / 24),
+        (576, 640, 20.0, 40.0),  # a 16th of the features, not 51.2
+        (576, 512, 16.0, 32.0),
+        (576, 64, 16.0, 32.0),  # twice the L0, though it is half of the features
+        (120, 1024, 20.0, 51.2),
+        (60, 1024, 16.0, 64.0),
     ],
-    ids=["2", "1.5", "1", "1, dense", "1.25, few dimensions", "1, fewer"],
+    ids=["2", "1.5", "1.25", "1", "1, dense", "1.25, few dimensions", "1, fewer"],
 )
-def test_headroom_ends_where_a_32th_of_the_features_or_a_sixth_of_the_dimensions_fires(
-    d_in: int, d_sae: int, held: float
+def test_headroom_ends_where_a_32th_of_the_features_or_a_sixth_of_the_dimensions_fires_and_the_start_makes_up_for_it(
+    d_in: int, d_sae: int, held: float, start: float
 ):
-    assert TargetL0(16.0, headroom=2.0).held_l0(d_in, d_sae) == held
+    target = TargetL0(16.0, headroom=2.0)
+    assert target.held_l0(d_in, d_sae) == held
+    assert target.start_l0(d_in, d_sae) == pytest.approx(start)
+
+
+def test_a_start_without_headroom_is_twice_the_l0():
+    assert TargetL0(16.0).start_l0(576, 9216) == 32.0
 
 
 def test_headroom_without_a_hard_phase_is_refused(tmp_path: Path):
