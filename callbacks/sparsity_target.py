@@ -16,7 +16,7 @@ from aen_lightning.saes.lengths import Length, in_steps, is_length, length_expec
 # Where headroom ends, as shares of d_sae and d_in. Found by trial on two kinds of data: beyond them it costs explained variance
 # (docs/experiments.md, 13 and 14).
 _MOST_OF_FEATURES, _MOST_OF_DIMENSIONS = 1 / 32, 1 / 6
-_MOST_AT_START = 1 / 16  # of d_sae; by trial, too (docs/experiments.md, 15)
+_MOST_AT_START = 1 / 20  # of d_sae; by trial, too (docs/experiments.md, 15)
 _CORRECTION_LIMIT = 1.0  # of log(L0 / target), so that one batch far off does not throw the coefficient far
 
 
@@ -109,7 +109,7 @@ class TargetL0(pl.Callback):
         """The L0 that ``InitializeFromData(l0="target")`` starts from.
 
         Where headroom is lowered, the start is raised: the geometric mean of the two stays ``headroom * l0``, as long as no more
-        than ``d_sae / 16`` features fire. At least twice ``l0``.
+        than ``d_sae / 20`` features fire. At least twice ``l0``.
         """
         mean = self.headroom * self.l0
         return max(2 * self.l0, min(mean**2 / self.held_l0(d_in, d_sae), d_sae * _MOST_AT_START))

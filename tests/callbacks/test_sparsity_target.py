@@ -105,14 +105,14 @@ def test_the_multiplier_follows_the_rule_written_out_in_floats(
     ("d_in", "d_sae", "held", "start"),
     [
         (576, 1024, 32.0, 32.0),
-        (576, 768, 24.0, 32 * 32 / 24),
-        (576, 640, 20.0, 40.0),  # a 16th of the features, not 51.2
+        (576, 960, 30.0, 32 * 32 / 30),
+        (576, 768, 24.0, 38.4),  # a 20th of the features, not 42.7
         (576, 512, 16.0, 32.0),
         (576, 64, 16.0, 32.0),  # twice the L0, though it is half of the features
-        (120, 1024, 20.0, 51.2),
-        (60, 1024, 16.0, 64.0),
+        (120, 1280, 20.0, 51.2),
+        (60, 2048, 16.0, 64.0),
     ],
-    ids=["2", "1.5", "1.25", "1", "1, dense", "1.25, few dimensions", "1, fewer"],
+    ids=["2", "1.9", "1.5", "1", "1, dense", "1.25, few dimensions", "1, fewer"],
 )
 def test_headroom_ends_where_a_32th_of_the_features_or_a_sixth_of_the_dimensions_fires_and_the_start_makes_up_for_it(
     d_in: int, d_sae: int, held: float, start: float
