@@ -8,6 +8,8 @@ import pytest
 import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
+from aen_lightning.callbacks import TargetL0
+
 
 @pytest.fixture
 def frontier(load_script):
@@ -79,6 +81,15 @@ def test_settings_of_a_variant_are_changed_by_name(frontier):
         frontier.VARIANTS["batchtopk"](16.0, 100).change("HardFinish.at=0.5")
 
 
-def test_the_preset_starts_with_twice_the_l0_that_it_ends_with(frontier):
-    assert frontier.VARIANTS["recommended"](16.0, 100).start.l0 == 32
-    assert frontier.VARIANTS["batchtopk"](16.0, 100).start.active_share == 0.05
+@pytest.mark.parametrize(
+    ("l0", "d_sae", "start"),
+    [(16.0, 2304, 32.0), (64.0, 9216, 128**2 / 96), (128.0, 2304, 256.0), (128.0, 9216, 460.8)],
+)
+def test_the_preset_starts_with_twice_its_l0_or_more_where_it_is_held_lower(
+    frontier, l0: float, d_sae: int, start: float
+):
+    run = frontier.VARIANTS["recommended"](l0, 100)
+    assert run.start.l0 == "target"
+    target = next(callback for callback in run.callbacks if isinstance(callback, TargetL0))
+    assert target.start_l0(576, d_sae) == pytest.approx(start)
+    assert frontier.VARIANTS["batchtopk"](l0, 100).start.active_share == 0.05
