@@ -2,12 +2,13 @@
 
     python benchmarks/draw.py RESULTS.json --x l0 --y ev --out ev.svg
     python benchmarks/draw.py frontier.json --x l0 --y dead_pct --where d_sae=9216 --log-x --out dead.svg
-    python benchmarks/draw.py synth.json --x l0 --y mcc f1 --out recovery.svg     two panels side by side
+    python benchmarks/draw.py synth.json --x l0 --y mcc f1 --best lr --out recovery.svg     two panels side by side
 
 RESULTS.json is a list of runs, or an object with that list under ``runs``: each an object with ``variant``, the
 metrics, and what tells points from repetitions. Runs of a variant with the same ``--group`` value (default
 ``target_l0`` where the runs have it, else ``l0``) are seeds of one point: its mean, with a bar of one standard
-deviation. Runs of several ``d_sae`` become variants of their own. Runs without one of the metrics are left out
+deviation. With ``--best KEY`` a point takes the runs with that value of KEY alone which gave the most explained
+variance on its first seed. Runs of several ``d_sae`` become variants of their own. Runs without one of the metrics are left out
 of that panel.
 """
 
@@ -81,6 +82,18 @@ def select(runs: Sequence[dict[str, Any]], conditions: Sequence[str]) -> list[di
     return left
 
 
+def best_of(runs: Sequence[dict[str, Any]], key: str, *, group: str) -> list[dict[str, Any]]:
+    """Of each variant and group, the runs with the ``key`` of the highest ``ev`` on the lowest seed."""
+
+    def point(run: dict[str, Any]) -> tuple[Any, ...]:
+        return run["variant"], run.get("d_sae"), run.get(group)
+
+    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for run in sorted(runs, key=lambda run: (run["seed"], -run["ev"])):
+        best.setdefault(point(run), run)
+    return [run for run in runs if run.get(key) == best[point(run)].get(key)]
+
+
 def _same(found: Any, wanted: str) -> bool:
     if isinstance(found, bool) or not isinstance(found, (int, float)):
         return str(found) == wanted
@@ -124,6 +137,13 @@ def ticks(low: float, high: float, n: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
+def powers_of_two(low: float, high: float) -> list[float]:
+    """Those in [low, high], all above zero, at most about nine; round numbers where there are fewer than two."""
+    first, last = math.ceil(math.log2(low)), math.floor(math.log2(high))
+    powers = [2.0**i for i in range(first, last + 1, max(1, -(-(last - first) // 8)))]
+    return powers if len(powers) > 1 else ticks(low, high)
+
+
 def draw(panels: Sequence[tuple[str, str, dict[str, list[Point]]]], *, log_x: bool = False) -> str:
     """An SVG of panels (name of x, name of y, points by variant) side by side, with one legend."""
     variants = list(dict.fromkeys(variant for _, _, found in panels for variant in found))
@@ -163,15 +183,9 @@ def _panel(
         return bottom - (value - y_low) / (y_high - y_low) * (bottom - top)
 
     parts = []
-    if log_x:  # the points themselves: few, and what one reads off
-        x_ticks = sorted({float(f"{p.x:.2g}") for p in everything})
-        x_ticks = [t for i, t in enumerate(x_ticks) if i == 0 or at_x(t) - at_x(x_ticks[i - 1]) > 24]
-    else:
-        x_ticks = ticks(x_low, x_high)
-    for tick in x_ticks:
-        if left - 1 <= at_x(tick) <= right + 1:
-            parts.append(f'<path d="M{at_x(tick):.1f} {top}V{bottom}" stroke="#e5e5e5"/>')
-            parts.append(f'<text x="{at_x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>')
+    for tick in powers_of_two(10**x_low, 10**x_high) if log_x else ticks(x_low, x_high):
+        parts.append(f'<path d="M{at_x(tick):.1f} {top}V{bottom}" stroke="#e5e5e5"/>')
+        parts.append(f'<text x="{at_x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>')
     for tick in ticks(y_low, y_high):
         parts.append(f'<path d="M{left} {at_y(tick):.1f}H{right}" stroke="#e5e5e5"/>')
         parts.append(f'<text x="{left - 6}" y="{at_y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
@@ -207,12 +221,15 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 def _marker(x: float, y: float, index: int) -> str:
     style = f'fill="{COLOURS[index % len(COLOURS)]}" stroke="white"'
-    shape = index % 3
+    shape = index % 4
     if shape == 0:
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" {style}/>'
     if shape == 1:
         return f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8" {style}/>'
-    return f'<path d="M{x:.1f} {y - 5.5:.1f}L{x + 5:.1f} {y + 4:.1f}H{x - 5:.1f}Z" {style}/>'
+    if shape == 2:
+        return f'<path d="M{x:.1f} {y - 5.5:.1f}L{x + 5:.1f} {y + 4:.1f}H{x - 5:.1f}Z" {style}/>'
+    diamond = f"M{x:.1f} {y - 5.5:.1f}L{x + 5.5:.1f} {y:.1f}L{x:.1f} {y + 5.5:.1f}L{x - 5.5:.1f} {y:.1f}Z"
+    return f'<path d="{diamond}" {style}/>'
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -226,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--group", help="what runs of one point have in common")
     parser.add_argument("--where", nargs="+", default=[], metavar="KEY=VALUE", help="only these runs")
     parser.add_argument("--variants", nargs="+", help="only these, in this order")
+    parser.add_argument("--best", metavar="KEY", help="such as lr: of runs that differ in it, only the best")
     parser.add_argument("--log-x", action="store_true", help="logarithmic horizontal axis")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.svg")
     options = parser.parse_args(arguments)
@@ -236,6 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if len({run.get("d_sae") for run in runs}) > 1:
             runs = [{**run, "variant": f"{run['variant']}, {run.get('d_sae')} features"} for run in runs]
         group = options.group or ("target_l0" if any("target_l0" in run for run in runs) else "l0")
+        if options.best:
+            runs = best_of(runs, options.best, group=group)
         panels = [
             (
                 NAMES.get(options.x, options.x),

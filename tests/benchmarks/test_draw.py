@@ -37,6 +37,18 @@ def test_conditions_compare_numbers_as_numbers(script):
         script.select(RUNS, ["l0"])
 
 
+def test_of_several_rates_a_point_takes_the_one_that_did_best_on_the_first_seed(script):
+    at = {"variant": "a", "target_l0": 8, "d_sae": 64}
+    runs = [
+        {**at, "seed": 1, "lr": 0.1, "ev": 0.9},  # the best of all, but not the first seed's
+        {**at, "seed": 0, "lr": 0.1, "ev": 0.5},
+        {**at, "seed": 0, "lr": 0.2, "ev": 0.6},
+        {**at, "seed": 1, "lr": 0.2, "ev": 0.7},
+        {**at, "target_l0": 16, "seed": 0, "lr": 0.1, "ev": 0.4},
+    ]
+    assert script.best_of(runs, "lr", group="target_l0") == runs[2:]
+
+
 def test_a_metric_that_no_run_has_is_named_with_those_there_are(script):
     with pytest.raises(ValueError, match=r"'mcc'; there are d_sae, ev, l0"):
         script.points(RUNS, x="l0", y="mcc", group="target_l0")
@@ -52,6 +64,24 @@ def test_a_metric_that_no_run_has_is_named_with_those_there_are(script):
 )
 def test_ticks_are_round(script, low, high, expected):
     assert script.ticks(low, high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (15.8, 130.0, [16, 32, 64, 128]),
+        (16.0, 64.0, [16, 32, 64]),
+        (0.2, 5000.0, [0.25, 1, 4, 16, 64, 256, 1024, 4096]),
+        (17.0, 31.0, [18, 20, 22, 24, 26, 28, 30]),
+    ],
+)
+def test_a_logarithmic_axis_is_marked_at_powers_of_two(script, low, high, expected):
+    assert script.powers_of_two(low, high) == pytest.approx(expected)
+
+
+def test_four_variants_have_four_shapes(script):
+    shapes = {script._marker(0, 0, i).partition("fill=")[0] for i in range(4)}
+    assert len(shapes) == 4
 
 
 @pytest.mark.parametrize("log", [[], ["--log-x"]])
