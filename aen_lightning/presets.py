@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import lightning.pytorch as pl
 
-from aen_lightning.callbacks import HardFinish, InitializeFromData, TargetL0
+from aen_lightning.callbacks import HardFinish, InitializeFromData, ReviveSilent, TargetL0
 from aen_lightning.spelling import suggest
 from aen_lightning.training.module import SAEModule
 
@@ -87,9 +87,11 @@ def _recommended_aen(l0: float) -> Preset:
 def _recommended_gated(l0: float) -> Preset:
     """Differentiable throughout but for the gate's switch: no hard phase."""
     base = _recommended_aen(l0)
+    sae = {key: value for key, value in base.sae.items() if not key.startswith("aux_loss")}
     callbacks = {cls: arguments for cls, arguments in base.callbacks.items() if cls is not HardFinish}
     callbacks[TargetL0] = {**callbacks[TargetL0], "headroom": 1.0}
-    return Preset(base.sae, base.training, callbacks)
+    callbacks[ReviveSilent] = {"window": 0.03, "rate": 4.0}  # no hard phase, no auxiliary loss
+    return Preset(sae, base.training, callbacks)
 
 
 def _published_aen(l0: float) -> Preset:

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from annealing import AnnealK
 from resampling import ResampleDead
 
-from aen_lightning.callbacks import HardFinish, InitializeFromData, TargetL0
+from aen_lightning.callbacks import HardFinish, InitializeFromData, ReviveSilent, TargetL0
 from aen_lightning.presets import preset
 
 
@@ -64,16 +64,20 @@ def _aen(l0: float, **sae: Any) -> Run:
     return Run(penalised | sae, callbacks=[TargetL0(l0, reach_at=0.15)])
 
 
-def recommended(l0: float, steps: int) -> Run:
-    """The preset: a guarded L1 start, then BatchTopK on the same weights."""
-    chosen = preset("recommended", l0=l0)
-    sae = {"architecture": "aen", **chosen.sae}
+def _preset(l0: float, architecture: str) -> Run:
+    chosen = preset("recommended", architecture=architecture, l0=l0)
+    sae = {"architecture": architecture, **chosen.sae}
     training = dict(chosen.training)
     del training["lr_decay_steps"]  # the same for all
     arguments = dict(chosen.callbacks)
     start = InitializeFromData(**arguments.pop(InitializeFromData))
     callbacks = [make(**given) for make, given in arguments.items()]
     return Run(sae, training.pop("lr"), start, callbacks, training)
+
+
+def recommended(l0: float, steps: int) -> Run:
+    """The preset: a guarded L1 start, then BatchTopK on the same weights."""
+    return _preset(l0, "aen")
 
 
 def hard_from_start(l0: float, steps: int) -> Run:
@@ -98,8 +102,8 @@ def guarded_l1(l0: float, steps: int) -> Run:
 
 
 def aen_gated(l0: float, steps: int) -> Run:
-    """The relaxed refit trained jointly: no hard phase."""
-    return _aen(l0, architecture="aen_gated")
+    """The preset of the gated AEN, the relaxed refit trained jointly: no hard phase."""
+    return _preset(l0, "aen_gated")
 
 
 def l1(l0: float, steps: int) -> Run:
@@ -133,8 +137,10 @@ def jumprelu(l0: float, steps: int) -> Run:
 
 
 def mcp(l0: float, steps: int) -> Run:
-    """Guarded MCP."""
-    return _aen(l0, penalty="mcp")
+    """Guarded MCP, whose silent features are raised: differentiable throughout, the map too."""
+    run = _aen(l0, penalty="mcp")
+    run.callbacks.append(ReviveSilent())
+    return run
 
 
 def gated(l0: float, steps: int) -> Run:

@@ -13,6 +13,7 @@ from aen_lightning.callbacks.interrupt import Interrupted, SaveOnSignal
 from aen_lightning.callbacks.publish import PublishToHub
 from aen_lightning.callbacks.rank_watch import RankWatch
 from aen_lightning.callbacks.refit_finish import RefitFinish
+from aen_lightning.callbacks.revive import ReviveSilent
 from aen_lightning.callbacks.sparsity_target import TargetL0
 from aen_lightning.callbacks.throughput import Throughput
 from aen_lightning.callbacks.warmup import DelayedWarmup
@@ -20,5 +21,5 @@ from aen_lightning.callbacks.warmup import DelayedWarmup
 __all__ = [
     "DeadFeatureTracker", "DelayedWarmup", "EMAWeightRefresh", "EvaluateDictionaries", "ExportSAE",
     "HardFinish",
-    "InitializeFromData", "Interrupted", "PublishToHub", "RankWatch", "RefitFinish", "SaveOnSignal", "TargetL0", "Throughput",
+    "InitializeFromData", "Interrupted", "PublishToHub", "RankWatch", "RefitFinish", "ReviveSilent", "SaveOnSignal", "TargetL0", "Throughput",
 ]  # fmt: skip

@@ -80,6 +80,20 @@ def sparsity_multipliers(pl_module: pl.LightningModule, callback: pl.Callback) -
     return multipliers
 
 
+def silent_steps(pl_module: pl.LightningModule, callback: pl.Callback) -> dict[str, Tensor]:
+    """For how many training steps each feature of each SAE of ``pl_module`` has not fired, by name, (d_sae,), int64.
+
+    Raises:
+        TypeError: If it does not count them.
+    """
+    silent = getattr(pl_module, "silent_steps", None)
+    if not isinstance(silent, dict):
+        raise TypeError(
+            f"{type(callback).__name__} needs a module with counts by name as `silent_steps`, got {type(pl_module).__name__}"
+        )
+    return silent
+
+
 def prefixed(name: str, key: str) -> str:
     """``name/key``, or ``key`` for the only SAE of a run."""
     return f"{name}/{key}" if name else key

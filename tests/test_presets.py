@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from sae_lens import SAE, JumpReLUSAE
 
-from aen_lightning.callbacks import TargetL0
+from aen_lightning.callbacks import ReviveSilent, TargetL0
 from aen_lightning.presets import preset, recommended
 from tests.support.streams import loader
 from tests.support.training import make_trainer
@@ -38,8 +38,11 @@ def test_what_is_given_wins():
 
 
 def test_without_a_hard_phase_the_penalty_holds_the_l0_itself():
-    _, callbacks = recommended(d_in=16, d_sae=48, l0=4, max_steps=60, architecture="aen_gated")
+    module, callbacks = recommended(d_in=16, d_sae=48, l0=4, max_steps=60, architecture="aen_gated")
     assert [(c.l0, c.headroom) for c in callbacks if isinstance(c, TargetL0)] == [(4, 1)]
+    # what brings silent features back
+    assert module.sae.cfg.aux_loss_coefficient == 0
+    assert [(c.window, c.rate) for c in callbacks if isinstance(c, ReviveSilent)] == [(0.03, 4.0)]
 
 
 def test_an_unknown_preset_is_named_with_the_nearest():

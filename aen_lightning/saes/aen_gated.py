@@ -63,7 +63,7 @@ class AENGatedSAE(GatedSAE):
 class AENGatedTrainingSAEConfig(AENTrainingSAEConfig):
     """Config for training a gated AEN-SAE: that of ``aen``, whose penalty and statistics are the gate's.
 
-    It has no hard phase, and is exported as ``jumprelu``.
+    It has no hard phase, refuses the settings of one, and is exported as ``jumprelu``.
     """
 
     inference_architecture: Literal["jumprelu"] = "jumprelu"  # type: ignore[assignment]
@@ -76,6 +76,14 @@ class AENGatedTrainingSAEConfig(AENTrainingSAEConfig):
     @override
     def inference_architectures(self) -> tuple[str, ...]:
         return ("jumprelu",)
+
+    @override
+    def _constraints(self) -> list[tuple[str, bool, str]]:
+        return [
+            *super()._constraints(),
+            ("hard_k", self.hard_k is None, "None, since aen_gated has no hard phase"),
+            ("aux_loss_coefficient", not self.aux_loss_coefficient, "0, since aen_gated has no hard phase"),
+        ]
 
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:

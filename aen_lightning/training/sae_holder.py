@@ -42,6 +42,11 @@ class SAEHolder(pl.LightningModule):
         return {tracked.name: tracked.sparsity_multiplier for tracked in self.tracked}
 
     @property
+    def silent_steps(self) -> dict[str, Tensor]:
+        """For how many training steps each feature has not fired on any rank, (d_sae,), int64, by SAE."""
+        return {tracked.name: tracked.n_forward_passes_since_fired for tracked in self.tracked}
+
+    @property
     def shard_features(self) -> bool:
         """Whether each rank holds a part of the features and sees the whole batch."""
         return self.sharded_features is not None

@@ -11,10 +11,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from sae_lens import TrainingSAE
 from torch import Tensor
 
-from aen_lightning.callbacks import EvaluateDictionaries, HardFinish, InitializeFromData
+from aen_lightning.callbacks import EvaluateDictionaries, HardFinish, InitializeFromData, ReviveSilent
 from aen_lightning.sharded import FeatureSharded, feature_mesh, in_turns, take_parts_of_whole
 
-_REFUSED = (EvaluateDictionaries, HardFinish, InitializeFromData)
+_REFUSED = (EvaluateDictionaries, HardFinish, InitializeFromData, ReviveSilent)
 
 
 class ShardedFeatures:

@@ -146,6 +146,12 @@ def test_under_lightning_it_starts_from_data_and_is_exported(tmp_path: Path):
     assert_close(read(x), module.sae(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("field", "value"), [("hard_k", 4.0), ("aux_loss_coefficient", 0.03)])
+def test_settings_of_a_hard_phase_are_refused_rather_than_ignored(field: str, value: float):
+    with pytest.raises(ValueError, match=rf"{field} must be .*no hard phase.*, got {value}"):
+        make(**{field: value})
+
+
 def test_a_hard_phase_is_refused_before_any_work(tmp_path: Path):
     module = SAEModule({"architecture": "aen_gated", "d_in": 16, "d_sae": 48})
     with pytest.raises(ValueError, match="architecture 'aen_gated' has no hard phase: remove HardFinish"):

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from aen_lightning.callbacks import EvaluateDictionaries, HardFinish, InitializeFromData
+from aen_lightning.callbacks import EvaluateDictionaries, HardFinish, InitializeFromData, ReviveSilent
 from aen_lightning.training.module import SAEModule
 from aen_lightning.training.sharded_features import refuse_model_parallel
 from tests.support.streams import loader
@@ -38,7 +38,7 @@ def test_saes_that_cannot_be_sharded(sae: dict[str, Any], said: str) -> None:
 
 @pytest.mark.parametrize(
     "callback",
-    [EvaluateDictionaries(), HardFinish(k=3), InitializeFromData()],
+    [EvaluateDictionaries(), HardFinish(k=3), InitializeFromData(), ReviveSilent()],
     ids=lambda c: type(c).__name__,
 )
 def test_callbacks_that_need_whole_weights(tmp_path: Path, callback: pl.Callback) -> None:

@@ -1,0 +1,60 @@
+"""Raises the bias of features that have gone silent until they fire again."""
+
+from __future__ import annotations
+
+import math
+
+import lightning.pytorch as pl
+import torch
+from torch.optim import Optimizer
+
+from aen_lightning.callbacks.modules import in_refit, silent_steps, training_saes
+from aen_lightning.saes.lengths import Length, check_length, in_steps
+
+_BIASES = ("b_enc", "b_gate", "b_mag")
+
+
+class ReviveSilent(pl.Callback):
+    """Before each optimizer step, adds ``rate`` times the learning rate to the bias of every silent feature.
+
+    A penalised feature that no longer fires has no gradient, so nothing brings it back. With this its bias rises, as fast as Adam moves
+    a parameter, until it fires on a few tokens; from there on the loss decides. The map stays differentiable throughout, and no other feature is
+    touched. It acts on every architecture with a bias (``b_enc``, or ``b_gate`` and ``b_mag`` of a gated one), until a refit begins.
+
+    Source: a threshold that adapts until its unit fires often enough (Földiák 1990, Biological Cybernetics 64, 165-170). Not in the
+    paper.
+
+    Args:
+        window: Training steps without firing, or a share of the run, after which a feature is silent.
+        rate: Of the rise, in learning rates a step, dimensionless, ``> 0``. 4 did best (docs/experiments.md, 16).
+
+    Raises:
+        ValueError: For a value out of range.
+    """
+
+    def __init__(self, window: Length = 0.03, rate: float = 4.0) -> None:
+        check_length(window, "ReviveSilent.window", at_least=1)
+        if not (math.isfinite(rate) and rate > 0):
+            raise ValueError(f"ReviveSilent.rate must be a finite number > 0, got {rate}")
+        self.window, self.rate = window, rate
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a module that does not know who is silent before any work."""
+        silent_steps(pl_module, self)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Know the length of the run."""
+        self._window = in_steps(self.window, trainer.estimated_stepping_batches, "ReviveSilent.window")
+
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Raise the biases."""
+        if in_refit(pl_module):
+            return
+        rise = self.rate * optimizer.param_groups[0]["lr"]
+        for name, sae in training_saes(pl_module, self).items():
+            silent = silent_steps(pl_module, self)[name] > self._window
+            for bias in (getattr(sae, b) for b in _BIASES if hasattr(sae, b)):
+                bias.add_(silent.to(bias.dtype) * rise)
