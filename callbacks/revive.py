@@ -17,16 +17,18 @@ _BIASES = ("b_enc", "b_gate", "b_mag")
 class ReviveSilent(pl.Callback):
     """Before each optimizer step, adds ``rate`` times the learning rate to the bias of every silent feature.
 
-    A penalised feature that no longer fires has no gradient, so nothing brings it back. With this its bias rises, as fast as Adam moves
-    a parameter, until it fires on a few tokens; from there on the loss decides. The map stays differentiable throughout, and no other feature is
-    touched. It acts on every architecture with a bias (``b_enc``, or ``b_gate`` and ``b_mag`` of a gated one), until a refit begins.
+    A penalised feature that no longer fires has no gradient, so nothing brings it back. With this its bias
+    rises, as fast as Adam moves a parameter, until it fires on a few tokens; from there on the loss decides.
+    The map stays differentiable throughout, and no other feature is touched. It acts on every architecture with
+    a bias (``b_enc``, or ``b_gate`` and ``b_mag`` of a gated one), until a refit begins. In a hard phase with an
+    auxiliary loss it changed nothing (docs/experiments.md, 16).
 
-    Source: a threshold that adapts until its unit fires often enough (Földiák 1990, Biological Cybernetics 64, 165-170). Not in the
-    paper.
+    Source: a threshold that adapts until its unit fires often enough (Földiák 1990, Biological Cybernetics 64,
+    165-170). Not in the paper.
 
     Args:
         window: Training steps without firing, or a share of the run, after which a feature is silent.
-        rate: Of the rise, in learning rates a step, dimensionless, ``> 0``. 4 did best (docs/experiments.md, 16).
+        rate: Of the rise, in learning rates a step, dimensionless, ``> 0``. 4 did better than 1, 16 no better.
 
     Raises:
         ValueError: For a value out of range.
