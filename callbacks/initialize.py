@@ -9,7 +9,7 @@ import torch
 from sae_lens import TrainingSAE
 from torch import Tensor
 
-from aen_lightning.callbacks.modules import training_saes
+from aen_lightning.callbacks.modules import encoder_biases, training_saes
 from aen_lightning.callbacks.sparsity_target import TargetL0
 
 _CHUNK = 4096  # features whose pre-activations are in memory at a time
@@ -64,7 +64,7 @@ class InitializeFromData(pl.Callback):
                     "InitializeFromData.l0 is 'target', but the run has no TargetL0 to start for: add it, or give a number"
                 )
         for sae in training_saes(pl_module, self).values():
-            found = {"b_dec": hasattr(sae, "b_dec"), "b_enc": bool(_encoder_biases(sae))}
+            found = {"b_dec": hasattr(sae, "b_dec"), "b_enc": bool(encoder_biases(sae))}
             wanted = {"b_dec": self.b_dec, "b_enc": self._active_share(sae)}
             for name in wanted:
                 if wanted[name] is not None and not found[name]:
@@ -97,7 +97,7 @@ class InitializeFromData(pl.Callback):
                 for features in torch.arange(sae.cfg.d_sae, device=batch.device).split(_CHUNK):
                     u = shifted.to(sae.W_enc.dtype) @ sae.W_enc[:, features]
                     bias = -over_ranks(u.kthvalue(rank, dim=0).values)
-                    for b_enc in _encoder_biases(sae):
+                    for b_enc in encoder_biases(sae):
                         b_enc[features] = bias
 
     def _active_share(self, sae: TrainingSAE[Any]) -> float | None:
@@ -107,12 +107,6 @@ class InitializeFromData(pl.Callback):
             assert self._target is not None  # setup
             return min(0.5, self._target.start_l0(sae.cfg.d_in, sae.cfg.d_sae) / sae.cfg.d_sae)
         return min(0.5, self.l0 / sae.cfg.d_sae)
-
-
-def _encoder_biases(sae: TrainingSAE[Any]) -> list[torch.nn.Parameter]:
-    """``b_enc``, or the biases of a gated SAE's two heads, which start equal."""
-    found = [getattr(sae, name, None) for name in ("b_enc", "b_gate", "b_mag")]
-    return [bias for bias in found if isinstance(bias, torch.nn.Parameter)]
 
 
 def geometric_median(x: Tensor, *, n_iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

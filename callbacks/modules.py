@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from sae_lens import TrainingSAE
-from torch import Tensor
+from torch import Tensor, nn
 
 from aen_lightning.saes.aen import AENTrainingSAE
 from aen_lightning.saes.step_schedule import StepSchedule
@@ -80,6 +80,12 @@ def sparsity_multipliers(pl_module: pl.LightningModule, callback: pl.Callback) -
     return multipliers
 
 
+def encoder_biases(sae: TrainingSAE[Any]) -> list[nn.Parameter]:
+    """``b_enc``, or the biases of a gated SAE's two heads, which start equal, each (d_sae,); none if it has none."""
+    found = [getattr(sae, name, None) for name in ("b_enc", "b_gate", "b_mag")]
+    return [bias for bias in found if isinstance(bias, nn.Parameter)]
+
+
 def silent_steps(pl_module: pl.LightningModule, callback: pl.Callback) -> dict[str, Tensor]:
     """For how many training steps each feature of each SAE of ``pl_module`` has not fired, by name, (d_sae,), int64.
 
@@ -89,7 +95,8 @@ def silent_steps(pl_module: pl.LightningModule, callback: pl.Callback) -> dict[s
     silent = getattr(pl_module, "silent_steps", None)
     if not isinstance(silent, dict):
         raise TypeError(
-            f"{type(callback).__name__} needs a module with counts by name as `silent_steps`, got {type(pl_module).__name__}"
+            f"{type(callback).__name__} needs a module with counts by name as `silent_steps`, got "
+            f"{type(pl_module).__name__}"
         )
     return silent
 

@@ -8,10 +8,8 @@ import lightning.pytorch as pl
 import torch
 from torch.optim import Optimizer
 
-from aen_lightning.callbacks.modules import in_refit, silent_steps, training_saes
+from aen_lightning.callbacks.modules import encoder_biases, in_refit, silent_steps, training_saes
 from aen_lightning.saes.lengths import Length, check_length, in_steps
-
-_BIASES = ("b_enc", "b_gate", "b_mag")
 
 
 class ReviveSilent(pl.Callback):
@@ -31,7 +29,7 @@ class ReviveSilent(pl.Callback):
         rate: Of the rise, in learning rates a step, dimensionless, ``> 0``. 4 did better than 1, 16 no better.
 
     Raises:
-        ValueError: For a value out of range.
+        ValueError: For a value out of range; at ``setup``, for an SAE without a bias.
     """
 
     def __init__(self, window: Length = 0.03, rate: float = 4.0) -> None:
@@ -41,8 +39,14 @@ class ReviveSilent(pl.Callback):
         self.window, self.rate = window, rate
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a module that does not know who is silent before any work."""
+        """Refuse a module that does not know who is silent, and SAEs without a bias, before any work."""
         silent_steps(pl_module, self)
+        for sae in training_saes(pl_module, self).values():
+            if not encoder_biases(sae) and not in_refit(pl_module):
+                raise ValueError(
+                    f"ReviveSilent raises the encoder's bias, which architecture {sae.cfg.architecture()!r} does not have: "
+                    "remove the callback"
+                )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Know the length of the run."""
@@ -58,5 +62,5 @@ class ReviveSilent(pl.Callback):
         rise = self.rate * optimizer.param_groups[0]["lr"]
         for name, sae in training_saes(pl_module, self).items():
             silent = silent_steps(pl_module, self)[name] > self._window
-            for bias in (getattr(sae, b) for b in _BIASES if hasattr(sae, b)):
+            for bias in encoder_biases(sae):
                 bias.add_(silent.to(bias.dtype) * rise)

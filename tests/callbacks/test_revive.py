@@ -90,6 +90,27 @@ def test_a_refit_keeps_its_support(tmp_path: Path):
         assert torch.equal(parameter, dict(without.sae.named_parameters())[name])
 
 
+def test_a_resumed_run_goes_on_as_the_whole_one(tmp_path: Path):
+    whole = fit(module(), tmp_path, 12, ReviveSilent(window=4))
+    trainer = make_trainer(tmp_path, 6, callbacks=[ReviveSilent(window=4)])
+    trainer.fit(module(), loader())
+    trainer.save_checkpoint(tmp_path / "at6.ckpt")
+    resumed = module()
+    again = make_trainer(tmp_path, 12, callbacks=[ReviveSilent(window=4)])
+    again.fit(resumed, loader(start=6), ckpt_path=tmp_path / "at6.ckpt", weights_only=True)
+    assert torch.equal(resumed.sae.b_enc, whole.sae.b_enc)
+    assert_close(float(resumed.sae.b_enc[0]), -6.0 + 8 * 4.0 * 1e-2)
+
+
+def test_an_sae_without_a_bias_is_refused_before_any_work(tmp_path: Path):
+    trained = SAEModule({"architecture": "matching_pursuit", "d_in": 16, "d_sae": 48})
+    with pytest.raises(
+        ValueError,
+        match="ReviveSilent raises the encoder's bias, which architecture 'matching_pursuit' does not",
+    ):
+        fit(trained, tmp_path, 1, ReviveSilent())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -13,7 +13,8 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
-from aen_lightning.callbacks import DeadFeatureTracker, ExportSAE, HardFinish
+from aen_lightning.callbacks import DeadFeatureTracker, ExportSAE, HardFinish, ReviveSilent
+from aen_lightning.callbacks.modules import encoder_biases
 from aen_lightning.training.module import SAEModule
 from tests.support.streams import Batches, batch_at
 
@@ -55,6 +56,9 @@ def main(n_ranks: int, output: Path, architecture: str = "aen", finish: Any = No
         }
     )
     tracker = DeadFeatureTracker(window_steps=25)
+    with torch.no_grad():  # silent on every rank, so that they are raised on every rank
+        for bias in encoder_biases(module.sae):
+            bias[:6] = -1.5
     hard = [] if finish is None else [HardFinish(4, at=20, finish=finish)]
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -68,7 +72,12 @@ def main(n_ranks: int, output: Path, architecture: str = "aen", finish: Any = No
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[*hard, tracker, ExportSAE(dirpath=str(output.parent / f"sae_{n_ranks}"))],
+        callbacks=[
+            *hard,
+            tracker,
+            ReviveSilent(window=3),
+            ExportSAE(dirpath=str(output.parent / f"sae_{n_ranks}")),
+        ],
     )
     trainer.fit(module, datamodule=Data())
     train_log = {k: torch.as_tensor(v) for k, v in trainer.callback_metrics.items()}
